@@ -1,0 +1,49 @@
+# Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check fix slow fullsize tiny clean
+
+demo: .venv/installed
+	$(BIN)/python generate.py --model tiny --text "Hello from a model that you can read in an evening." --max-seconds 4 --out out.wav
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+check: .venv/installed-dev .typecheck/csm
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .typecheck/csm generate.py
+
+fix: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+slow: .venv/installed-test
+	$(BIN)/python -m pytest -m slow
+
+fullsize: .venv/installed-fullsize
+	$(BIN)/python -m pytest -m fullsize -s
+
+# The embedded checkpoint, made again from its seed.
+tiny: .venv/installed
+	$(BIN)/python -m csm.weights.make_tiny weights/tiny
+
+clean:
+	rm -rf .venv .typecheck build csm.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --progress-bar off -e .
+	touch $@
+
+.venv/installed-%: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --progress-bar off -e ".[$*]"
+	touch $@ .venv/installed
+
+# The source tree as it is installed (csm.kernels lives in kernels/): what the type checker reads.
+.typecheck/csm: $(wildcard csm/*)
+	rm -rf $@ && mkdir -p $@
+	ln -s $(foreach f,$(wildcard csm/*),../../$(f)) ../../kernels ../../weights $@/

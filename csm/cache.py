@@ -1,0 +1,46 @@
+"""Keys and values of past positions, in buffers that never move.
+
+Shapes: L layers, B slots, G key/value heads, S positions, d head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from csm.config import TransformerConfig
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """``k_LBGSd`` and ``v_LBGSd``, allocated once and written in place by the op ``rope_cache``.
+
+    A position is overwritten, never cleared: what lies beyond a slot's own position is not looked at, so restarting a
+    slot is setting its position.
+    """
+
+    k_LBGSd: Tensor
+    v_LBGSd: Tensor
+    slot_B1: Tensor
+
+    @classmethod
+    def allocate(
+        cls, config: TransformerConfig, batch: int, max_positions: int, device: torch.device, dtype: torch.dtype
+    ) -> KVCache:
+        shape = (config.num_layers, batch, config.num_kv_heads, max_positions, config.head_dim)
+        return cls(
+            k_LBGSd=torch.zeros(shape, device=device, dtype=dtype),
+            v_LBGSd=torch.zeros(shape, device=device, dtype=dtype),
+            slot_B1=torch.arange(batch, device=device).unsqueeze(1),
+        )
+
+    @property
+    def max_positions(self) -> int:
+        return self.k_LBGSd.shape[3]
+
+    def slot(self, index: int) -> KVCache:
+        """The cache of one slot: views of the same memory, as a batch of one."""
+        one = slice(index, index + 1)
+        return KVCache(self.k_LBGSd[:, one], self.v_LBGSd[:, one], self.slot_B1[:1])

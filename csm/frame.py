@@ -1,0 +1,139 @@
+"""One frame: every buffer that the step touches, and the step itself.
+
+A slot holds one *pending row*: the row of codes or text that the backbone has not read yet. ``prefill`` writes the keys
+and values of a prompt up to its last row, which it leaves pending; ``decode_frame`` reads the pending row of every slot,
+writes a frame of codes, and makes that frame the next pending row. So a prompt and a frame of speech are the same thing
+to the step, and a first frame needs nothing of its own.
+
+Shapes: B slots, T rows, C columns of a row (K codebooks, then text), K codebooks, V ids, D dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from csm.cache import KVCache
+from csm.config import CSMConfig
+from csm.model import CSM
+from csm.sampling import SamplingParams, gumbel_noise, sample
+
+PREFILL_ROWS = 256  # rows a pass: bounds the memory of the 33 embeddings of each row
+
+
+@dataclass(frozen=True)
+class FrameState:
+    """Every buffer of the step, at a fixed address. All are read and written on the device only.
+
+    ``row_BC`` and ``mask_BC`` are the pending row, ``position_B`` its backbone position, ``frame_B`` the number of
+    frames spoken so far, ``codes_BK`` the last frame.
+    """
+
+    row_BC: Tensor
+    mask_BC: Tensor
+    position_B: Tensor
+    frame_B: Tensor
+    codes_BK: Tensor
+    seed_B: Tensor
+    temperature_B: Tensor
+    top_k_B: Tensor
+    depth_position_BK: Tensor
+    backbone_cache: KVCache
+    depth_cache: KVCache
+
+    @classmethod
+    def allocate(cls, config: CSMConfig, batch: int, device: torch.device, dtype: torch.dtype) -> FrameState:
+        """Buffers of ``batch`` slots, with caches of the backbone's every position."""
+        num_codebooks = config.num_codebooks
+
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=torch.int64)
+
+        def cache(transformer, max_positions):  # type: ignore[no-untyped-def]
+            return KVCache.allocate(transformer, batch, max_positions, device, dtype)
+
+        return cls(
+            row_BC=integers(batch, num_codebooks + 1),
+            mask_BC=torch.zeros(batch, num_codebooks + 1, device=device, dtype=torch.bool),
+            position_B=integers(batch),
+            frame_B=integers(batch),
+            codes_BK=integers(batch, num_codebooks),
+            seed_B=integers(batch),
+            temperature_B=torch.zeros(batch, device=device),
+            top_k_B=torch.ones(batch, device=device, dtype=torch.int64),
+            depth_position_BK=torch.arange(num_codebooks, device=device).repeat(batch, 1),
+            backbone_cache=cache(config.backbone, config.backbone.max_positions),
+            depth_cache=cache(config.depth_decoder, num_codebooks),
+        )
+
+    @property
+    def batch(self) -> int:
+        return self.row_BC.shape[0]
+
+
+@torch.inference_mode()
+def prefill(
+    model: CSM, state: FrameState, slot: int, row_TC: Tensor, mask_TC: Tensor, params: SamplingParams
+) -> None:
+    """Start a request in ``slot``: write the keys and values of rows 0..T-2 and leave the last row pending.
+
+    ``row_TC`` (T, K + 1) int64 and ``mask_TC`` bool, of T >= 1 rows that fit the cache.
+    """
+    num_rows = row_TC.shape[0]
+    cache = state.backbone_cache.slot(slot)
+    assert 1 <= num_rows <= cache.max_positions
+    row_TC, mask_TC = row_TC.to(state.row_BC.device), mask_TC.to(state.row_BC.device)
+    for first in range(0, num_rows - 1, PREFILL_ROWS):
+        last = min(first + PREFILL_ROWS, num_rows - 1)
+        x_1TD = model.embed_rows(row_TC[None, first:last], mask_TC[None, first:last])
+        position_1T = torch.arange(first, last, device=x_1TD.device).unsqueeze(0)
+        model.backbone(x_1TD, cache, model.backbone.places(position_1T, span=last))
+    state.row_BC[slot] = row_TC[-1]
+    state.mask_BC[slot] = mask_TC[-1]
+    state.position_B[slot] = num_rows - 1
+    state.frame_B[slot] = 0
+    state.seed_B[slot] = params.seed
+    state.temperature_B[slot] = params.temperature
+    state.top_k_B[slot] = params.top_k
+
+
+@torch.inference_mode()
+def decode_frame(model: CSM, state: FrameState) -> None:
+    """Read the pending row of every slot and speak one frame into ``state.codes_BK``.
+
+    No sync with the host and no position of Python's: positions, frame counters and sampling parameters are read, and
+    the first two advanced, on the device.
+    """
+    num_codebooks, codebook_size = model.config.num_codebooks, model.config.codebook_size
+    gumbel_BKV = gumbel_noise(state.seed_B, state.frame_B, num_codebooks, codebook_size)
+
+    def draw(codebook: int, hidden_BD: Tensor) -> Tensor:
+        logits_BV = model.logits(codebook, hidden_BD)
+        code_B = sample(logits_BV, gumbel_BKV[:, codebook], state.temperature_B, state.top_k_B)
+        state.codes_BK[:, codebook] = code_B
+        return model.embed_code(codebook, code_B)
+
+    x_B1D = model.embed_rows(state.row_BC.unsqueeze(1), state.mask_BC.unsqueeze(1))
+    at = model.backbone.places(state.position_B.unsqueeze(1), span=state.backbone_cache.max_positions)
+    hidden_BD = model.backbone(x_B1D, state.backbone_cache, at)[:, -1]
+    code_embedding_BD = draw(0, hidden_BD)
+
+    # Depth positions: 0 reads the backbone's hidden state, i >= 1 reads code i - 1 and predicts code i.
+    depth_at = model.depth_decoder.places(state.depth_position_BK, span=num_codebooks)
+    x_BTD = model.project(torch.stack((hidden_BD, code_embedding_BD), dim=1))
+    first = 0
+    for codebook in range(1, num_codebooks):
+        hidden_BTD = model.depth_decoder(x_BTD, state.depth_cache, depth_at.rows(first, codebook + 1))
+        code_embedding_BD = draw(codebook, hidden_BTD[:, -1])
+        x_BTD = model.project(code_embedding_BD.unsqueeze(1))
+        first = codebook + 1
+
+    state.row_BC[:, :-1] = state.codes_BK
+    state.row_BC[:, -1] = 0
+    state.mask_BC[:, :-1] = True
+    state.mask_BC[:, -1] = False
+    state.frame_B.add_(1)
+    # A slot that has ended goes on until its batch does: it must not run out of its cache.
+    state.position_B.add_(1).clamp_(max=state.backbone_cache.max_positions - 1)

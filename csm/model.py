@@ -1,0 +1,183 @@
+"""CSM's two transformers, its embeddings and its heads, in terms of the ops of ``kernels``.
+
+Shapes: B slots, T rows of this pass, C columns of a row (K codebooks, then text), K codebooks, D backbone dim,
+E fused q, k and v, F hidden dim, H heads, G key/value heads, d head dim, p = d / 2 rotary pairs, S cache positions,
+V audio vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from csm.cache import KVCache
+from csm.config import CSMConfig, RopeScaling, TransformerConfig
+from csm.kernels import attention, linear_add, norm_linear, norm_swiglu, rms_norm, rope_cache
+
+
+class Places(NamedTuple):
+    """Where the rows of a pass stand: their positions, the rotary angles there, and what each may look at."""
+
+    position_BT: Tensor
+    cos_BTp: Tensor
+    sin_BTp: Tensor
+    visible_BTS: Tensor
+
+    def rows(self, first: int, last: int) -> Places:
+        """The places of the rows ``first`` to ``last``, which is left out."""
+        return Places(*(x[:, first:last] for x in self))
+
+
+class RoPE(nn.Module):
+    """Cosines and sines of every position, (positions, d / 2) in float32."""
+
+    cos_Sp: Tensor
+    sin_Sp: Tensor
+
+    def __init__(self, config: TransformerConfig, device: torch.device | None = None):
+        super().__init__()
+        frequency_p = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        angle_Sp = torch.arange(config.max_positions, dtype=torch.float64, device="cpu")[:, None] * frequency_p
+        self.register_buffer("cos_Sp", angle_Sp.cos().float().to(device or "cpu"), persistent=False)
+        self.register_buffer("sin_Sp", angle_Sp.sin().float().to(device or "cpu"), persistent=False)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """Angle per position of each rotary pair, (d / 2,) in float64.
+
+    With Llama-3 scaling, wavelengths beyond original / low are slowed by ``factor``, those below original / high are
+    kept, and those between are blended linearly in original / wavelength.
+    """
+    frequency_p = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+    if scaling is None:
+        return frequency_p
+    turns_p = scaling.original_max_positions * frequency_p / (2 * math.pi)
+    kept_p = (turns_p - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept_p = kept_p.clamp(0, 1)
+    return kept_p * frequency_p + (1 - kept_p) * frequency_p / scaling.factor
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.norm = nn.Parameter(torch.ones(config.dim))
+        self.qkv = nn.Parameter(torch.empty(config.qkv_dim, config.dim))
+        self.output = nn.Parameter(torch.empty(config.dim, config.num_heads * config.head_dim))
+
+    def forward(self, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, at: Places) -> Tensor:
+        qkv_BTE = norm_linear(x_BTD, self.norm, self.qkv, self.eps)
+        q_BTHd = rope_cache(qkv_BTE, at.cos_BTp, at.sin_BTp, k_BGSd, v_BGSd, slot_B1, at.position_BT)
+        mixed_BTE = attention(q_BTHd, k_BGSd, v_BGSd, at.visible_BTS)
+        return linear_add(mixed_BTE, self.output, x_BTD)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.norm = nn.Parameter(torch.ones(config.dim))
+        self.gate_up = nn.Parameter(torch.empty(2 * config.hidden_dim, config.dim))
+        self.down = nn.Parameter(torch.empty(config.dim, config.hidden_dim))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        hidden_BTF = norm_swiglu(x_BTD, self.norm, self.gate_up, self.eps)
+        return linear_add(hidden_BTF, self.down, x_BTD)
+
+
+class Block(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, at: Places) -> Tensor:
+        return self.mlp(self.attention(x_BTD, k_BGSd, v_BGSd, slot_B1, at))
+
+
+class Transformer(nn.Module):
+    """The backbone or the depth decoder: embedded rows in, normed hidden states out."""
+
+    def __init__(self, config: TransformerConfig, device: torch.device | None = None):
+        super().__init__()
+        self.config = config
+        self.rope = RoPE(config, device)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.Parameter(torch.ones(config.dim))
+
+    def places(self, position_BT: Tensor, span: int) -> Places:
+        """Places of rows at ``position_BT``, which may look at themselves and before, within the first ``span``."""
+        visible_BTS = torch.arange(span, device=position_BT.device) <= position_BT.unsqueeze(-1)
+        return Places(position_BT, self.rope.cos_Sp[position_BT], self.rope.sin_Sp[position_BT], visible_BTS)
+
+    def forward(self, x_BTD: Tensor, cache: KVCache, at: Places) -> Tensor:
+        """(B, T, D) -> (B, T, D); writes keys and values of the T rows into the cache at their places."""
+        for index, layer in enumerate(self.layers):
+            x_BTD = layer(x_BTD, cache.k_LBGSd[index], cache.v_LBGSd[index], cache.slot_B1, at)
+        return rms_norm(x_BTD, self.norm, self.config.norm_eps)
+
+
+class CSM(nn.Module):
+    """The whole model. Which pass runs when is ``csm.frame``'s business.
+
+    ``device`` places the rotary tables; build the rest under ``torch.device("meta")`` and load it with ``assign=True``.
+    """
+
+    offset_K: Tensor
+
+    def __init__(self, config: CSMConfig, device: torch.device | None = None):
+        super().__init__()
+        backbone_dim, depth_dim = config.backbone.dim, config.depth_decoder.dim
+        num_codebooks, vocab = config.num_codebooks, config.audio_vocab_size
+        self.config = config
+        self.backbone = Transformer(config.backbone, device)
+        self.depth_decoder = Transformer(config.depth_decoder, device)
+        self.text_embedding = nn.Parameter(torch.empty(config.text_vocab_size, backbone_dim))
+        self.audio_embedding = nn.Parameter(torch.empty(num_codebooks * vocab, backbone_dim))
+        self.projection = nn.Parameter(torch.empty(depth_dim, backbone_dim))
+        self.codebook0_head = nn.Parameter(torch.empty(vocab, backbone_dim))
+        self.depth_heads = nn.Parameter(torch.empty(num_codebooks - 1, vocab, depth_dim))
+        offset_K = torch.arange(num_codebooks, device=device or "cpu") * vocab
+        self.register_buffer("offset_K", offset_K, persistent=False)
+
+    @classmethod
+    def from_state_dict(cls, config: CSMConfig, state: dict[str, Tensor], device: torch.device) -> CSM:
+        """A model around the very tensors of ``state``: nothing is copied or initialised."""
+        with torch.device("meta"):
+            model = cls(config, device)
+        model.load_state_dict(state, assign=True)
+        return model.eval().requires_grad_(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.codebook0_head.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.codebook0_head.device
+
+    def embed_rows(self, row_BTC: Tensor, mask_BTC: Tensor) -> Tensor:
+        """Sum of the masked-in embeddings of each row: (B, T, K + 1) -> (B, T, D)."""
+        audio_BTKD = F.embedding(row_BTC[..., :-1] + self.offset_K, self.audio_embedding)
+        text_BT1D = F.embedding(row_BTC[..., -1:], self.text_embedding)
+        return (torch.cat((audio_BTKD, text_BT1D), dim=-2) * mask_BTC.unsqueeze(-1)).sum(dim=-2)
+
+    def embed_code(self, codebook: int, code_B: Tensor) -> Tensor:
+        """Embedding of a code of one codebook: (B,) -> (B, D)."""
+        return F.embedding(code_B + codebook * self.config.audio_vocab_size, self.audio_embedding)
+
+    def project(self, x: Tensor) -> Tensor:
+        """From the backbone's dimension to the depth decoder's."""
+        return F.linear(x, self.projection)
+
+    def logits(self, codebook: int, hidden: Tensor) -> Tensor:
+        """Logits of a codebook, ids that the codec knows only: (..., D) -> (..., codebook_size).
+
+        Codebook 0 reads the backbone's hidden state, the others the depth decoder's at their own position.
+        """
+        weight_VD = self.codebook0_head if codebook == 0 else self.depth_heads[codebook - 1]
+        return F.linear(hidden, weight_VD[: self.config.codebook_size])

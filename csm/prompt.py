@@ -1,0 +1,133 @@
+"""Turns of a conversation to rows of codes and text.
+
+A row has K + 1 columns: one code for each of the K codebooks, then one text token, with a mask of what is there.
+Text: begin token + tokens of ``[speaker]text`` + end token, a text-only row each. Audio: its frames, then a row of K
+zeros that ends it. (Sesame's reference implementation, ``generator.py``.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from csm.config import CSMConfig
+from csm.errors import CheckpointError, PromptError, PromptTooLongError
+
+BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
+
+
+@dataclass
+class Segment:
+    """One turn: who speaks, the text, and how it sounds, as audio or as the codec's codes (which skip the codec).
+
+    ``audio`` is (samples,) or (channels, samples) floats at ``sample_rate`` Hz (None: the generator's own, 24,000);
+    ``codes`` is (T, K) integers.
+    """
+
+    speaker: int
+    text: str
+    audio: Tensor | None = None
+    codes: Tensor | None = None
+    sample_rate: int | None = None
+
+
+class Prompt(NamedTuple):
+    """Rows (T, K + 1) int64 and their mask (T, K + 1) bool."""
+
+    row_TC: Tensor
+    mask_TC: Tensor
+
+
+class TextTokenizer:
+    """A checkpoint's ``tokenizer.json``; begin and end tokens are added here, never by its post-processor."""
+
+    def __init__(self, path: Path, vocab_size: int):
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+            raise CheckpointError(f"{path}: not a tokenizer that can be read: {error}") from error
+        # Text that happens to spell a special token is text, not an instruction to the model.
+        self._tokenizer.encode_special_tokens = True
+        self._begin, self._end = (self._special(path, token, vocab_size) for token in (BEGIN, END))
+        if self._tokenizer.get_vocab_size() > vocab_size:
+            count = self._tokenizer.get_vocab_size()
+            raise CheckpointError(f"{path}: {count} tokens, but the model has text embeddings for {vocab_size}")
+
+    def _special(self, path: Path, token: str, vocab_size: int) -> int:
+        index = self._tokenizer.token_to_id(token)
+        if index is None or index >= vocab_size:
+            raise CheckpointError(f"{path}: no token {token} below {vocab_size}")
+        return index
+
+    def encode(self, speaker: int, text: str) -> list[int]:
+        """Ids of a turn's text, begin and end included. Raises PromptError for empty text or a bad speaker."""
+        if isinstance(speaker, bool) or not isinstance(speaker, int) or speaker < 0:
+            raise PromptError(f"speaker must be a whole number of at least 0, not {speaker!r}")
+        if not isinstance(text, str) or not text.strip():
+            raise PromptError(f"text is empty: {text!r}")
+        ids = self._tokenizer.encode(f"[{speaker}]{text}", add_special_tokens=False).ids
+        return [self._begin, *ids, self._end]
+
+
+def text_rows(ids: Sequence[int], num_codebooks: int) -> Prompt:
+    """One text-only row a token."""
+    row_TC = torch.zeros(len(ids), num_codebooks + 1, dtype=torch.int64)
+    row_TC[:, -1] = torch.tensor(ids)
+    mask_TC = torch.zeros_like(row_TC, dtype=torch.bool)
+    mask_TC[:, -1] = True
+    return Prompt(row_TC, mask_TC)
+
+
+def audio_rows(codes_TK: Tensor) -> Prompt:
+    """One audio-only row a frame, and the row of zeros that ends the audio."""
+    num_frames, num_codebooks = codes_TK.shape
+    row_TC = torch.zeros(num_frames + 1, num_codebooks + 1, dtype=torch.int64)
+    row_TC[:-1, :-1] = codes_TK
+    mask_TC = torch.zeros_like(row_TC, dtype=torch.bool)
+    mask_TC[:, :-1] = True
+    return Prompt(row_TC, mask_TC)
+
+
+def build_prompt(turns: Sequence[tuple[list[int], Tensor]], text_ids: list[int], config: CSMConfig) -> Prompt:
+    """Rows of the context turns, (text ids, codes (T, K)) each, and of the text to speak.
+
+    Raises PromptTooLongError if they leave no position of the backbone to speak in.
+    """
+    parts = []
+    for ids, codes_TK in turns:
+        parts += [text_rows(ids, config.num_codebooks), audio_rows(codes_TK)]
+    parts.append(text_rows(text_ids, config.num_codebooks))
+    check_length(sum(part.row_TC.shape[0] for part in parts), config)
+    return Prompt(torch.cat([part.row_TC for part in parts]), torch.cat([part.mask_TC for part in parts]))
+
+
+def check_length(num_rows: int, config: CSMConfig) -> None:
+    """Raise PromptTooLongError where ``num_rows`` positions and one frame of speech do not fit the backbone."""
+    limit = config.backbone.max_positions
+    if num_rows >= limit:
+        raise PromptTooLongError(
+            f"the prompt takes {num_rows} positions (one a text token, one an 80 ms frame of reference audio), and the "
+            f"model has {limit}: shorten the text or the reference audio"
+        )
+
+
+def check_codes(codes_TK: Tensor, config: CSMConfig) -> Tensor:
+    """Codes of a turn as (T, K) int64 on the CPU; PromptError if they are none."""
+    codes_TK = torch.as_tensor(codes_TK)
+    if codes_TK.ndim != 2 or codes_TK.shape[0] < 1 or codes_TK.shape[1] != config.num_codebooks:
+        raise PromptError(f"codes must be (frames, {config.num_codebooks}), not {tuple(codes_TK.shape)}")
+    if codes_TK.is_floating_point() or codes_TK.dtype == torch.bool:
+        raise PromptError(f"codes must be integers, not {codes_TK.dtype}")
+    codes_TK = codes_TK.to("cpu", torch.int64)
+    low, high = codes_TK.aminmax()
+    if low < 0 or high >= config.codebook_size:
+        raise PromptError(
+            f"codes must be within 0 and {config.codebook_size - 1}, not {low.item()} to {high.item()}"
+        )
+    return codes_TK
