@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from csm.errors import CheckpointError
 
 
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckpointError(message)
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama-3 frequency scaling (Llama 3.1 model card; only low and high relative to the original context count)."""
@@ -128,8 +133,3 @@ CSM_1B = CSMConfig(
     codebook_size=2048,
 )
 MIMI = CodecConfig()
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise CheckpointError(message)

@@ -1,0 +1,106 @@
+"""Audio as the codec wants it, and as files: mono, one sample rate, finite floats.
+
+Nothing here knows the codec. Reading goes through sphn (it comes with moshi), resampling through torchaudio.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import wave
+from pathlib import Path
+
+import sphn
+import torch
+import torchaudio.functional
+from torch import Tensor
+
+from csm.errors import AudioError
+
+
+def to_mono(audio: Tensor, sample_rate: int, target_rate: int) -> Tensor:
+    """(samples,) or (channels, samples) at any rate to (samples,) float32 at ``target_rate`` Hz, on the CPU.
+
+    Channels are averaged; integer samples are taken as PCM of their width. Raises AudioError for audio that is empty,
+    not finite, or not of that shape.
+    """
+    audio = torch.as_tensor(audio).detach().cpu()
+    if audio.dtype == torch.uint8:  # 8-bit PCM is unsigned
+        audio = audio.float() / 128 - 1
+    elif not audio.is_floating_point():
+        audio = audio.float() / (torch.iinfo(audio.dtype).max + 1) if audio.dtype != torch.bool else audio
+    if audio.dtype == torch.bool or audio.is_complex() or audio.ndim not in (1, 2):
+        raise AudioError(f"audio must be (samples,) or (channels, samples) of real numbers, not {_kind(audio)}")
+    if audio.ndim == 2:
+        if audio.shape[0] > 8:
+            raise AudioError(f"audio must be (channels, samples) with at most 8 channels, not {tuple(audio.shape)}")
+        audio = audio.float().mean(dim=0) if audio.shape[0] else audio.new_empty(0)
+    audio = audio.float()
+    if audio.numel() == 0:
+        raise AudioError("audio is empty")
+    if not torch.isfinite(audio).all():
+        raise AudioError("audio has samples that are not finite (NaN or infinite)")
+    if sample_rate < 1:
+        raise AudioError(f"sample rate must be at least 1 Hz, not {sample_rate}")
+    if sample_rate != target_rate:
+        audio = torchaudio.functional.resample(audio, sample_rate, target_rate)
+    return audio
+
+
+def _kind(audio: Tensor) -> str:
+    return f"{audio.dtype} of shape {tuple(audio.shape)}"
+
+
+def read_audio(path: str | Path) -> tuple[Tensor, int]:
+    """A sound file (WAV, FLAC, MP3, Ogg) as (channels, samples) float32 and its sample rate in Hz.
+
+    Raises AudioError, naming the file.
+    """
+    if not Path(path).is_file():
+        raise AudioError(f"{path}: no such file")
+    try:
+        samples, sample_rate = sphn.read(str(path))
+    except Exception as error:  # noqa: BLE001 - the library raises bare Exception, and panics of its own
+        raise AudioError(f"{path}: not audio that can be read: {error}") from error
+    return torch.from_numpy(samples), int(sample_rate)
+
+
+class WavWriter:
+    """A 16-bit mono WAV file that appears under its name only when it is whole.
+
+    As a context manager: opens a temporary file beside ``path`` at once, so that a folder that cannot be written to
+    fails before any work; renames it on success, removes it on any exception.
+    """
+
+    def __init__(self, path: str | Path, sample_rate: int):
+        self.path = Path(path)
+        self.sample_rate = sample_rate
+
+    def __enter__(self) -> WavWriter:
+        if self.path.is_dir():
+            raise AudioError(f"{self.path} is a folder; give the name of a file")
+        try:
+            handle, self._aside = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name, suffix=".part")
+        except OSError as error:
+            raise AudioError(f"{self.path}: cannot be written: {error.strerror}") from error
+        self._file = os.fdopen(handle, "wb")
+        self._wave: wave.Wave_write = wave.open(self._file, "wb")
+        self._wave.setparams((1, 2, self.sample_rate, 0, "NONE", "not compressed"))
+        return self
+
+    def write(self, audio: Tensor) -> None:
+        """Append (samples,) floats; what exceeds -1..1 is clipped."""
+        pcm = (audio.detach().cpu().float().clamp(-1, 1) * 32767).round().to(torch.int16)
+        self._wave.writeframes(pcm.numpy().astype("<i2").tobytes())
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        try:
+            self._wave.close()
+            self._file.close()
+            if kind is None:
+                umask = os.umask(0)
+                os.umask(umask)
+                os.chmod(self._aside, 0o666 & ~umask)  # mkstemp's own mode is 0600
+                os.replace(self._aside, self.path)
+        finally:
+            Path(self._aside).unlink(missing_ok=True)

@@ -1,0 +1,169 @@
+"""The Mimi codec, from the moshi package: audio to codes and back, whole or frame by frame.
+
+Shapes: B slots, K codebooks, T frames of 80 ms, C latent channels.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from moshi.models import loaders
+from moshi.utils.compile import no_compile
+from torch import Tensor
+
+from csm.audio import to_mono
+from csm.config import CodecConfig
+from csm.errors import AudioError, CheckpointError
+
+
+class Codec:
+    """Mimi in float32 on one device. Calls are serialised: moshi keeps streaming state on its modules."""
+
+    def __init__(self, config: CodecConfig, num_codebooks: int, state: dict[str, Tensor], device: torch.device):
+        """``state`` is a state dict in moshi's names; ``num_codebooks`` of the codec's codebooks are used."""
+        self.config = config
+        self.num_codebooks = num_codebooks
+        self.device = device
+        self._lock = threading.Lock()
+        self._mimi = loaders.get_mimi(None, mimi_config=moshi_config(config), device=device, num_codebooks=num_codebooks)
+        try:
+            self._mimi.load_state_dict(dict(state))
+        except RuntimeError as error:
+            raise CheckpointError(f"the codec's weights are not a Mimi of this shape: {error}") from error
+        self._mimi.requires_grad_(False)
+
+    @property
+    def sample_rate(self) -> int:
+        return self.config.sample_rate
+
+    @property
+    def frame_size(self) -> int:
+        """Samples per frame."""
+        return self.config.frame_size
+
+    @torch.inference_mode()
+    def encode(self, audio: Tensor, sample_rate: int | None = None) -> Tensor:
+        """(samples,) or (channels, samples) at any rate to codes (T, K) int64 on the CPU.
+
+        The last frame is padded with silence. ``sample_rate`` None means the codec's own. Raises AudioError.
+        """
+        mono = to_mono(audio, sample_rate or self.sample_rate, self.sample_rate)
+        with self._exclusive():
+            codes_BKT = self._mimi.encode(mono.to(self.device).view(1, 1, -1))
+        return codes_BKT[0].T.cpu()
+
+    @torch.inference_mode()
+    def decode(self, codes_TK: Tensor) -> Tensor:
+        """Codes (T, K) to (T * frame_size,) float32 on the CPU, in one pass. Raises AudioError."""
+        codes_TK = torch.as_tensor(codes_TK)
+        if codes_TK.ndim != 2 or codes_TK.shape[1] != self.num_codebooks or codes_TK.is_floating_point():
+            raise AudioError(f"codes must be integers of shape (frames, {self.num_codebooks}), not {_kind(codes_TK)}")
+        if codes_TK.shape[0] == 0:
+            return torch.zeros(0)
+        low, high = codes_TK.aminmax()
+        if low < 0 or high >= self.config.codebook_size:
+            limit = self.config.codebook_size - 1
+            raise AudioError(f"codes must be within 0 and {limit}, not {low.item()} to {high.item()}")
+        with self._exclusive():
+            audio_B1N = self._mimi.decode(codes_TK.to(self.device, torch.int64).T.unsqueeze(0))
+        return audio_B1N[0, 0].cpu()
+
+    def stream_decoder(self, batch: int = 1) -> StreamDecoder:
+        """A decoder that carries its own state from frame to frame; any number may be in use at once."""
+        with self._exclusive(), self._mimi.streaming(batch):
+            state = self._mimi.get_streaming_state()
+        return StreamDecoder(self, state)
+
+    @contextmanager
+    def _exclusive(self, state: dict[str, Any] | None = None) -> Iterator[None]:
+        """The modules to oneself, with a streaming state put in for the time and taken out again."""
+        with self._lock, no_compile():
+            if state is None:
+                yield
+                return
+            nothing = self._mimi.get_streaming_state()
+            self._mimi.set_streaming_state(state)
+            try:
+                yield
+            finally:
+                self._mimi.set_streaming_state(nothing)
+
+    def _decode_step(self, codes_BK: Tensor, state: dict[str, Any]) -> Tensor:
+        mimi = self._mimi
+        with self._exclusive(state):
+            latent_BCT = mimi.upsample(mimi.decode_latent(codes_BK.unsqueeze(-1)))
+            # One latent step at a time: moshi's ring of `context` keys would drop, for two steps at once, a key that
+            # the first of them still sees, and beyond 10 s the stream would no longer equal the whole.
+            steps = [mimi.decoder_transformer(step)[0] for step in latent_BCT.split(1, dim=-1)]
+            return mimi.decoder(torch.cat(steps, dim=-1))[:, 0]
+
+
+class StreamDecoder:
+    """Decodes frame after frame; the samples are those of ``Codec.decode`` on all frames."""
+
+    def __init__(self, codec: Codec, state: dict[str, Any]):
+        self._codec = codec
+        self._state = state
+
+    @torch.inference_mode()
+    def step(self, codes_BK: Tensor) -> Tensor:
+        """One frame of each slot, (B, K) int64, to (B, frame_size) float32 on the codec's device."""
+        return self._codec._decode_step(codes_BK.to(self._codec.device), self._state)
+
+
+def moshi_config(config: CodecConfig) -> dict[str, Any]:
+    """``config`` as the arguments that moshi builds its Mimi from (moshi.models.loaders)."""
+    return {
+        "sample_rate": config.sample_rate,
+        "channels": 1,
+        "frame_rate": config.frame_rate,
+        "seanet": {
+            "channels": 1,
+            "dimension": config.dim,
+            "causal": True,
+            "n_filters": config.num_filters,
+            "n_residual_layers": config.num_residual_layers,
+            "activation": "ELU",
+            "compress": config.compress,
+            "dilation_base": config.dilation_base,
+            "disable_norm_outer_blocks": 0,
+            "kernel_size": config.kernel_size,
+            "residual_kernel_size": config.residual_kernel_size,
+            "last_kernel_size": config.last_kernel_size,
+            "norm": "none",
+            "pad_mode": "constant",
+            "ratios": list(config.ratios),
+            "true_skip": True,
+        },
+        "quantizer": {
+            "dimension": config.codebook_dim,
+            "n_q": config.num_codebooks,
+            "bins": config.codebook_size,
+            "input_dimension": config.dim,
+            "output_dimension": config.dim,
+        },
+        "transformer": {
+            "d_model": config.dim,
+            "num_heads": config.num_heads,
+            "num_layers": config.num_layers,
+            "causal": True,
+            "layer_scale": 0.01,
+            "context": config.context,
+            "conv_layout": True,
+            "max_period": config.rope_theta,
+            "gating": "none",
+            "norm": "layer_norm",
+            "positional_embedding": "rope",
+            "dim_feedforward": config.hidden_dim,
+            "input_dimension": config.dim,
+            "output_dimensions": [config.dim],
+        },
+    }
+
+
+def _kind(codes: Tensor) -> str:
+    return f"{codes.dtype} of shape {tuple(codes.shape)}"

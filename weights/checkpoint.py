@@ -1,0 +1,138 @@
+"""A checkpoint: found, described, and read into the model's own state dict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from csm.config import CodecConfig, CSMConfig
+from csm.errors import CheckpointError
+from csm.weights import hub
+from csm.weights.config_json import read_config
+from csm.weights.files import read_tensor, tensor_shapes
+from csm.weights.layouts import Entry, Table, empty_state, hf_table, mimi_table, sesame_table
+
+TINY = Path(__file__).parent / "tiny"
+MIMI_REPO = "kyutai/moshiko-pytorch-bf16"
+MIMI_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a checkpoint before its weights are read: shapes, and the file that holds each tensor."""
+
+    folder: Path
+    config: CSMConfig
+    codec_config: CodecConfig
+    table: Table
+    file_of: dict[str, Path]
+    shape_of: dict[str, tuple[int, ...]]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        path = self.folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; copy it from unsloth/csm-1b")
+        return path
+
+    @property
+    def has_codec(self) -> bool:
+        """Whether the codec's weights stand beside the model's (HF layout)."""
+        return any(name.startswith("codec_model.") for name in self.file_of)
+
+
+def open_checkpoint(name: str | Path) -> Checkpoint:
+    """Find a checkpoint and check that it is whole, without reading its weights.
+
+    ``name`` is "tiny", a folder, or a hub name with an optional ``@revision``. Raises CheckpointError, naming the file
+    and the tensor, or UnavailableError, saying what to do.
+    """
+    folder = _find(str(name))
+    config, codec_config = read_config(folder / "config.json")
+    file_of: dict[str, Path] = {}
+    shape_of: dict[str, tuple[int, ...]] = {}
+    for path in hub.weight_files(folder):
+        for tensor, shape in tensor_shapes(path).items():
+            file_of[tensor], shape_of[tensor] = path, shape
+    codec_table = mimi_table(codec_config)
+    if "text_embeddings.weight" in file_of:
+        table, extra = sesame_table(config), []
+    elif "embed_text_tokens.weight" in file_of:
+        table = hf_table(config)
+        extra = codec_table if any(entry.source in file_of for entry in codec_table) else []
+    else:
+        raise CheckpointError(f"{folder}: no text embedding in it, under Sesame's name or HF's")
+    checkpoint = Checkpoint(folder, config, codec_config, table, file_of, shape_of)
+    _check(checkpoint, table + extra)
+    return checkpoint
+
+
+def read_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's own state dict on ``device``: each tensor is mapped, copied to its place, and let go."""
+    return _read(checkpoint, checkpoint.table, device, dtype)
+
+
+def read_codec(checkpoint: Checkpoint, codec: str | Path | None, device: torch.device) -> dict[str, Tensor]:
+    """State dict (moshi's names, float32) of the codec: of the file ``codec``, else the checkpoint's own, else Kyutai's.
+
+    Kyutai's file is looked for in the checkpoint's folder, then on the hub.
+    """
+    if codec is None and checkpoint.has_codec:
+        return _read(checkpoint, mimi_table(checkpoint.codec_config), device, torch.float32)
+    beside = checkpoint.folder / MIMI_FILE
+    path = Path(codec) if codec is not None else beside if beside.is_file() else hub.fetch(MIMI_REPO, MIMI_FILE, None)
+    return {name: read_tensor(path, name).to(device, torch.float32, copy=True) for name in tensor_shapes(path)}
+
+
+def _find(name: str) -> Path:
+    if name == "tiny":
+        return TINY
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; give the folder that holds it, its config.json and tokenizer.json")
+    repo, _, revision = name.partition("@")
+    if repo.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"no folder {name!r}, and no name on the hub either: that is owner/model or owner/model@revision")
+    return hub.fetch_checkpoint(repo, revision or None)
+
+
+def _check(checkpoint: Checkpoint, table: Table) -> None:
+    """Raise CheckpointError at the first tensor that is missing, mis-shaped or left over."""
+    known: set[str] = set()
+    for entry in table:
+        names = [name for name in _names(entry) if name in checkpoint.file_of]
+        if not names:
+            raise CheckpointError(f"{checkpoint.folder}: tensor {entry.source} is missing")
+        for name in names:
+            if checkpoint.shape_of[name] != entry.shape:
+                shape, path = checkpoint.shape_of[name], checkpoint.file_of[name]
+                raise CheckpointError(f"{path}: tensor {name} has shape {shape}; config.json asks for {entry.shape}")
+        known.update(names)
+    for name, path in checkpoint.file_of.items():
+        if name not in known:
+            raise CheckpointError(f"{path}: tensor {name} is left over: no part of this model")
+
+
+def _names(entry: Entry) -> list[str]:
+    return [entry.source] if entry.alias is None else [entry.source, entry.alias]
+
+
+def _read(checkpoint: Checkpoint, table: Table, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    state = empty_state(table, device, dtype)
+    # The largest first: what a tensor's map takes meanwhile is then never on top of a nearly full model.
+    for entry in sorted(table, key=lambda entry: -torch.Size(entry.shape).numel()):
+        names = [name for name in _names(entry) if name in checkpoint.file_of]
+        tensor = read_tensor(checkpoint.file_of[names[0]], names[0])
+        for tied in names[1:]:
+            if not torch.equal(tensor, read_tensor(checkpoint.file_of[tied], tied)):
+                raise CheckpointError(
+                    f"{checkpoint.file_of[tied]}: tensor {tied} differs from {names[0]}; untied embeddings are not supported"
+                )
+        rows = state[entry.target][entry.first : entry.first + entry.target_shape[0]]
+        rows.copy_(entry.to_target(tensor))
+    return state

@@ -1,0 +1,89 @@
+"""Write the embedded checkpoint: ``python -m csm.weights.make_tiny FOLDER``.
+
+A small CSM, a small Mimi and a byte-level tokenizer in HF Transformers' layout. The weights are random, drawn from a
+seed: it makes noise, not speech. It exists so that every line of code can run anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from csm.config import CodecConfig, CSMConfig, TransformerConfig
+from csm.weights.config_json import write_hf_config
+from csm.weights.layouts import Table, export, hf_table, mimi_table, target_shapes
+
+SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")
+CODEC = CodecConfig(
+    dim=64,
+    num_filters=8,
+    num_layers=2,
+    num_heads=4,
+    hidden_dim=128,
+    codebook_size=256,
+    codebook_dim=32,
+    num_codebooks=8,
+)
+CONFIG = CSMConfig(
+    backbone=TransformerConfig(
+        num_layers=4, dim=128, num_heads=4, num_kv_heads=2, head_dim=32, hidden_dim=384, max_positions=2048
+    ),
+    depth_decoder=TransformerConfig(
+        num_layers=2, dim=96, num_heads=3, num_kv_heads=1, head_dim=32, hidden_dim=256, max_positions=8
+    ),
+    text_vocab_size=256 + len(SPECIAL_TOKENS),
+    audio_vocab_size=259,
+    num_codebooks=8,
+    codebook_size=256,
+)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer of 256 bytes and the special tokens, in ``tokenizer.json`` form."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
+
+
+def random_state(table: Table, seed: int) -> dict[str, Tensor]:
+    """Random weights of every parameter of a table: matrices keep the variance of what passes through them."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in sorted(target_shapes(table).items()):
+        if name.endswith((".norm", "norm1.weight", "norm2.weight", "cluster_usage", "_initialized")):
+            state[name] = torch.ones(shape)
+        elif name.endswith(".scale"):
+            state[name] = torch.full(shape, 0.1)
+        elif name.endswith(".bias"):
+            state[name] = torch.zeros(shape)
+        else:
+            noise = torch.randn(shape, generator=generator)
+            unit = name.endswith(("embedding", "embedding_sum"))
+            state[name] = noise if unit else noise / math.sqrt(math.prod(shape[1:]))
+    return state
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for seed, table in enumerate((hf_table(CONFIG), mimi_table(CODEC))):
+        tensors |= dict(export(random_state(table, seed), table))
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = write_hf_config(CONFIG, CODEC)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
