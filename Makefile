@@ -44,6 +44,7 @@ clean:
 	touch $@ .venv/installed
 
 # The source tree as it is installed (csm.kernels lives in kernels/): what the type checker reads.
-.typecheck/csm: $(wildcard csm/*)
+SOURCES := $(filter-out %__pycache__,$(wildcard csm/*)) kernels weights
+.typecheck/csm: $(SOURCES)
 	rm -rf $@ && mkdir -p $@
-	ln -s $(foreach f,$(wildcard csm/*),../../$(f)) ../../kernels ../../weights $@/
+	ln -s $(addprefix ../../,$(SOURCES)) $@/

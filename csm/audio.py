@@ -5,6 +5,7 @@ Nothing here knows the codec. Reading goes through sphn (it comes with moshi), r
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import wave
@@ -16,6 +17,8 @@ import torchaudio.functional
 from torch import Tensor
 
 from csm.errors import AudioError
+
+MAX_PHASES = 2000  # 44,100 Hz has 147
 
 
 def to_mono(audio: Tensor, sample_rate: int, target_rate: int) -> Tensor:
@@ -42,9 +45,18 @@ def to_mono(audio: Tensor, sample_rate: int, target_rate: int) -> Tensor:
         raise AudioError("audio has samples that are not finite (NaN or infinite)")
     if sample_rate < 1:
         raise AudioError(f"sample rate must be at least 1 Hz, not {sample_rate}")
-    if sample_rate != target_rate:
-        audio = torchaudio.functional.resample(audio, sample_rate, target_rate)
-    return audio
+    return audio if sample_rate == target_rate else _resample(audio, sample_rate, target_rate)
+
+
+def _resample(audio: Tensor, sample_rate: int, target_rate: int) -> Tensor:
+    """(samples,) to another rate; rates with hardly a common divisor (24,001 Hz) by their spectrum.
+
+    For those torchaudio's filter bank, one filter for each of the target rate's phases, would take gigabytes.
+    """
+    if sample_rate // math.gcd(sample_rate, target_rate) <= MAX_PHASES:
+        return torchaudio.functional.resample(audio, sample_rate, target_rate)
+    num_samples = max(1, round(audio.shape[0] * target_rate / sample_rate))
+    return torch.fft.irfft(torch.fft.rfft(audio), n=num_samples) * (num_samples / audio.shape[0])
 
 
 def _kind(audio: Tensor) -> str:
@@ -60,7 +72,7 @@ def read_audio(path: str | Path) -> tuple[Tensor, int]:
         raise AudioError(f"{path}: no such file")
     try:
         samples, sample_rate = sphn.read(str(path))
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception, and panics of its own
+    except (ValueError, OSError, RuntimeError) as error:
         raise AudioError(f"{path}: not audio that can be read: {error}") from error
     return torch.from_numpy(samples), int(sample_rate)
 

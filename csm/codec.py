@@ -29,7 +29,9 @@ class Codec:
         self.num_codebooks = num_codebooks
         self.device = device
         self._lock = threading.Lock()
-        self._mimi = loaders.get_mimi(None, mimi_config=moshi_config(config), device=device, num_codebooks=num_codebooks)
+        self._mimi = loaders.get_mimi(
+            None, mimi_config=moshi_config(config), device=device, num_codebooks=num_codebooks
+        )
         try:
             self._mimi.load_state_dict(dict(state))
         except RuntimeError as error:

@@ -1,9 +1,9 @@
 """One frame: every buffer that the step touches, and the step itself.
 
-A slot holds one *pending row*: the row of codes or text that the backbone has not read yet. ``prefill`` writes the keys
-and values of a prompt up to its last row, which it leaves pending; ``decode_frame`` reads the pending row of every slot,
-writes a frame of codes, and makes that frame the next pending row. So a prompt and a frame of speech are the same thing
-to the step, and a first frame needs nothing of its own.
+A slot holds one *pending row*: the row of codes or text that the backbone has not read yet. ``prefill`` writes the
+keys and values of a prompt up to its last row, which it leaves pending; ``decode_frame`` reads the pending row of every
+slot, writes a frame of codes, and makes that frame the next pending row. So a prompt and a frame of speech are the same
+thing to the step, and a first frame needs nothing of its own.
 
 Shapes: B slots, T rows, C columns of a row (K codebooks, then text), K codebooks, V ids, D dim.
 """
@@ -74,9 +74,7 @@ class FrameState:
 
 
 @torch.inference_mode()
-def prefill(
-    model: CSM, state: FrameState, slot: int, row_TC: Tensor, mask_TC: Tensor, params: SamplingParams
-) -> None:
+def prefill(model: CSM, state: FrameState, slot: int, row_TC: Tensor, mask_TC: Tensor, params: SamplingParams) -> None:
     """Start a request in ``slot``: write the keys and values of rows 0..T-2 and leave the last row pending.
 
     ``row_TC`` (T, K + 1) int64 and ``mask_TC`` bool, of T >= 1 rows that fit the cache.

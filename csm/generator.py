@@ -73,7 +73,7 @@ class Generator:
             CheckpointError: it is damaged or of another shape; the message names the file and the tensor.
             UnavailableError: it cannot be had (gated, no network, no space); the message says what to do.
         """
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        where = _device(device)
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         checkpoint = open_checkpoint(name)
         model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, where, dtype), where)
@@ -182,7 +182,9 @@ class Generator:
         """``generate``'s arguments, checked and tokenised."""
         frame_ms = 1000 / self._checkpoint.codec_config.frame_rate
         if not max_audio_length_ms >= frame_ms:
-            raise CSMError(f"the longest audio must be at least one frame of {frame_ms:g} ms, not {max_audio_length_ms} ms")
+            raise CSMError(
+                f"the longest audio must be at least one frame of {frame_ms:g} ms, not {max_audio_length_ms} ms"
+            )
         if topk > self.config.codebook_size:
             raise SamplingError(f"top-k must be at most {self.config.codebook_size}, not {topk}")
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
@@ -200,7 +202,9 @@ class Generator:
         if segment.codes is not None:
             return text_ids, check_codes(segment.codes, self.config)
         if segment.audio is None:
-            raise PromptError(f"a context turn has neither audio nor codes: speaker {segment.speaker}, {segment.text!r}")
+            raise PromptError(
+                f"a context turn has neither audio nor codes: speaker {segment.speaker}, {segment.text!r}"
+            )
         rate = self.sample_rate if segment.sample_rate is None else segment.sample_rate
         mono = to_mono(segment.audio, rate, self.sample_rate)
         check_length(-(-mono.shape[0] // self._checkpoint.codec_config.frame_size), self.config)
@@ -256,8 +260,18 @@ class Generator:
                 self._free_states = [state, *self._free_states][:2]
 
 
+def _device(name: str | torch.device | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CSMError(f"no device is called {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CSMError(f"device {device} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
 def load_csm_1b(device: str = "cuda") -> Generator:
     """CSM-1B in bfloat16 on ``device``: the reference implementation's way in."""
     return Generator.from_pretrained(DEFAULT_MODEL, device=device, dtype=torch.bfloat16)
-
-

@@ -50,7 +50,7 @@ class TextTokenizer:
     def __init__(self, path: Path, vocab_size: int):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+        except Exception as error:
             raise CheckpointError(f"{path}: not a tokenizer that can be read: {error}") from error
         # Text that happens to spell a special token is text, not an instruction to the model.
         self._tokenizer.encode_special_tokens = True
@@ -127,7 +127,5 @@ def check_codes(codes_TK: Tensor, config: CSMConfig) -> Tensor:
     codes_TK = codes_TK.to("cpu", torch.int64)
     low, high = codes_TK.aminmax()
     if low < 0 or high >= config.codebook_size:
-        raise PromptError(
-            f"codes must be within 0 and {config.codebook_size - 1}, not {low.item()} to {high.item()}"
-        )
+        raise PromptError(f"codes must be within 0 and {config.codebook_size - 1}, not {low.item()} to {high.item()}")
     return codes_TK

@@ -1,6 +1,6 @@
 """Grouped-query attention of a few query rows against the cache."""
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 

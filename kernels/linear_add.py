@@ -1,6 +1,6 @@
 """A linear layer added to the residual stream: attention output and MLP down projection."""
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 

@@ -1,7 +1,7 @@
 """RMSNorm, then a linear layer: the fused query, key and value projection of a block."""
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 

@@ -1,6 +1,6 @@
 """RMSNorm, the fused gate and up projections, and SiLU(gate) * up: the first half of a SwiGLU MLP."""
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from csm.kernels.norm_linear import rms_norm

@@ -76,9 +76,10 @@ def read_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
 
 
 def read_codec(checkpoint: Checkpoint, codec: str | Path | None, device: torch.device) -> dict[str, Tensor]:
-    """State dict (moshi's names, float32) of the codec: of the file ``codec``, else the checkpoint's own, else Kyutai's.
+    """State dict of the codec, in moshi's names and float32.
 
-    Kyutai's file is looked for in the checkpoint's folder, then on the hub.
+    Read from the file ``codec``; else from the checkpoint itself; else from Kyutai's file, looked for in the
+    checkpoint's folder and then on the hub.
     """
     if codec is None and checkpoint.has_codec:
         return _read(checkpoint, mimi_table(checkpoint.codec_config), device, torch.float32)
@@ -97,7 +98,9 @@ def _find(name: str) -> Path:
         raise CheckpointError(f"{path} is a file; give the folder that holds it, its config.json and tokenizer.json")
     repo, _, revision = name.partition("@")
     if repo.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"no folder {name!r}, and no name on the hub either: that is owner/model or owner/model@revision")
+        raise CheckpointError(
+            f"no folder {name!r}, and no name on the hub either: that is owner/model or owner/model@revision"
+        )
     return hub.fetch_checkpoint(repo, revision or None)
 
 
@@ -130,9 +133,8 @@ def _read(checkpoint: Checkpoint, table: Table, device: torch.device, dtype: tor
         tensor = read_tensor(checkpoint.file_of[names[0]], names[0])
         for tied in names[1:]:
             if not torch.equal(tensor, read_tensor(checkpoint.file_of[tied], tied)):
-                raise CheckpointError(
-                    f"{checkpoint.file_of[tied]}: tensor {tied} differs from {names[0]}; untied embeddings are not supported"
-                )
+                path = checkpoint.file_of[tied]
+                raise CheckpointError(f"{path}: tensor {tied} differs from {names[0]}: untied embeddings do not fit")
         rows = state[entry.target][entry.first : entry.first + entry.target_shape[0]]
         rows.copy_(entry.to_target(tensor))
     return state

@@ -30,7 +30,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor, mapped from its file. Raises CheckpointError, naming both, if it cannot be read or is not of floats."""
+    """One tensor, mapped from its file. Raises CheckpointError, naming both, if it is unreadable or not of floats."""
     try:
         if path.suffix == ".pt":
             tensor = _load_pt(path)[name]

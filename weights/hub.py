@@ -101,7 +101,8 @@ def _fetch(repo: str, name: str, revision: str | None) -> Path:
         raise UnavailableError(f"{repo}: no revision {revision!r}") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UnavailableError(
-            f"no folder and no repository on the hub is called {repo!r} (a private one needs `hf auth login`). {OTHERWISE}"
+            f"neither a folder nor a repository on the hub is called {repo!r} (a private one needs `hf auth login`). "
+            f"{OTHERWISE}"
         ) from error
     except OSError as error:
         raise UnavailableError(_network_reason(repo, name, error)) from error

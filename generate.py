@@ -1,0 +1,160 @@
+"""Text to a WAV file: ``python generate.py --text "Hello."``. ``--help`` lists the options."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from csm import CSMError, Generator, PromptTooLongError, Segment, UnavailableError
+from csm.audio import WavWriter, read_audio
+from csm.generator import DEFAULT_MODEL
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CODEC_RATE = 24_000  # Hz, Mimi's
+TINY_NOTE = "the tiny checkpoint has random weights: what follows is noise, not speech"
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="generate.py", description="Speak text with CSM-1B into a WAV file.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help='what to say; "-" reads standard input; every line is one utterance')
+    source.add_argument("--file", type=Path, help="a text file; every line is one utterance")
+    parser.add_argument(
+        "--model",
+        help=f"hub name[@revision], folder, or tiny (default: {DEFAULT_MODEL} where it can be had, else tiny)",
+    )
+    parser.add_argument("--codec", type=Path, help="Mimi weights in Kyutai's layout (default: the checkpoint's own)")
+    parser.add_argument("--out", type=Path, default=Path("out.wav"), help="the WAV file to write (default: out.wav)")
+    parser.add_argument("--speaker", type=int, default=0, help="speaker id (default: 0)")
+    parser.add_argument("--ref", type=Path, help="a recording of the voice to continue; needs --ref-text")
+    parser.add_argument("--ref-text", help="what is said in --ref")
+    parser.add_argument("--seed", type=int, help="repeats a run (default: drawn, and printed)")
+    parser.add_argument("--temperature", type=float, default=0.9, help="0 is greedy (default: 0.9)")
+    parser.add_argument("--top-k", type=int, default=50, help="draw among this many best codes (default: 50)")
+    parser.add_argument("--max-seconds", type=float, default=90.0, help="most audio an utterance (default: 90)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="bfloat16 on a GPU by default")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args(argv)
+
+
+def read_lines(args: argparse.Namespace) -> list[str]:
+    """The utterances: every line that is not blank."""
+    try:
+        if args.file is not None:
+            text = args.file.read_text(encoding="utf-8")
+        else:
+            text = sys.stdin.read() if args.text == "-" else args.text
+    except (OSError, UnicodeDecodeError) as error:
+        raise CSMError(f"{args.file or 'standard input'}: cannot be read as text: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise CSMError("there is no text to speak")
+    return lines
+
+
+def read_reference(args: argparse.Namespace) -> list[Segment]:
+    if (args.ref is None) != (args.ref_text is None):
+        raise CSMError("--ref and --ref-text go together: the recording, and what is said in it")
+    if args.ref is None:
+        return []
+    audio, sample_rate = read_audio(args.ref)
+    return [Segment(args.speaker, args.ref_text, audio, sample_rate=sample_rate)]
+
+
+def load(args: argparse.Namespace) -> Generator:
+    """The generator that was asked for; only where no model was named does the tiny one stand in."""
+    device = None if args.device == "auto" else args.device
+    dtype = DTYPES.get(args.dtype)
+    try:
+        generator = Generator.from_pretrained(args.model or DEFAULT_MODEL, device=device, dtype=dtype, codec=args.codec)
+    except UnavailableError as error:
+        if args.model is not None:
+            raise
+        print(f"WARNING: no CSM-1B: {error}", file=sys.stderr)
+        print(f"WARNING: falling back to the embedded checkpoint; {TINY_NOTE}", file=sys.stderr)
+        return Generator.from_pretrained("tiny", device=device, dtype=dtype)
+    if args.model == "tiny":
+        print(f"note: {TINY_NOTE}", file=sys.stderr)
+    return generator
+
+
+def stream_line(
+    generator: Generator,
+    args: argparse.Namespace,
+    line: str,
+    index: int,
+    reference: list[Segment],
+    before: list[Segment],
+) -> Iterator[Tensor]:
+    """One utterance, continuing the voice of the line before it where that still fits the prompt."""
+
+    def stream(context: list[Segment]) -> Iterator[Tensor]:
+        return generator.stream(
+            line,
+            args.speaker,
+            context,
+            max_audio_length_ms=args.max_seconds * 1000,
+            temperature=args.temperature,
+            topk=args.top_k,
+            seed=args.seed + index,
+        )
+
+    try:
+        return stream([*reference, *before])
+    except PromptTooLongError:
+        if not before:
+            raise
+        return stream(reference)
+
+
+def run(args: argparse.Namespace) -> str:
+    """Write the WAV file; return the closing line."""
+    lines, reference = read_lines(args), read_reference(args)
+    args.seed = secrets.randbits(32) if args.seed is None else args.seed
+    with WavWriter(args.out, CODEC_RATE) as wav:
+        generator = load(args)
+        started, first_audio, num_samples = time.perf_counter(), None, 0
+        before: list[Segment] = []
+        for index, line in enumerate(lines):
+            stream = stream_line(generator, args, line, index, reference, before)
+            chunks = []
+            # One step of the bar is one frame of 80 ms, so its rate is in times real time.
+            for chunk in tqdm(stream, desc=line[:40], unit="s", unit_scale=0.08, disable=args.quiet, leave=False):
+                first_audio = first_audio or time.perf_counter() - started
+                wav.write(chunk)
+                chunks.append(chunk)
+            before = [Segment(args.speaker, line, torch.cat(chunks))] if chunks else []
+            num_samples += sum(chunk.shape[0] for chunk in chunks)
+    elapsed, seconds = time.perf_counter() - started, num_samples / CODEC_RATE
+    if not first_audio:
+        return f"{args.out}: the speech ended before its first frame; seed {args.seed}, on {generator.device}"
+    return (
+        f"{args.out}: {seconds:.2f} s of audio in {elapsed:.2f} s (RTF {elapsed / seconds:.2f}), "
+        f"first audio after {first_audio * 1000:.0f} ms, on {generator.device}, seed {args.seed}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 with one line on stderr for what the user can mend."""
+    args = parse_arguments(argv)
+    try:
+        print(run(args))
+    except (CSMError, OSError) as error:
+        print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
