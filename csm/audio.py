@@ -28,12 +28,12 @@ def to_mono(audio: Tensor, sample_rate: int, target_rate: int) -> Tensor:
     not finite, or not of that shape.
     """
     audio = torch.as_tensor(audio).detach().cpu()
+    if audio.dtype == torch.bool or audio.is_complex() or audio.ndim not in (1, 2):
+        raise AudioError(f"audio must be (samples,) or (channels, samples) of real numbers, not {_kind(audio)}")
     if audio.dtype == torch.uint8:  # 8-bit PCM is unsigned
         audio = audio.float() / 128 - 1
     elif not audio.is_floating_point():
-        audio = audio.float() / (torch.iinfo(audio.dtype).max + 1) if audio.dtype != torch.bool else audio
-    if audio.dtype == torch.bool or audio.is_complex() or audio.ndim not in (1, 2):
-        raise AudioError(f"audio must be (samples,) or (channels, samples) of real numbers, not {_kind(audio)}")
+        audio = audio.float() / (torch.iinfo(audio.dtype).max + 1)
     if audio.ndim == 2:
         if audio.shape[0] > 8:
             raise AudioError(f"audio must be (channels, samples) with at most 8 channels, not {tuple(audio.shape)}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from csm.config import TransformerConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KVCache:
     """``k_LBGSd`` and ``v_LBGSd``, allocated once and written in place by the op ``rope_cache``.
 

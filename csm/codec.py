@@ -123,24 +123,7 @@ def moshi_config(config: CodecConfig) -> dict[str, Any]:
         "sample_rate": config.sample_rate,
         "channels": 1,
         "frame_rate": config.frame_rate,
-        "seanet": {
-            "channels": 1,
-            "dimension": config.dim,
-            "causal": True,
-            "n_filters": config.num_filters,
-            "n_residual_layers": config.num_residual_layers,
-            "activation": "ELU",
-            "compress": config.compress,
-            "dilation_base": config.dilation_base,
-            "disable_norm_outer_blocks": 0,
-            "kernel_size": config.kernel_size,
-            "residual_kernel_size": config.residual_kernel_size,
-            "last_kernel_size": config.last_kernel_size,
-            "norm": "none",
-            "pad_mode": "constant",
-            "ratios": list(config.ratios),
-            "true_skip": True,
-        },
+        "seanet": _seanet_config(config),
         "quantizer": {
             "dimension": config.codebook_dim,
             "n_q": config.num_codebooks,
@@ -164,6 +147,28 @@ def moshi_config(config: CodecConfig) -> dict[str, Any]:
             "input_dimension": config.dim,
             "output_dimensions": [config.dim],
         },
+    }
+
+
+def _seanet_config(config: CodecConfig) -> dict[str, Any]:
+    """The convolutional encoder's and decoder's."""
+    return {
+        "channels": 1,
+        "dimension": config.dim,
+        "causal": True,
+        "n_filters": config.num_filters,
+        "n_residual_layers": config.num_residual_layers,
+        "activation": "ELU",
+        "compress": config.compress,
+        "dilation_base": config.dilation_base,
+        "disable_norm_outer_blocks": 0,
+        "kernel_size": config.kernel_size,
+        "residual_kernel_size": config.residual_kernel_size,
+        "last_kernel_size": config.last_kernel_size,
+        "norm": "none",
+        "pad_mode": "constant",
+        "ratios": list(config.ratios),
+        "true_skip": True,
     }
 
 

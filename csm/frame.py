@@ -20,10 +20,11 @@ from csm.config import CSMConfig
 from csm.model import CSM
 from csm.sampling import SamplingParams, gumbel_noise, sample
 
+SPAN_STEP = 256  # spans of the cache come in multiples of this
 PREFILL_ROWS = 256  # rows a pass: bounds the memory of the 33 embeddings of each row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FrameState:
     """Every buffer of the step, at a fixed address. All are read and written on the device only.
 
@@ -97,9 +98,17 @@ def prefill(model: CSM, state: FrameState, slot: int, row_TC: Tensor, mask_TC: T
     state.top_k_B[slot] = params.top_k
 
 
+def span_of(num_positions: int, state: FrameState) -> int:
+    """The least span, of the few that there are, that holds so many positions."""
+    return min(-(-num_positions // SPAN_STEP) * SPAN_STEP, state.backbone_cache.max_positions)
+
+
 @torch.inference_mode()
-def decode_frame(model: CSM, state: FrameState) -> None:
+def decode_frame(model: CSM, state: FrameState, span: int | None = None) -> None:
     """Read the pending row of every slot and speak one frame into ``state.codes_BK``.
+
+    ``span`` bounds how many positions of the cache are looked at (None: all); every slot's position must lie within.
+    It is a constant of the step, chosen among few, not a position.
 
     No sync with the host and no position of Python's: positions, frame counters and sampling parameters are read, and
     the first two advanced, on the device.
@@ -114,7 +123,7 @@ def decode_frame(model: CSM, state: FrameState) -> None:
         return model.embed_code(codebook, code_B)
 
     x_B1D = model.embed_rows(state.row_BC.unsqueeze(1), state.mask_BC.unsqueeze(1))
-    at = model.backbone.places(state.position_B.unsqueeze(1), span=state.backbone_cache.max_positions)
+    at = model.backbone.places(state.position_B.unsqueeze(1), span or state.backbone_cache.max_positions)
     hidden_BD = model.backbone(x_B1D, state.backbone_cache, at)[:, -1]
     code_embedding_BD = draw(0, hidden_BD)
 

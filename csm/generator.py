@@ -20,7 +20,7 @@ from csm.audio import to_mono
 from csm.codec import Codec
 from csm.config import CSMConfig
 from csm.errors import CSMError, PromptError, SamplingError
-from csm.frame import FrameState, decode_frame, prefill
+from csm.frame import FrameState, decode_frame, prefill, span_of
 from csm.model import CSM
 from csm.prompt import Prompt, Segment, TextTokenizer, build_prompt, check_codes, check_length
 from csm.sampling import SamplingParams
@@ -183,7 +183,7 @@ class Generator:
         frame_ms = 1000 / self._checkpoint.codec_config.frame_rate
         if not max_audio_length_ms >= frame_ms:
             raise CSMError(
-                f"the longest audio must be at least one frame of {frame_ms:g} ms, not {max_audio_length_ms} ms"
+                f"the audio's limit must be at least one frame ({frame_ms:g} ms), not {max_audio_length_ms} ms"
             )
         if topk > self.config.codebook_size:
             raise SamplingError(f"top-k must be at most {self.config.codebook_size}, not {topk}")
@@ -212,13 +212,15 @@ class Generator:
 
     def _speak(self, requests: Sequence[Request]) -> Iterator[tuple[int, Tensor]]:
         """The one loop: (slot, frame (K,)) as they are spoken, until every slot has ended."""
+        if not requests:
+            return
         with self._borrow_state(len(requests)) as state:
             for slot, request in enumerate(requests):
                 prefill(self.model, state, slot, request.prompt.row_TC, request.prompt.mask_TC, request.params)
             live = {slot: request.max_frames for slot, request in enumerate(requests)}
-            spoken = 0
+            longest, spoken = max(request.prompt.row_TC.shape[0] for request in requests), 0
             while live:
-                decode_frame(self.model, state)
+                decode_frame(self.model, state, span_of(longest + spoken, state))
                 spoken += 1
                 codes_BK = state.codes_BK.cpu()
                 for slot, max_frames in list(live.items()):

@@ -62,7 +62,8 @@ def gumbel_noise(seed_B: Tensor, frame_B: Tensor, num_codebooks: int, codebook_s
     """Standard Gumbel noise of all codebooks of a frame: (B, K, V) float32.
 
     Philox keyed by the seed; the counter is (id // 4, codebook, frame, 0), and word ``id % 4`` of the output belongs to
-    ``id``. A word's upper 24 bits, centred in their interval, give a uniform number strictly within 0 and 1.
+    ``id``. A word's upper 23 bits, centred in their interval, give a uniform number strictly within 0 and 1 that
+    float32 holds exactly.
     """
     device = seed_B.device
     quad_V = torch.arange(-(-codebook_size // 4), device=device)
@@ -71,7 +72,7 @@ def gumbel_noise(seed_B: Tensor, frame_B: Tensor, num_codebooks: int, codebook_s
     counter = (quad_V, codebook_K1, frame_B11, torch.zeros_like(frame_B11))
     words = philox(counter, (seed_B11 & WORD, (seed_B11 >> 32) & WORD))
     word_BKV = torch.stack(words, dim=-1).flatten(-2)[..., :codebook_size]
-    uniform_BKV = ((word_BKV >> 8).float() + 0.5) * 2.0**-24
+    uniform_BKV = ((word_BKV >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform_BKV))
 
 

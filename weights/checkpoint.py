@@ -13,7 +13,7 @@ from csm.errors import CheckpointError
 from csm.weights import hub
 from csm.weights.config_json import read_config
 from csm.weights.files import read_tensor, tensor_shapes
-from csm.weights.layouts import Entry, Table, empty_state, hf_table, mimi_table, sesame_table
+from csm.weights.layouts import Table, empty_state, hf_table, mimi_table, sesame_table
 
 TINY = Path(__file__).parent / "tiny"
 MIMI_REPO = "kyutai/moshiko-pytorch-bf16"
@@ -108,7 +108,7 @@ def _check(checkpoint: Checkpoint, table: Table) -> None:
     """Raise CheckpointError at the first tensor that is missing, mis-shaped or left over."""
     known: set[str] = set()
     for entry in table:
-        names = [name for name in _names(entry) if name in checkpoint.file_of]
+        names = [name for name in entry.names if name in checkpoint.file_of]
         if not names:
             raise CheckpointError(f"{checkpoint.folder}: tensor {entry.source} is missing")
         for name in names:
@@ -121,15 +121,11 @@ def _check(checkpoint: Checkpoint, table: Table) -> None:
             raise CheckpointError(f"{path}: tensor {name} is left over: no part of this model")
 
 
-def _names(entry: Entry) -> list[str]:
-    return [entry.source] if entry.alias is None else [entry.source, entry.alias]
-
-
 def _read(checkpoint: Checkpoint, table: Table, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     state = empty_state(table, device, dtype)
     # The largest first: what a tensor's map takes meanwhile is then never on top of a nearly full model.
     for entry in sorted(table, key=lambda entry: -torch.Size(entry.shape).numel()):
-        names = [name for name in _names(entry) if name in checkpoint.file_of]
+        names = [name for name in entry.names if name in checkpoint.file_of]
         tensor = read_tensor(checkpoint.file_of[names[0]], names[0])
         for tied in names[1:]:
             if not torch.equal(tensor, read_tensor(checkpoint.file_of[tied], tied)):

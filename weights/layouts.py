@@ -56,6 +56,11 @@ class Entry:
         return tensor
 
     @property
+    def names(self) -> list[str]:
+        """Names under which the tensor may stand in a file."""
+        return [self.source] if self.alias is None else [self.source, self.alias]
+
+    @property
     def target_shape(self) -> tuple[int, ...]:
         if self.change is Change.TRANSPOSE:
             return (*self.shape[:-2], self.shape[-1], self.shape[-2])
@@ -80,10 +85,11 @@ def target_shapes(table: Table) -> dict[str, tuple[int, ...]]:
 
 
 def export(state: dict[str, Tensor], table: Table) -> Iterator[tuple[str, Tensor]]:
-    """(file's name, contiguous tensor) of every entry of a table, from the model's own state dict."""
+    """(file's name, contiguous tensor) of every tensor of a layout, tied copies too."""
     for entry in table:
         rows = state[entry.target][entry.first : entry.first + entry.target_shape[0]]
-        yield entry.source, entry.to_source(rows).contiguous()
+        for name in entry.names:
+            yield name, entry.to_source(rows).clone(memory_format=torch.contiguous_format)
 
 
 def sesame_table(config: CSMConfig) -> Table:

@@ -1,0 +1,81 @@
+"""Shared fixtures: the embedded checkpoint, and small checkpoints in Sesame's layout."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub reads it: no test waits for a hub
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from csm import Generator
+from csm.config import CSMConfig, TransformerConfig
+from csm.weights.config_json import write_hf_config
+from csm.weights.layouts import sesame_table
+from csm.weights.make_tiny import CODEC, byte_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The embedded checkpoint on the CPU."""
+    return Generator.from_pretrained("tiny", device="cpu")
+
+
+SESAME_CONFIG = CSMConfig(
+    backbone=TransformerConfig(
+        num_layers=3, dim=48, num_heads=6, num_kv_heads=2, head_dim=8, hidden_dim=80, max_positions=2048
+    ),
+    depth_decoder=TransformerConfig(
+        num_layers=2, dim=40, num_heads=5, num_kv_heads=1, head_dim=8, hidden_dim=64, max_positions=8
+    ),
+    text_vocab_size=258,
+    audio_vocab_size=259,
+    num_codebooks=8,
+    codebook_size=256,
+)
+
+
+def tensors_of(path):
+    """The tensors of a file, in memory of their own: the file may be written again."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+def sesame_weights(config, seed=0):
+    """Random weights under Sesame's names, large enough that every part matters."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for entry in sesame_table(config):
+        noise = torch.randn(entry.shape, generator=generator)
+        if len(entry.shape) == 1:
+            weights[entry.source] = 1 + 0.2 * noise
+        elif "embeddings" in entry.source:
+            weights[entry.source] = noise
+        else:
+            fan_in = entry.shape[-2] if entry.source == "audio_head" else entry.shape[-1]
+            weights[entry.source] = 1.5 * noise / math.sqrt(fan_in)
+    return weights
+
+
+def write_sesame(folder, weights, config=SESAME_CONFIG, file="model.safetensors"):
+    """A folder with weights in Sesame's layout beside the hub's HF-style config.json."""
+    folder.mkdir(exist_ok=True)
+    if file.endswith(".pt"):
+        torch.save(weights, folder / file)
+    else:
+        save_file(weights, folder / file)
+    (folder / "config.json").write_text(json.dumps(write_hf_config(config, CODEC)))
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sesame_state():
+    return sesame_weights(SESAME_CONFIG)
+
+
+@pytest.fixture(scope="session")
+def sesame_folder(sesame_state, tmp_path_factory):
+    return write_sesame(tmp_path_factory.mktemp("sesame"), sesame_state)

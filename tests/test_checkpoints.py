@@ -1,0 +1,408 @@
+"""Layouts, damaged files, memory: loading what people have, and naming what is wrong with it."""
+
+import io
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from conftest import SESAME_CONFIG, tensors_of, write_sesame
+from csm import CheckpointError, Generator
+from csm.config import CSM_1B, LLAMA_1B, LLAMA_100M, MIMI, RopeScaling
+from csm.weights import open_checkpoint
+from csm.weights.checkpoint import TINY
+from csm.weights.config_json import read_config, write_hf_config
+from csm.weights.layouts import export, hf_table, mimi_table, sesame_table, target_shapes
+from csm.weights.make_tiny import CODEC, CONFIG, random_state
+from oracle import Shape, random_model, save
+
+OLD_CONFIG = {
+    "backbone_flavor": "llama-1B",
+    "decoder_flavor": "llama-100M",
+    "text_vocab_size": 128_256,
+    "audio_vocab_size": 2051,
+    "audio_num_codebooks": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    return save(random_model(Shape()), tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """A copy of a checkpoint, to damage."""
+
+    def copy(folder):
+        return shutil.copytree(folder, tmp_path / "copy")
+
+    return copy
+
+
+def state(folder, **options):
+    return Generator.from_pretrained(folder, device="cpu", **options).model.state_dict()
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+class TestLayouts:
+    def test_shards(self, hf_folder, tmp_path):
+        folder = save(random_model(Shape()), tmp_path, max_shard_size="100KB")
+        assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+        assert same(state(folder), state(hf_folder))
+
+    def test_shards_as_sesame_names_them(self, hf_folder, tmp_path):
+        """transformers-0000x-of-0000y.safetensors beside Sesame's own file: the HF layout, with its codec, is taken."""
+        folder = save(random_model(Shape()), tmp_path, max_shard_size="100KB")
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        for shard in set(index["weight_map"].values()):
+            (folder / shard).rename(folder / shard.replace("model-", "transformers-"))
+        index["weight_map"] = {k: v.replace("model-", "transformers-") for k, v in index["weight_map"].items()}
+        (folder / "transformers.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "model.safetensors.index.json").unlink()
+        (folder / "model.safetensors").write_bytes(b"not to be read")
+        assert open_checkpoint(folder).has_codec
+        assert same(state(folder), state(hf_folder))
+
+    @pytest.mark.parametrize("kept", ["backbone", "depth", "both"])
+    def test_tied_embedding_under_either_name(self, hf_folder, copy_of, kept):
+        folder = copy_of(hf_folder)
+        tensors = tensors_of(folder / "model.safetensors")
+        names = {
+            "backbone": "backbone_model.embed_tokens.embed_audio_tokens.weight",
+            "depth": "depth_decoder.model.embed_tokens.weight",
+        }
+        embedding = next(tensors.pop(name) for name in names.values() if name in tensors)
+        for who, name in names.items():
+            if kept in (who, "both"):
+                tensors[name] = embedding.clone()
+        save_file(tensors, folder / "model.safetensors")
+        assert same(state(folder), state(hf_folder))
+
+    def test_untied_embeddings_are_refused(self, hf_folder, copy_of):
+        folder = copy_of(hf_folder)
+        tensors = tensors_of(folder / "model.safetensors")
+        name = "backbone_model.embed_tokens.embed_audio_tokens.weight"
+        tensors[name] = tensors["depth_decoder.model.embed_tokens.weight"] + 1
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"embed_tokens\.weight.*differs"):
+            state(folder)
+
+    def test_an_hf_folder_without_a_codec_is_fine_until_audio_is_wanted(self, hf_folder, copy_of):
+        folder = copy_of(hf_folder)
+        tensors = tensors_of(folder / "model.safetensors")
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("codec_model.")}
+        save_file(tensors, folder / "model.safetensors")
+        generator = Generator.from_pretrained(folder, device="cpu")
+        assert generator.generate_codes("Hi.", 0, max_audio_length_ms=80, seed=0).shape == (1, 8)
+        with pytest.raises(CheckpointError, match="kyutai/moshiko-pytorch-bf16"):
+            generator.generate("Hi.", 0, max_audio_length_ms=80)
+
+    @pytest.mark.parametrize("table", [sesame_table(CONFIG), hf_table(CONFIG), mimi_table(CODEC)], ids=len)
+    def test_tables_are_inverses(self, table):
+        """Out through a table and in again: every parameter, every row."""
+        original = random_state(table, seed=3)
+        exported = dict(export(original, table))
+        rebuilt = {name: torch.full(shape, torch.nan) for name, shape in target_shapes(table).items()}
+        for entry in table:
+            rows = rebuilt[entry.target][entry.first : entry.first + entry.target_shape[0]]
+            assert torch.isnan(rows).all()  # no two entries fill the same rows
+            assert exported[entry.source].shape == entry.shape
+            rows.copy_(entry.to_target(exported[entry.source]))
+        assert same(original, rebuilt)
+
+    def test_tensor_counts_of_the_published_files(self):
+        assert len(sesame_table(CSM_1B)) == 187
+        assert sum(len(entry.names) for entry in hf_table(CSM_1B)) + len(mimi_table(MIMI)) == 538
+        parameters = sum(torch.Size(shape).numel() for shape in target_shapes(sesame_table(CSM_1B)).values())
+        assert round(parameters / 1e9, 3) == 1.553
+
+    def test_the_embedded_checkpoint_is_what_its_script_writes(self, tmp_path):
+        from csm.weights.make_tiny import main
+
+        main(tmp_path)
+        assert (tmp_path / "config.json").read_bytes() == (TINY / "config.json").read_bytes()
+        written, shipped = tensors_of(tmp_path / "model.safetensors"), tensors_of(TINY / "model.safetensors")
+        assert same(written, shipped)
+
+    def test_transformers_reads_the_embedded_checkpoint(self):
+        from transformers import CsmForConditionalGeneration
+
+        _, report = CsmForConditionalGeneration.from_pretrained(TINY, output_loading_info=True)
+        assert not any(report.values())
+
+
+class TestConfig:
+    def write(self, folder, values):
+        path = folder / "config.json"
+        path.write_text(values if isinstance(values, str) else json.dumps(values))
+        return path
+
+    def test_old_form(self, tmp_path):
+        assert read_config(self.write(tmp_path, OLD_CONFIG)) == (CSM_1B, MIMI)
+
+    def test_hf_form_as_transformers_writes_it(self, tmp_path):
+        """Its defaults are CSM-1B but for the rope scaling, which the published file gives."""
+        from transformers import CsmConfig
+
+        scaling = dict(rope_type="llama3", factor=32.0)
+        backbone = dict(**scaling, low_freq_factor=0.125, high_freq_factor=0.5, original_max_position_embeddings=1024)
+        depth = dict(
+            **scaling, low_freq_factor=0.001953125, high_freq_factor=0.0078125, original_max_position_embeddings=16
+        )
+        CsmConfig(rope_scaling=backbone, depth_decoder_config=dict(rope_scaling=depth)).save_pretrained(tmp_path)
+        values = json.loads((tmp_path / "config.json").read_text())
+        config, codec = read_config(
+            self.write(tmp_path, OLD_CONFIG | values)
+        )  # the published file has both forms' keys
+        assert codec == MIMI
+        assert config.backbone.rope_scaling == RopeScaling(32.0, 0.125, 0.5, 1024)
+        assert config.depth_decoder.rope_scaling == RopeScaling(32.0, 0.001953125, 0.0078125, 16)
+        for ours, preset in ((config.backbone, LLAMA_1B), (config.depth_decoder, LLAMA_100M)):
+            assert {**vars(ours), "rope_scaling": None} == {**vars(preset), "rope_scaling": None}
+
+    def test_rope_parameters_of_transformers_5(self, tmp_path):
+        values = write_hf_config(CONFIG, CODEC)
+        for part in (values, values["depth_decoder_config"]):
+            part["rope_parameters"] = {**part.pop("rope_scaling"), "rope_theta": part.pop("rope_theta")}
+        values["codec_config"]["rope_parameters"] = {"rope_theta": values["codec_config"].pop("rope_theta")}
+        assert read_config(self.write(tmp_path, values)) == (CONFIG, CODEC)
+
+    def test_write_is_the_inverse_of_read(self, tmp_path):
+        assert read_config(self.write(tmp_path, write_hf_config(CONFIG, CODEC))) == (CONFIG, CODEC)
+        assert read_config(self.write(tmp_path, write_hf_config(CSM_1B, MIMI))) == (CSM_1B, MIMI)
+
+    BAD = {
+        "unknown key": (OLD_CONFIG | {"colour": "red"}, "unknown key 'colour'"),
+        "missing key": ({"backbone_flavor": "llama-1B"}, "missing key 'audio_num_codebooks'"),
+        "unknown flavor": (OLD_CONFIG | {"backbone_flavor": "llama-7B"}, "unknown flavor 'llama-7B'"),
+        "neither form": ({"model_type": "bert"}, "neither"),
+        "not an object": ([1, 2], "not a JSON object"),
+        "not JSON": ("{", "not JSON"),
+        "a word for a number": (OLD_CONFIG | {"text_vocab_size": "many"}, "wrong type"),
+    }
+
+    @pytest.mark.parametrize("name", BAD)
+    def test_bad_configs_are_named(self, tmp_path, name):
+        values, message = self.BAD[name]
+        with pytest.raises(CheckpointError, match=message) as caught:
+            read_config(self.write(tmp_path, values))
+        assert "config.json" in str(caught.value)
+
+    BAD_HF = {
+        ("hidden_act",): ("gelu", "hidden_act must be 'silu'"),
+        ("novelty",): (1, "unknown key 'novelty'"),
+        ("tie_codebooks_embeddings",): (False, "tie_codebooks_embeddings"),
+        ("num_key_value_heads",): (3, "multiple of num_kv_heads"),
+        ("num_hidden_layers",): (0, "num_layers must be positive"),
+        ("head_dim",): (31, "head_dim must be even"),
+        ("rope_scaling", "rope_type"): ("yarn", "rope_type"),
+        ("depth_decoder_config", "num_codebooks"): (9, "num_codebooks is 9"),
+        ("depth_decoder_config", "mlp_bias"): (True, "depth_decoder_config.mlp_bias must be False"),
+        ("depth_decoder_config", "colour"): ("red", "unknown key 'depth_decoder_config.colour'"),
+        ("codec_config", "pad_mode"): ("replicate", "codec_config.pad_mode"),
+        ("codec_config", "num_quantizers"): (4, "num_quantizers is 4, of 8"),
+        ("codec_config", "colour"): ("red", "unknown key 'codec_config.colour'"),
+        ("codec_config", "codebook_size"): (300, r"codebook_size \(300\)"),
+    }
+
+    @pytest.mark.parametrize("keys", BAD_HF, ids=".".join)
+    def test_bad_hf_configs_are_named(self, tmp_path, keys):
+        value, message = self.BAD_HF[keys]
+        values = part = write_hf_config(CONFIG, CODEC)
+        for key in keys[:-1]:
+            part = part[key]
+        part[keys[-1]] = value
+        with pytest.raises(CheckpointError, match=message):
+            read_config(self.write(tmp_path, values))
+
+
+class Trap:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+class TestDamage:
+    """Each fault is named with its file and its tensor."""
+
+    def damage(self, folder, change):
+        tensors = tensors_of(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    @pytest.mark.parametrize("layout", ["sesame", "hf"])
+    def test_missing_left_over_and_mis_shaped_tensors(self, layout, sesame_folder, hf_folder, copy_of):
+        folder = copy_of(sesame_folder if layout == "sesame" else hf_folder)
+        pristine = tensors_of(folder / "model.safetensors")
+        block = "backbone.layers.1.mlp.w3" if layout == "sesame" else "backbone_model.layers.1.mlp.up_proj"
+        name = f"{block}.weight"
+        faults = [
+            (lambda tensors: tensors.pop(name), "is missing"),
+            (lambda tensors: tensors.update({"intruder.weight": torch.zeros(2)}), "left over"),
+            (lambda tensors: tensors.update({name: torch.zeros(2, 3)}), r"shape \(2, 3\)"),
+            (lambda tensors: tensors.update({name: torch.zeros_like(tensors[name], dtype=torch.int8)}), "int8"),
+        ]
+        for change, message in faults:
+            tensors = dict(pristine)
+            change(tensors)
+            save_file(tensors, folder / "model.safetensors")
+            with pytest.raises(CheckpointError, match=message) as caught:
+                state(folder)
+            assert ("intruder.weight" if message == "left over" else name) in str(caught.value)
+            assert str(folder) in str(caught.value)
+
+    def test_codec_tensors_are_checked_too(self, hf_folder, copy_of):
+        folder = copy_of(hf_folder)
+        self.damage(folder, lambda tensors: tensors.pop("codec_model.upsample.conv.weight"))
+        with pytest.raises(CheckpointError, match=r"codec_model\.upsample\.conv\.weight is missing"):
+            state(folder)
+
+    @pytest.mark.parametrize("keep", [0, 4, 500, -1])
+    def test_truncated_safetensors(self, sesame_folder, copy_of, keep):
+        folder = copy_of(sesame_folder)
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:keep])
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated or corrupt"):
+            state(folder)
+
+    @pytest.mark.parametrize("keep", [0, 100, 5000, -1])
+    def test_truncated_pt(self, sesame_state, tmp_path, keep):
+        folder = write_sesame(tmp_path / "pt", sesame_state, file="ckpt.pt")
+        path = folder / "ckpt.pt"
+        path.write_bytes(path.read_bytes()[:keep])
+        with pytest.raises(CheckpointError, match=r"ckpt\.pt"):
+            state(folder)
+
+    def test_code_in_a_pickle_is_not_run(self, sesame_state, tmp_path):
+        trap = tmp_path / "sprung"
+        folder = write_sesame(tmp_path / "pt", {**sesame_state, "trap": Trap(trap)}, file="ckpt.pt")
+        with pytest.raises(CheckpointError, match=r"ckpt\.pt.*never run"):
+            state(folder)
+        assert not trap.exists()
+
+    def test_an_old_style_pickle_is_not_run_either(self, sesame_folder, copy_of, tmp_path):
+        folder, trap = copy_of(sesame_folder), tmp_path / "sprung"
+        (folder / "model.safetensors").unlink()
+        (folder / "ckpt.pt").write_bytes(pickle.dumps(Trap(trap)))
+        with pytest.raises(CheckpointError, match=r"ckpt\.pt"):
+            state(folder)
+        assert not trap.exists()
+
+    @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"step": {"nested": torch.zeros(1)}}], ids=str)
+    def test_a_pt_file_of_something_else(self, sesame_folder, copy_of, content):
+        folder = copy_of(sesame_folder)
+        (folder / "model.safetensors").unlink()
+        torch.save(content, folder / "ckpt.pt")
+        with pytest.raises(CheckpointError, match=r"ckpt\.pt"):
+            state(folder)
+
+    def test_a_zip_that_is_no_checkpoint(self, sesame_folder, copy_of):
+        folder = copy_of(sesame_folder)
+        (folder / "model.safetensors").unlink()
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("a.txt", "a")
+        (folder / "ckpt.pt").write_bytes(buffer.getvalue())
+        with pytest.raises(CheckpointError, match=r"ckpt\.pt"):
+            state(folder)
+
+    @pytest.mark.parametrize(
+        "index", ["{", "[]", '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": 1}}']
+    )
+    def test_bad_indexes(self, sesame_folder, copy_of, index):
+        folder = copy_of(sesame_folder)
+        (folder / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(CheckpointError, match=r"index\.json"):
+            state(folder)
+
+    def test_a_missing_shard(self, sesame_folder, copy_of):
+        folder = copy_of(sesame_folder)
+        index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match=r"00001-of-00002\.safetensors: no such file"):
+            state(folder)
+
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+    def test_a_missing_file(self, sesame_folder, copy_of, name):
+        folder = copy_of(sesame_folder)
+        (folder / name).unlink()
+        with pytest.raises(CheckpointError, match=name):
+            state(folder)
+
+    def test_weights_of_another_model(self, sesame_folder, copy_of):
+        folder = copy_of(sesame_folder)
+        save_file({"bert.pooler": torch.zeros(2)}, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match="no text embedding"):
+            state(folder)
+
+    @pytest.mark.parametrize("name", ["no-such-model", "./nowhere", "/nowhere/at/all", "a/b/c", "../x/y"])
+    def test_names_that_lead_nowhere(self, name):
+        with pytest.raises(CheckpointError, match="no folder"):
+            open_checkpoint(name)
+
+    def test_a_file_is_not_a_folder(self, sesame_folder):
+        with pytest.raises(CheckpointError, match="is a file"):
+            open_checkpoint(sesame_folder / "model.safetensors")
+
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from csm.weights import open_checkpoint, read_model
+
+def memory(field):
+    return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(field))
+
+open_checkpoint("tiny")  # what is imported on the way is not the model's
+before = memory("VmRSS")
+state = read_model(open_checkpoint(sys.argv[1]), torch.device("cpu"), getattr(torch, sys.argv[2]))
+size = sum(tensor.numel() * tensor.element_size() for tensor in state.values()) / 1024
+print(size, memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("file", ["model.safetensors", "ckpt.pt"])
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+)
+def test_peak_memory_of_loading(tmp_path, file, stored, wanted):
+    """At most the size of the loaded model and 15 %, whatever the file's dtype; the model has about 60 M parameters."""
+    backbone = replace(CONFIG.backbone, num_layers=12, dim=512, num_heads=8, head_dim=64, hidden_dim=2048)
+    config = type(CONFIG)(
+        backbone,
+        CONFIG.depth_decoder,
+        text_vocab_size=20_000,
+        audio_vocab_size=2051,
+        num_codebooks=8,
+        codebook_size=256,
+    )
+    weights = {entry.source: torch.ones(entry.shape, dtype=getattr(torch, stored)) for entry in sesame_table(config)}
+    folder = write_sesame(tmp_path / "m", weights, config, file)
+    run = subprocess.run([sys.executable, "-c", MEASURE, folder, wanted], capture_output=True, text=True, check=True)
+    size, peak = map(float, run.stdout.split())
+    assert size > 100_000
+    assert peak < 1.15 * size
+
+
+def test_sesame_config_beside_sesame_weights(sesame_folder):
+    """The hub's folder: HF's config.json beside a file in Sesame's layout."""
+    checkpoint = open_checkpoint(sesame_folder)
+    assert checkpoint.config == SESAME_CONFIG
+    assert not checkpoint.has_codec

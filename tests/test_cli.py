@@ -1,0 +1,281 @@
+"""generate.py: what it writes, what it prints, and how it fails."""
+
+import os
+import re
+import stat
+import subprocess
+import sys
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import generate
+from conftest import tensors_of
+from csm.weights.checkpoint import TINY
+
+ROOT = Path(generate.__file__).parent
+SHORT = ["--model", "tiny", "--max-seconds", "0.4", "--device", "cpu", "--quiet"]
+
+
+def read_wav(path):
+    with wave.open(str(path)) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (24_000, 1, 2)
+        return np.frombuffer(file.readframes(file.getnframes()), dtype="<i2")
+
+
+def write_wav(path, samples, rate=24_000, width=2, channels=1):
+    with wave.open(str(path), "wb") as file:
+        file.setparams((channels, width, rate, 0, "NONE", ""))
+        file.writeframes(samples)
+    return path
+
+
+def tone(samples, dtype="<i2", scale=8000.0, offset=0.0):
+    return (offset + scale * np.sin(np.arange(samples) / 20)).astype(dtype).tobytes()
+
+
+def test_a_sentence(tmp_path, capsys):
+    out = tmp_path / "out.wav"
+    assert generate.main(["--text", "Hello there.", *SHORT, "--seed", "3", "--out", str(out)]) == 0
+    audio = read_wav(out)
+    assert audio.shape == (5 * 1920,)
+    assert audio.std() > 100
+    printed = capsys.readouterr()
+    assert re.fullmatch(
+        r"\S+out\.wav: 0\.40 s of audio in \d+\.\d\d s \(RTF \d+\.\d\d\), first audio after \d+ ms, on cpu, seed 3\n",
+        printed.out,
+    )
+    assert "noise" in printed.err
+    assert list(tmp_path.iterdir()) == [out]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_printed_seed_repeats_the_run(tmp_path, capsys):
+    first, second, third = (tmp_path / name for name in ("a.wav", "b.wav", "c.wav"))
+    generate.main(["--text", "Hello.", *SHORT, "--out", str(first)])
+    seed = capsys.readouterr().out.split()[-1]
+    generate.main(["--text", "Hello.", *SHORT, "--out", str(second), "--seed", seed])
+    generate.main(["--text", "Hello.", *SHORT, "--out", str(third)])
+    assert first.read_bytes() == second.read_bytes()
+    assert first.read_bytes() != third.read_bytes()
+
+
+def test_several_lines_from_everywhere(tmp_path, capsys, monkeypatch):
+    text = "One.\n\n  Two, the second.  \nThree.\n"
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    monkeypatch.setattr("sys.stdin", open(file))  # noqa: SIM115
+    sources = {"arg": ["--text", text], "stdin": ["--text", "-"], "file": ["--file", str(file)]}
+    for name, source in sources.items():
+        out = tmp_path / f"{name}.wav"
+        assert generate.main([*source, *SHORT, "--seed", "1", "--out", str(out)]) == 0
+        assert read_wav(out).shape == (3 * 5 * 1920,)
+    contents = {(tmp_path / f"{name}.wav").read_bytes() for name in sources}
+    assert len(contents) == 1
+
+
+REFERENCES = {
+    "16-bit mono": dict(samples=tone(48_000)),
+    "stereo": dict(samples=tone(48_000), channels=2),
+    "8-bit": dict(samples=tone(24_000, "u1", 60, 128), width=1),
+    "96 kHz": dict(samples=tone(96_000), rate=96_000),
+    "24-bit": dict(samples=bytes(3 * 24_000), width=3),
+    "one sample": dict(samples=tone(1)),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_references_of_every_kind(tmp_path, name):
+    ref = write_wav(tmp_path / "ref.wav", **REFERENCES[name])
+    out = tmp_path / "out.wav"
+    args = ["--text", "Hello.", *SHORT, "--ref", str(ref), "--ref-text", "La la.", "--seed", "1", "--out", str(out)]
+    assert generate.main(args) == 0
+    assert read_wav(out).shape == (5 * 1920,)
+
+
+def test_without_a_model_the_fallback_is_loud(tmp_path, capsys):
+    """No hub here: the embedded checkpoint stands in, and says so."""
+    out = tmp_path / "out.wav"
+    assert generate.main(["--text", "Hello.", *SHORT[2:], "--out", str(out)]) == 0
+    errors = capsys.readouterr().err
+    assert "WARNING: no CSM-1B" in errors
+    assert "noise, not speech" in errors
+
+
+def test_a_model_that_was_asked_for_never_falls_back(tmp_path, capsys):
+    out = tmp_path / "out.wav"
+    assert generate.main(["--text", "Hi.", *SHORT[2:], "--model", "sesame/csm-1b", "--out", str(out)]) == 2
+    assert "WARNING" not in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_as_a_program_from_another_folder(tmp_path):
+    run = subprocess.run(
+        [sys.executable, ROOT / "generate.py", "--text", "Hello.", "--model", "tiny", "--max-seconds", "0.4"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert read_wav(tmp_path / "out.wav").shape == (5 * 1920,)
+    assert run.stdout.startswith("out.wav: 0.40 s")
+    assert "s/s]" in run.stderr  # the progress bar
+
+
+def nan_wav(path):
+    """A WAV file of floats, one of them not a number."""
+    samples = np.zeros(4800, dtype="<f4")
+    samples[7] = np.nan
+    data = samples.tobytes()
+    header = b"RIFF" + (36 + len(data)).to_bytes(4, "little") + b"WAVEfmt " + (16).to_bytes(4, "little")
+    for value, size in ((3, 2), (1, 2), (24_000, 4), (96_000, 4), (4, 2), (32, 2)):
+        header += value.to_bytes(size, "little")
+    path.write_bytes(header + b"data" + len(data).to_bytes(4, "little") + data)
+
+
+def damaged(change):
+    """A copy of the embedded checkpoint with something wrong in its weights."""
+
+    def make(folder):
+        folder.mkdir()
+        for name in ("config.json", "tokenizer.json"):
+            (folder / name).write_bytes((TINY / name).read_bytes())
+        tensors = tensors_of(TINY / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return make
+
+
+def truncated(folder):
+    damaged(lambda tensors: None)(folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def unknown_key(folder):
+    damaged(lambda tensors: None)(folder)
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("{", '{"colour": "red",', 1))
+
+
+REF = ["--ref", "ref.wav", "--ref-text", "La."]
+LM_HEAD = "lm_head.weight"
+
+# Arguments, what the one line on stderr says, and what is made in the folder beforehand.
+BAD = {
+    "no text": (["--text", ""], "no text", {}),
+    "blank text": (["--text", " \n\t "], "no text", {}),
+    "text of 3,000 tokens": (["--text", "word " * 600], "takes 3004 positions.*has 2048", {}),
+    "no text and no file": ([], "required", {}),
+    "text and file": (["--text", "Hi", "--file", "text.txt"], "not allowed", {}),
+    "missing file": (["--file", "nowhere.txt"], "nowhere.txt", {}),
+    "a file that is not text": (["--file", "x.bin"], "x.bin", {"x.bin": lambda p: p.write_bytes(b"\xff\xfe\xff")}),
+    "speaker -1": (["--text", "Hi", "--speaker", "-1"], "speaker", {}),
+    "speaker x": (["--text", "Hi", "--speaker", "x"], "--speaker", {}),
+    "ref without its text": (["--text", "Hi", "--ref", "ref.wav"], "--ref-text go together", {}),
+    "text without its ref": (["--text", "Hi", "--ref-text", "La."], "--ref-text go together", {}),
+    "missing ref": (["--text", "Hi", *REF], "ref.wav: no such file", {}),
+    "corrupt ref": (["--text", "Hi", *REF], "ref.wav: not audio", {"ref.wav": lambda p: p.write_bytes(b"RIFFjunk")}),
+    "empty ref": (["--text", "Hi", *REF], "ref.wav: not audio", {"ref.wav": lambda p: p.write_bytes(b"")}),
+    "ref is a folder": (["--text", "Hi", *REF], "ref.wav: no such file", {"ref.wav": lambda p: p.mkdir()}),
+    "ref without samples": (["--text", "Hi", *REF], "empty", {"ref.wav": lambda p: write_wav(p, b"")}),
+    "ref with NaN": (["--text", "Hi", *REF], "not finite", {"ref.wav": nan_wav}),
+    "ref of 200 seconds": (
+        ["--text", "Hi", *REF],
+        "takes 2500 positions.*has 2048",
+        {"ref.wav": lambda p: write_wav(p, bytes(2 * 2500 * 1920))},
+    ),
+    "empty ref text": (
+        ["--text", "Hi", "--ref", "ref.wav", "--ref-text", " "],
+        "text is empty",
+        {"ref.wav": lambda p: write_wav(p, tone(4800))},
+    ),
+    "out in no folder": (["--text", "Hi", "--out", "no/such/out.wav"], "cannot be written", {}),
+    "out is a folder": (["--text", "Hi", "--out", "here"], "is a folder", {"here": lambda p: p.mkdir()}),
+    "top-k 0": (["--text", "Hi", "--top-k", "0"], "top-k must be at least 1", {}),
+    "top-k 10,000": (["--text", "Hi", "--top-k", "10000"], "top-k must be at most 256", {}),
+    "temperature -1": (["--text", "Hi", "--temperature", "-1"], "temperature", {}),
+    "temperature nan": (["--text", "Hi", "--temperature", "nan"], "temperature", {}),
+    "max-seconds 0": (["--text", "Hi", "--max-seconds", "0"], "limit must be at least", {}),
+    "max-seconds nan": (["--text", "Hi", "--max-seconds", "nan"], "limit must be at least", {}),
+    "seed -1": (["--text", "Hi", "--seed", "-1"], "seed", {}),
+    "seed too large": (["--text", "Hi", "--seed", str(2**63)], "seed", {}),
+    "no such device": (["--text", "Hi", "--device", "abacus"], "abacus", {}),
+    "no such GPU": (["--text", "Hi", "--device", "cuda:77"], "cuda:77", {}),
+    "no such dtype": (["--text", "Hi", "--dtype", "int3"], "--dtype", {}),
+    "no such model": (["--text", "Hi", "--model", "nowhere"], "no folder 'nowhere'", {}),
+    "a model that the hub cannot give": (["--text", "Hi", "--model", "a/b"], "cannot be reached", {}),
+    "no such codec": (["--text", "Hi", "--codec", "no.safetensors"], "no.safetensors: no such file", {}),
+    "truncated weights": (["--text", "Hi", "--model", "m"], "model.safetensors: truncated", {"m": truncated}),
+    "weights of a wrong shape": (
+        ["--text", "Hi", "--model", "m"],
+        r"lm_head\.weight has shape \(1, 2\)",
+        {"m": damaged(lambda tensors: tensors.update({LM_HEAD: torch.zeros(1, 2)}))},
+    ),
+    "weights of a wrong dtype": (
+        ["--text", "Hi", "--model", "m"],
+        r"lm_head\.weight is torch\.int16",
+        {"m": damaged(lambda tensors: tensors.update({LM_HEAD: tensors[LM_HEAD].to(torch.int16)}))},
+    ),
+    "a missing tensor": (
+        ["--text", "Hi", "--model", "m"],
+        r"lm_head\.weight is missing",
+        {"m": damaged(lambda tensors: tensors.pop(LM_HEAD))},
+    ),
+    "an unknown config key": (["--text", "Hi", "--model", "m"], "unknown key 'colour'", {"m": unknown_key}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_inputs(name, tmp_path, monkeypatch, capsys):
+    """Exit code 2, a message that names the fault, nothing on stdout, no traceback, and no file left behind."""
+    args, message, made = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    for path, make in made.items():
+        make(tmp_path / path)
+    before = sorted(tmp_path.rglob("*"))
+    defaults = ["--model", "tiny", "--device", "cpu", "--max-seconds", "0.4", "--quiet"]  # what comes later counts
+    try:
+        code = generate.main([*defaults, *args])
+    except SystemExit as stopped:  # argparse
+        code = stopped.code
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    assert re.search(message, printed.err)
+    assert "Traceback" not in printed.err
+    own_lines = [line for line in printed.err.splitlines() if line.startswith("generate.py: error: ")]
+    assert len(own_lines) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_unwritable_folder(tmp_path, capsys):
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    if os.access(folder, os.W_OK):
+        pytest.skip("this user may write anywhere")
+    assert generate.main(["--text", "Hi", *SHORT, "--out", str(folder / "out.wav")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_an_existing_file_survives_a_failure(tmp_path):
+    out = tmp_path / "out.wav"
+    out.write_bytes(b"precious")
+    assert generate.main(["--text", "Hi", *SHORT, "--temperature", "-1", "--out", str(out)]) == 2
+    assert out.read_bytes() == b"precious"
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("csm.generator.decode_frame", interrupt)
+    assert generate.main(["--text", "Hi", *SHORT, "--out", str(tmp_path / "out.wav")]) == 130
+    assert list(tmp_path.iterdir()) == []

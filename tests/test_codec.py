@@ -1,0 +1,228 @@
+"""The codec against HF Transformers' Mimi, the stream against the whole, and audio of every kind."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from csm import AudioError, CheckpointError, Generator
+from csm.audio import to_mono
+from csm.codec import Codec
+from csm.config import MIMI
+from csm.weights.layouts import mimi_table
+from csm.weights.make_tiny import CODEC, random_state
+from oracle import Shape, random_model, save
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Transformers' Mimi and ours, with the same random weights."""
+    hf = random_model(Shape())
+    generator = Generator.from_pretrained(save(hf, tmp_path_factory.mktemp("hf")), device="cpu")
+    return hf.codec_model, generator.codec
+
+
+@pytest.fixture(scope="module")
+def loud():
+    """A codec whose transformer layers matter (their layer scale is 1), at the embedded checkpoint's size."""
+    state = random_state(mimi_table(CODEC), seed=5)
+    for name in state:
+        if name.endswith(".scale"):
+            state[name].fill_(1.0)
+    return Codec(CODEC, CODEC.num_codebooks, state, torch.device("cpu"))
+
+
+def noise(samples, seed=0):
+    return 0.3 * torch.randn(samples, generator=torch.Generator().manual_seed(seed))
+
+
+def random_codes(frames, codec, seed=0):
+    shape = (frames, codec.num_codebooks)
+    return torch.randint(codec.config.codebook_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 13, 60])
+def test_encode_equals_transformers(pair, frames):
+    hf, ours = pair
+    audio = noise(frames * 1920)
+    with torch.no_grad():
+        expected = hf.encode(audio.view(1, 1, -1)).audio_codes[0].T
+    codes = ours.encode(audio)
+    assert codes.shape == (frames, ours.num_codebooks)
+    assert torch.equal(codes, expected)
+    assert len(codes.unique()) > min(frames, 8)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 13, 60, 140])
+def test_decode_equals_transformers(pair, frames):
+    hf, ours = pair
+    codes = random_codes(frames, ours)
+    with torch.no_grad():
+        expected = hf.decode(codes.T.unsqueeze(0)).audio_values[0, 0]
+    audio = ours.decode(codes)
+    assert audio.shape == (frames * 1920,)
+    assert (audio - expected).norm() / expected.norm() < 1e-3
+
+
+# 125 frames are 250 steps of the codec's transformer, its whole context: beyond them the ring of keys turns over.
+@pytest.mark.parametrize("frames", [1, 2, 7, 50, 125, 126, 127, 200])
+def test_stream_equals_whole(loud, frames):
+    codes = random_codes(frames, loud)
+    decoder = loud.stream_decoder()
+    streamed = torch.cat([decoder.step(codes[t : t + 1])[0] for t in range(frames)])
+    whole = loud.decode(codes)
+    assert streamed.shape == whole.shape == (frames * 1920,)
+    assert (streamed - whole).abs().max() <= 1e-4
+    assert whole.abs().max() > 0.1
+
+
+def test_a_batch_of_streams_equals_each_alone(loud):
+    codes = torch.stack([random_codes(5, loud, seed) for seed in range(3)])
+    decoder = loud.stream_decoder(batch=3)
+    together = torch.cat([decoder.step(codes[:, t]) for t in range(5)], dim=1)
+    for slot in range(3):
+        torch.testing.assert_close(together[slot], loud.decode(codes[slot]), atol=1e-4, rtol=0)
+
+
+def test_open_streams_do_not_disturb_each_other_or_the_whole(loud):
+    first, second = random_codes(6, loud, 1), random_codes(6, loud, 2)
+    one, other = loud.stream_decoder(), loud.stream_decoder()
+    chunks = ([], [])
+    for t in range(6):
+        chunks[0].append(one.step(first[t : t + 1])[0])
+        loud.decode(second)
+        loud.encode(noise(1920))
+        chunks[1].append(other.step(second[t : t + 1])[0])
+    torch.testing.assert_close(torch.cat(chunks[0]), loud.decode(first), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(chunks[1]), loud.decode(second), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("samples", "frames"), [(1, 1), (1919, 1), (1920, 1), (1921, 2), (5000, 3)])
+def test_a_partial_frame_is_padded_with_silence(loud, samples, frames):
+    audio = noise(samples)
+    padded = torch.nn.functional.pad(audio, (0, frames * 1920 - samples))
+    codes = loud.encode(audio)
+    assert codes.shape == (frames, CODEC.num_codebooks)
+    assert torch.equal(codes, loud.encode(padded))
+
+
+RATES = [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000, 24_001, 37_411]
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_any_sample_rate(rate):
+    """A tone of 440 Hz stays one, whatever rate it comes in."""
+    tone = torch.sin(2 * math.pi * 440 * torch.arange(2 * rate) / rate)
+    mono = to_mono(tone, rate, 24_000)
+    expected = torch.sin(2 * math.pi * 440 * torch.arange(mono.shape[0]) / 24_000)
+    assert mono.shape[0] == pytest.approx(48_000, abs=2)
+    assert (mono - expected)[2000:-2000].abs().max() < 0.01
+
+
+def test_channels_are_averaged():
+    left, right = noise(4000, 1), noise(4000, 2)
+    torch.testing.assert_close(to_mono(torch.stack((left, right)), 24_000, 24_000), (left + right) / 2)
+    assert torch.equal(to_mono(left[None], 24_000, 24_000), left)
+
+
+@pytest.mark.parametrize(("dtype", "full"), [(torch.int16, 32768), (torch.int32, 2**31)])
+def test_integer_pcm(dtype, full):
+    pcm = torch.tensor([0, full // 2, -full], dtype=torch.int64).to(dtype)
+    assert to_mono(pcm, 24_000, 24_000).tolist() == [0.0, 0.5, -1.0]
+
+
+def test_eight_bit_pcm():
+    assert to_mono(torch.tensor([0, 128, 192], dtype=torch.uint8), 24_000, 24_000).tolist() == [-1.0, 0.0, 0.5]
+
+
+BAD_AUDIO = {
+    "empty": (torch.zeros(0), "empty"),
+    "no channels": (torch.zeros(0, 100), "empty"),
+    "nan": (torch.tensor([0.0, math.nan]), "not finite"),
+    "infinite": (torch.tensor([0.0, math.inf]), "not finite"),
+    "scalar": (torch.tensor(1.0), "shape"),
+    "three dimensions": (torch.zeros(1, 1, 100), "shape"),
+    "samples first": (torch.zeros(48_000, 2), "channels"),
+    "complex": (torch.zeros(10, dtype=torch.complex64), "real"),
+    "bool": (torch.zeros(10, dtype=torch.bool), "real"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_AUDIO)
+def test_bad_audio_is_named(loud, name):
+    audio, message = BAD_AUDIO[name]
+    with pytest.raises(AudioError, match=message):
+        loud.encode(audio)
+
+
+@pytest.mark.parametrize("rate", [0, -24_000])
+def test_bad_sample_rate(rate):
+    with pytest.raises(AudioError, match="sample rate"):
+        to_mono(noise(100), rate, 24_000)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.zeros(3, 7, dtype=torch.int64), "shape"),
+        (torch.zeros(8, dtype=torch.int64), "shape"),
+        (torch.zeros(3, 8), "integers"),
+        (torch.full((3, 8), 256), "255"),
+        (torch.full((3, 8), -1), "within 0"),
+    ],
+)
+def test_bad_codes_are_named(loud, codes, message):
+    with pytest.raises(AudioError, match=message):
+        loud.decode(codes)
+
+
+def test_no_codes_are_no_audio(loud):
+    assert loud.decode(torch.zeros(0, 8, dtype=torch.int64)).shape == (0,)
+
+
+@given(st.integers(1, 20_000), st.sampled_from([8_000, 16_000, 24_000, 48_000]), st.integers(1, 2))
+@settings(max_examples=20, deadline=None)
+def test_every_length_gives_its_frames(loud, samples, rate, channels):
+    codes = loud.encode(noise(samples * channels).view(channels, samples), rate)
+    assert codes.shape[0] == math.ceil(math.ceil(samples * 24_000 / rate) / 1920)
+
+
+def test_fewer_codebooks_than_the_codec_has():
+    """CSM may use only the first codebooks of a codec: their codes are the same ones."""
+    state = random_state(mimi_table(CODEC), seed=5)
+    few, all_of_them = (Codec(CODEC, count, state, torch.device("cpu")) for count in (3, 8))
+    audio = noise(9600)
+    assert torch.equal(few.encode(audio), all_of_them.encode(audio)[:, :3])
+
+
+def kyutai_names(state):
+    """moshi's current names as Kyutai's published file has them: one in_proj_weight, one out_proj."""
+    return {
+        name.replace("in_projs.0.weight", "in_proj_weight").replace("out_projs.0.weight", "out_proj.weight"): tensor
+        for name, tensor in state.items()
+    }
+
+
+def test_a_file_in_kyutais_layout(tmp_path):
+    state = random_state(mimi_table(CODEC), seed=9)
+    save_file(kyutai_names(state), tmp_path / "mimi.safetensors")
+    generator = Generator.from_pretrained("tiny", device="cpu", codec=tmp_path / "mimi.safetensors")
+    expected = Codec(CODEC, 8, state, torch.device("cpu"))
+    codes = random_codes(4, expected)
+    assert torch.equal(generator.decode(codes), expected.decode(codes))
+
+
+def test_a_codec_of_another_shape_is_refused(tmp_path):
+    save_file(kyutai_names(random_state(mimi_table(MIMI), seed=9)), tmp_path / "mimi.safetensors")
+    generator = Generator.from_pretrained("tiny", device="cpu", codec=tmp_path / "mimi.safetensors")
+    with pytest.raises(CheckpointError, match=r"encoder\.model\.0"):
+        generator.decode(torch.zeros(1, 8, dtype=torch.int64))
+
+
+def test_codes_need_no_codec(monkeypatch):
+    monkeypatch.setattr("csm.generator.read_codec", lambda *_: pytest.fail("the codec was loaded"))
+    generator = Generator.from_pretrained("tiny", device="cpu")
+    assert generator.generate_codes("Hello.", 0, max_audio_length_ms=160, seed=0).shape == (2, 8)

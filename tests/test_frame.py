@@ -1,0 +1,162 @@
+"""The step: what it may not do, what it must not move, and that slots do not disturb each other."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from csm.cache import KVCache
+from csm.frame import FrameState, decode_frame, prefill, span_of
+from csm.prompt import text_rows
+from csm.sampling import SamplingParams
+
+CPU = torch.device("cpu")
+SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::item"}
+
+
+class Recorder(TorchDispatchMode):
+    """Raises at every op that would wait for the device or leave it; keeps what was called, with what shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name in SYNCS:
+            raise AssertionError(f"{name} waits for the device")
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if name == "aten::_to_copy" and kwargs.get("device") not in (None, tensors[0].device):
+            raise AssertionError(f"{name} leaves the device")
+        result = func(*args, **kwargs)
+        self.calls.append((name, tuple(self._describe(x) for x in args), tuple(sorted(map(str, kwargs.items())))))
+        return result
+
+    def _describe(self, value):
+        if isinstance(value, torch.Tensor):
+            return tuple(value.shape), value.dtype
+        if isinstance(value, (list, tuple)):
+            return tuple(self._describe(x) for x in value)
+        return value
+
+
+def buffers(state):
+    """Every tensor of a FrameState, caches included."""
+    for field in fields(state):
+        value = getattr(state, field.name)
+        yield from (value.k_LBGSd, value.v_LBGSd, value.slot_B1) if isinstance(value, KVCache) else (value,)
+
+
+def prompt(text, codebooks=8):
+    return text_rows([256, *text.encode(), 257], codebooks)
+
+
+def started(model, texts, **params):
+    state = FrameState.allocate(model.config, len(texts), CPU, model.dtype)
+    for slot, text in enumerate(texts):
+        prefill(model, state, slot, *prompt(text), SamplingParams(seed=slot + 7, **params))
+    return state
+
+
+def test_no_sync_and_no_position_of_pythons(tiny):
+    """The ops of a step, with their shapes and constants, are the same whatever the state holds."""
+    calls = []
+    for texts, frames in ((["Hello.", "a"], 0), (["Something longer than that.", "bc"], 5)):
+        state = started(tiny.model, texts)
+        for _ in range(frames):
+            decode_frame(tiny.model, state)
+        with Recorder() as recorder:
+            decode_frame(tiny.model, state)
+        calls.append(recorder.calls)
+    assert len(calls[0]) > 100
+    assert calls[0] == calls[1]
+
+
+@pytest.mark.parametrize("op", [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: bool((x > 0).any())])
+def test_the_recorder_catches_a_sync(op):
+    with pytest.raises(AssertionError), Recorder():
+        op(torch.ones(3))
+
+
+def test_buffers_stay_where_they_are(tiny):
+    state = started(tiny.model, ["Hello.", "Hi."])
+    addresses = [buffer.data_ptr() for buffer in buffers(state)]
+    for _ in range(1000):
+        decode_frame(tiny.model, state)
+    assert [buffer.data_ptr() for buffer in buffers(state)] == addresses
+    assert state.frame_B.tolist() == [1000, 1000]
+
+
+def test_counters_advance_and_stop_at_the_end_of_the_cache(tiny):
+    state = started(tiny.model, ["Hello."])
+    first = len("Hello.") + 1
+    assert state.position_B.item() == first
+    decode_frame(tiny.model, state)
+    assert (state.position_B.item(), state.frame_B.item()) == (first + 1, 1)
+    limit = tiny.config.backbone.max_positions - 1
+    state.position_B.fill_(limit)
+    decode_frame(tiny.model, state)
+    assert state.position_B.item() == limit
+
+
+def test_a_restarted_slot_forgets(tiny):
+    """A slot used before, its caches poisoned, gives what a fresh one gives."""
+    state = started(tiny.model, ["Something else entirely, and long."])
+    for _ in range(6):
+        decode_frame(tiny.model, state)
+    prefill(tiny.model, state, 0, *prompt("Hello."), SamplingParams(seed=7))
+    fresh = started(tiny.model, ["Hello."])
+    beyond = len("Hello.") + 1
+    state.backbone_cache.k_LBGSd[:, :, :, beyond:] = 1e4
+    state.depth_cache.k_LBGSd.fill_(1e4)
+    for _ in range(5):
+        decode_frame(tiny.model, state)
+        decode_frame(tiny.model, fresh)
+        assert torch.equal(state.codes_BK, fresh.codes_BK)
+
+
+def test_prefill_in_pieces_is_prefill_at_once(tiny, monkeypatch):
+    """The rows of a pass bound memory, not the result."""
+    whole = started(tiny.model, ["x" * 90])
+    monkeypatch.setattr("csm.frame.PREFILL_ROWS", 7)
+    pieces = started(tiny.model, ["x" * 90])
+    torch.testing.assert_close(pieces.backbone_cache.k_LBGSd, whole.backbone_cache.k_LBGSd, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pieces.backbone_cache.v_LBGSd, whole.backbone_cache.v_LBGSd, atol=1e-5, rtol=1e-5)
+
+
+def test_a_span_that_holds_every_position_is_enough(tiny):
+    texts = ["Hello.", "x" * 250]
+    whole, bounded = started(tiny.model, texts), started(tiny.model, texts)
+    for frame in range(8):
+        decode_frame(tiny.model, whole)
+        decode_frame(tiny.model, bounded, span_of(252 + 1 + frame, bounded))
+        assert torch.equal(whole.codes_BK, bounded.codes_BK)
+    assert [span_of(n, whole) for n in (1, 256, 257, 2047, 2048, 9999)] == [256, 256, 512, 2048, 2048, 2048]
+
+
+def test_slots_do_not_disturb_each_other(tiny):
+    texts = ["Hello.", "A much longer sentence than the first one.", "No."]
+    together = started(tiny.model, texts)
+    alone = [FrameState.allocate(tiny.config, 1, CPU, tiny.model.dtype) for _ in texts]
+    for slot, (text, state) in enumerate(zip(texts, alone, strict=True)):
+        prefill(tiny.model, state, 0, *prompt(text), SamplingParams(seed=slot + 7))
+    for _ in range(20):
+        decode_frame(tiny.model, together)
+        for slot, state in enumerate(alone):
+            decode_frame(tiny.model, state)
+            assert torch.equal(together.codes_BK[slot], state.codes_BK[0])
+
+
+def test_ids_that_the_codec_does_not_know_are_never_spoken(tiny):
+    """Even where their logits tower above all others."""
+    state = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
+    size = tiny.config.codebook_size
+    state["codebook0_head"][size:] = 1e3 * state["codebook0_head"][:1].sign()
+    state["depth_heads"][:, size:] = 1e3
+    model = type(tiny.model).from_state_dict(tiny.config, state, CPU)
+    frames = started(model, ["Hello.", "Hi."], temperature=5.0, top_k=size)
+    for _ in range(20):
+        decode_frame(model, frames)
+        assert frames.codes_BK.max() < size

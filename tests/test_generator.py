@@ -1,0 +1,182 @@
+"""The public surface: seeds, batches, streams, limits."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+
+import csm.generator
+from csm import CSMError, Generator, SamplingError, Segment
+
+
+def speak(generator, text="Hello there.", milliseconds=1600, **options):
+    return generator.generate(text, 0, max_audio_length_ms=milliseconds, **options)
+
+
+def test_the_same_seed_repeats_and_another_does_not(tiny):
+    first, again, other = (speak(tiny, seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.dtype == torch.float32
+    assert first.shape == (20 * 1920,)
+    assert torch.isfinite(first).all()
+    assert first.std() > 0.01
+
+
+def test_without_a_seed_torchs_generator_decides(tiny):
+    torch.manual_seed(3)
+    first, second = speak(tiny), speak(tiny)
+    torch.manual_seed(3)
+    assert torch.equal(speak(tiny), first)
+    assert not torch.equal(first, second)
+
+
+def test_generate_is_the_stream(tiny):
+    chunks = list(tiny.stream("Hello there.", 0, max_audio_length_ms=1600, seed=5))
+    assert [chunk.shape for chunk in chunks] == [(1920,)] * 20
+    assert torch.equal(torch.cat(chunks), speak(tiny, seed=5))
+
+
+def test_generate_is_decode_of_generate_codes(tiny):
+    codes = tiny.generate_codes("Hello there.", 0, max_audio_length_ms=1600, seed=5)
+    assert codes.shape == (20, 8)
+    assert codes.dtype == torch.int64
+    assert (tiny.decode(codes) - speak(tiny, seed=5)).abs().max() <= 1e-4
+
+
+REQUESTS = [
+    dict(text="Hello.", speaker=0, max_audio_length_ms=2000, seed=1),
+    dict(text="A longer sentence, by somebody else.", speaker=3, max_audio_length_ms=2000, seed=2, temperature=0.6),
+    dict(text="Three.", speaker=1, max_audio_length_ms=800, seed=3, topk=10),
+]
+
+
+def test_a_batch_of_three_gives_the_codes_of_each_alone(tiny):
+    turn = Segment(3, "Before.", codes=torch.randint(256, (9, 8), generator=torch.Generator().manual_seed(0)))
+    requests = [REQUESTS[0], {**REQUESTS[1], "context": [turn]}, REQUESTS[2]]
+    together = tiny.generate_codes_batch(requests)
+    for request, codes in zip(requests, together, strict=True):
+        alone = tiny.generate_codes(**request)
+        assert codes.shape == (request["max_audio_length_ms"] // 80, 8)
+        assert torch.equal(codes, alone)
+
+
+def test_a_batch_of_audio(tiny):
+    for request, audio in zip(REQUESTS, tiny.generate_batch(REQUESTS), strict=True):
+        assert (audio - tiny.generate(**request)).abs().max() <= 1e-4
+    assert tiny.generate_batch([]) == []
+
+
+def test_streams_may_be_read_in_turns(tiny):
+    expected = [torch.cat(list(tiny.stream(**request))) for request in REQUESTS[:2]]
+    streams = [tiny.stream(**request) for request in REQUESTS[:2]]
+    chunks = list(zip(*streams, strict=True))
+    for index, audio in enumerate(expected):
+        assert torch.equal(torch.cat([pair[index] for pair in chunks]), audio)
+
+
+def test_an_abandoned_stream_leaves_the_next_request_alone(tiny):
+    expected = speak(tiny, seed=5)
+    stream = tiny.stream("Something else.", 1, seed=9)
+    list(itertools.islice(stream, 3))
+    del stream
+    assert torch.equal(speak(tiny, seed=5), expected)
+
+
+def test_threads(tiny):
+    expected = [tiny.generate(**request) for request in REQUESTS]
+    results = [None] * len(REQUESTS)
+
+    def work(index):
+        results[index] = tiny.generate(**REQUESTS[index])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(REQUESTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for audio, wanted in zip(results, expected, strict=True):
+        assert torch.equal(audio, wanted)
+
+
+def ends_at(monkeypatch, frame):
+    """Let the model fall silent: from ``frame`` on every frame is zeros."""
+    step = csm.generator.decode_frame
+
+    def ending(model, state, span):
+        step(model, state, span)
+        state.codes_BK.masked_fill_((state.frame_B > frame).unsqueeze(1), 0)
+
+    monkeypatch.setattr(csm.generator, "decode_frame", ending)
+
+
+@pytest.mark.parametrize("frame", [0, 1, 7])
+def test_a_frame_of_zeros_ends_the_speech(tiny, monkeypatch, frame):
+    expected = tiny.generate_codes("Hello there.", 0, max_audio_length_ms=1600, seed=5)
+    ends_at(monkeypatch, frame)
+    codes = tiny.generate_codes("Hello there.", 0, max_audio_length_ms=1600, seed=5)
+    assert torch.equal(codes, expected[:frame])
+    assert speak(tiny, seed=5).shape == (frame * 1920,)
+    assert [audio.shape[0] for audio in tiny.generate_batch(REQUESTS)] == [frame * 1920] * 3
+
+
+@pytest.mark.parametrize(("milliseconds", "frames"), [(80, 1), (159, 1), (160, 2), (1000.5, 12)])
+def test_the_limit_is_not_exceeded(tiny, milliseconds, frames):
+    assert tiny.generate_codes("Hi.", 0, max_audio_length_ms=milliseconds, seed=0).shape[0] == frames
+
+
+def test_speech_stops_where_the_positions_end(tiny):
+    codes = torch.zeros(2020, 8, dtype=torch.int64)
+    prompt = len("[0]a") + 2 + 2020 + 1 + len("[0]Hi") + 2
+    spoken = tiny.generate_codes("Hi", 0, [Segment(0, "a", codes=codes)], seed=0)
+    assert spoken.shape[0] == 2048 - prompt + 1  # the last row of the prompt speaks, and so does every position left
+
+
+def test_context_matters(tiny):
+    codes = torch.randint(256, (9, 8), generator=torch.Generator().manual_seed(0))
+    plain = tiny.generate_codes("Hi.", 0, max_audio_length_ms=800, temperature=0)
+    continued = tiny.generate_codes("Hi.", 0, [Segment(0, "Yes.", codes=codes)], 800, temperature=0)
+    assert not torch.equal(plain, continued)
+
+
+def test_a_segments_sample_rate_is_honoured(tiny):
+    audio = 0.3 * torch.randn(19_200, generator=torch.Generator().manual_seed(0))
+    assert tiny.encode(audio, 48_000).shape == (5, 8)
+    turn = tiny._turn(Segment(0, "Yes.", torch.stack((audio, audio)), sample_rate=48_000))
+    assert torch.equal(turn[1], tiny.encode(audio, 48_000))
+
+
+BAD = {
+    "max_audio_length_ms": (0, 79.9, -1, float("nan")),
+    "temperature": (-1, float("nan"), float("inf")),
+    "topk": (0, 257, 10_000),
+    "seed": (-1, 2**63),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_bad_arguments_are_refused_at_the_call(tiny, name, value):
+    error = CSMError if name == "max_audio_length_ms" else SamplingError
+    with pytest.raises(error, match=r"limit|temperature|top-k|seed"):
+        tiny.stream("Hi.", 0, **{name: value})  # not even a first chunk is asked for
+
+
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(CSMError, match=device):
+        Generator.from_pretrained("tiny", device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(dtype):
+    generator = Generator.from_pretrained("tiny", device="cpu", dtype=dtype)
+    assert {parameter.dtype for parameter in generator.model.parameters()} == {dtype}
+    audio = speak(generator, milliseconds=400, seed=1)
+    assert audio.shape == (5 * 1920,)
+    assert audio.dtype == torch.float32
+
+
+def test_warmup(tiny):
+    tiny.warmup()
+    assert "codec" in vars(tiny)

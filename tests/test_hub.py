@@ -1,0 +1,166 @@
+"""Hub names, against a hub that runs here: huggingface_hub's own client talks to it over HTTP.
+
+Each case is a process of its own, because the client reads its settings when it is imported.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from csm import UnavailableError
+from csm.weights import hub
+from csm.weights.checkpoint import TINY
+
+COMMIT = {"main": "a" * 40, "v2": "b" * 40}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """``/{owner}/{repo}/resolve/{revision}/{file}``, as far as downloads need it."""
+
+    repos: dict = {}
+    asked: list = []
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def refuse(self, status, code):
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def answer(self, body):
+        self.asked.append(self.path)
+        parts = self.path.strip("/").split("/")
+        repo = "/".join(parts[:2])
+        if repo == "owner/gated":
+            return self.refuse(403, "GatedRepo")
+        if repo not in self.repos or parts[2] != "resolve":
+            return self.refuse(401, "RepoNotFound")
+        if parts[3] not in [*COMMIT, *COMMIT.values()]:
+            return self.refuse(404, "RevisionNotFound")
+        path = self.repos[repo].get(parts[4])
+        if path is None:
+            return self.refuse(404, "EntryNotFound")
+        content = path.read_bytes()
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", COMMIT.get(parts[3], parts[3]))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+        return None
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    files = {name: TINY / name for name in ("config.json", "tokenizer.json", "model.safetensors")}
+    Hub.repos = {
+        "owner/tiny": files,
+        "owner/no-weights": {name: files[name] for name in ("config.json", "tokenizer.json")},
+        "owner/no-tokenizer": {name: files[name] for name in ("config.json", "model.safetensors")},
+    }
+    Hub.asked = []
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+
+
+SCRIPT = """
+import sys
+from csm.weights import open_checkpoint
+try:
+    print(open_checkpoint(sys.argv[1]).folder)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def ask(name, cache, endpoint="http://127.0.0.1:9", **environment):
+    """What opening a name gives in a fresh process: a folder, or an error's name and text. And its stderr."""
+    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", **environment}
+    run = subprocess.run([sys.executable, "-c", SCRIPT, name], env=env, capture_output=True, text=True, check=True)
+    return run.stdout.strip(), run.stderr
+
+
+def test_download_then_cache_then_offline(server, tmp_path):
+    folder, progress = ask("owner/tiny", tmp_path, server, TQDM_POSITION="-1")  # as on a terminal
+    assert folder.endswith(f"snapshots/{COMMIT['main']}")
+    assert "model.safetensors" in progress  # a progress bar
+    assert "100%" in progress
+    fetched = [path for path in Hub.asked if path.endswith("/model.safetensors")]
+    assert ask("owner/tiny", tmp_path, server)[0] == folder
+    again = [path for path in Hub.asked if path.endswith("/model.safetensors")]
+    assert len(again) == len(fetched) + 1  # asked whether it is still the same, not downloaded again
+    assert ask("owner/tiny", tmp_path, HF_HUB_OFFLINE="1")[0] == folder
+
+
+def test_a_revision_is_pinned(server, tmp_path):
+    folder, _ = ask("owner/tiny@v2", tmp_path, server)
+    assert folder.endswith(f"snapshots/{COMMIT['v2']}")
+    assert all("/v2/" in path or COMMIT["v2"] in path for path in Hub.asked)
+
+
+CASES = {
+    "owner/gated": ("accept its licence", "hf auth login", "unsloth/csm-1b", "--model tiny"),
+    "owner/absent": ("owner/absent", "hf auth login"),
+    "owner/tiny@v9": ("no revision 'v9'",),
+    "owner/no-weights": ("no weights", "model.safetensors"),
+    "owner/no-tokenizer": ("no tokenizer.json",),
+    "owner/bad--name..": ("owner/bad--name..",),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refusals_say_what_to_do(server, tmp_path, name):
+    answer, _ = ask(name, tmp_path, server)
+    assert answer.startswith("UnavailableError")
+    for words in CASES[name]:
+        assert words in answer
+
+
+# Without the setting, the hub's client tries for 20 seconds.
+@pytest.mark.parametrize("offline", [pytest.param("0", marks=pytest.mark.slow), "1"])
+def test_no_network(tmp_path, offline):
+    answer, _ = ask("owner/tiny", tmp_path, HF_HUB_OFFLINE=offline)
+    assert answer.startswith("UnavailableError")
+    assert "cannot be reached" in answer
+    assert "--model tiny" in answer
+
+
+def test_no_space(monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub, "hf_hub_download", full)
+    with pytest.raises(UnavailableError, match=r"no space left.*HF_HOME"):
+        hub.fetch("owner/tiny", "model.safetensors", None)
+
+
+def test_an_index_names_the_shards_to_fetch(server, tmp_path):
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    Hub.repos["owner/tiny"] = {
+        "config.json": TINY / "config.json",
+        "tokenizer.json": TINY / "tokenizer.json",
+        "transformers.safetensors.index.json": index,
+        "model-00001-of-00001.safetensors": TINY / "model.safetensors",
+    }
+    folder, _ = ask("owner/tiny", tmp_path / "cache", server)
+    assert folder.endswith(COMMIT["main"])

@@ -1,0 +1,193 @@
+"""Turns to rows, and the real Llama-3 vocabulary against an independent tokenizer."""
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+
+from csm import CheckpointError, PromptError, PromptTooLongError, Segment
+from csm.config import CSM_1B
+from csm.prompt import TextTokenizer, build_prompt
+from csm.weights.make_tiny import byte_tokenizer
+
+
+def test_rows_of_a_conversation(tiny):
+    """The layout of the reference implementation, spelt out."""
+    codes = torch.arange(24).view(3, 8)
+    prompt = tiny._request("Hi", 1, [Segment(0, "Yo", codes=codes)]).prompt
+    ids = byte_tokenizer().encode
+    first = [256, *ids("[0]Yo", add_special_tokens=False).ids, 257]
+    last = [256, *ids("[1]Hi", add_special_tokens=False).ids, 257]
+    rows = [[0] * 8 + [i] for i in first]
+    rows += [[*frame, 0] for frame in codes.tolist()] + [[0] * 9]
+    rows += [[0] * 8 + [i] for i in last]
+    text, audio = [False] * 8 + [True], [True] * 8 + [False]
+    assert prompt.row_TC.tolist() == rows
+    assert prompt.mask_TC.tolist() == [text] * len(first) + [audio] * 4 + [text] * len(last)
+
+
+def test_a_prompt_that_just_fits_speaks_one_frame(tiny):
+    limit = tiny.config.backbone.max_positions
+    room = limit - 1 - len("[0]") - 2
+    assert tiny._request("x" * room, 0).max_frames == 2
+    with pytest.raises(PromptTooLongError, match=f"takes {limit} positions.*has {limit}"):
+        tiny._request("x" * (room + 1), 0)
+
+
+def test_context_counts_too(tiny):
+    codes = torch.zeros(2030, 8, dtype=torch.int64)
+    with pytest.raises(PromptTooLongError, match="takes 2049 positions.*has 2048"):
+        tiny._request("Hello", 0, [Segment(0, "abc", codes=codes)])
+
+
+def test_reference_audio_that_does_not_fit_is_refused_before_it_is_encoded(tiny, monkeypatch):
+    monkeypatch.setattr(type(tiny.codec), "encode", lambda *_: pytest.fail("it was encoded"))
+    with pytest.raises(PromptTooLongError, match="takes 2250 positions.*has 2048"):
+        tiny._request("Hello", 0, [Segment(0, "abc", torch.zeros(2250 * 1920))])
+
+
+BAD_CODES = {
+    "one dimension": (torch.zeros(8, dtype=torch.int64), "frames"),
+    "no frames": (torch.zeros(0, 8, dtype=torch.int64), "frames"),
+    "codebooks first": (torch.zeros(8, 30, dtype=torch.int64), "frames"),
+    "floats": (torch.zeros(3, 8), "integers"),
+    "bool": (torch.zeros(3, 8, dtype=torch.bool), "integers"),
+    "an id that is no code": (torch.full((3, 8), 256), "256"),
+    "negative": (torch.full((3, 8), -1), "-1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CODES)
+def test_bad_codes_are_named(tiny, name):
+    codes, message = BAD_CODES[name]
+    with pytest.raises(PromptError, match=message):
+        tiny.generate("Hello", 0, [Segment(0, "abc", codes=codes)])
+
+
+@pytest.mark.parametrize(
+    ("speaker", "text", "message"),
+    [(-1, "Hi", "speaker"), (1.5, "Hi", "speaker"), (True, "Hi", "speaker"), (0, "", "empty"), (0, " \n\t", "empty")],
+)
+def test_bad_turns_are_named(tiny, speaker, text, message):
+    with pytest.raises(PromptError, match=message):
+        tiny.generate(text, speaker)
+    with pytest.raises(PromptError, match=message):
+        tiny.generate("Hi", 0, [Segment(speaker, text, codes=torch.zeros(1, 8, dtype=torch.int64))])
+
+
+def test_a_context_turn_needs_sound(tiny):
+    with pytest.raises(PromptError, match="neither audio nor codes"):
+        tiny.generate("Hi", 0, [Segment(0, "Hello")])
+
+
+def test_text_that_spells_a_special_token_is_text(tiny):
+    ids = tiny._tokenizer.encode(0, "a<|end_of_text|>b")
+    assert ids.count(257) == 1
+    assert ids[-1] == 257
+    assert len(ids) == 2 + len("[0]a<|end_of_text|>b")
+
+
+# The real vocabulary: Llama 3's ranks, the regular expression and the special tokens of its reference tokenizer.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def llama3_ranks():
+    import llama_models
+
+    lines = (Path(llama_models.__file__).parent / "llama3" / "tokenizer.model").read_bytes().splitlines()
+    return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+
+
+def special_tokens():
+    names = ["<|begin_of_text|>", "<|end_of_text|>"]
+    return {name: 128_000 + i for i, name in enumerate(names)} | {
+        f"<|reserved_special_token_{i}|>": 128_002 + i for i in range(254)
+    }
+
+
+@pytest.fixture(scope="module")
+def llama3(tmp_path_factory):
+    """The vocabulary as the tokenizer.json of a checkpoint has it, read by us; and tiktoken's."""
+    import tiktoken
+
+    ranks = llama3_ranks()
+    char_of = byte_characters()
+    text_of = {token: "".join(char_of[byte] for byte in token) for token in ranks}
+    vocab = {text_of[token]: rank for token, rank in ranks.items()}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):  # two neighbours merge where together they are a token, lowest first
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+        merges += [[text_of[left], text_of[right]] for left, right in splits if left in ranks and right in ranks]
+    document = json.loads(Tokenizer(models.BPE()).to_str())
+    document["model"] |= {"vocab": vocab, "merges": merges, "ignore_merges": True}
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    document["added_tokens"] = [
+        dict(id=i, content=name, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+        for name, i in special_tokens().items()
+    ]
+    path = tmp_path_factory.mktemp("llama3") / "tokenizer.json"
+    path.write_text(json.dumps(document))
+    oracle = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special_tokens())
+    return TextTokenizer(path, CSM_1B.text_vocab_size), oracle
+
+
+def byte_characters():
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
+
+
+def varied_strings():
+    """Two hundred strings of every kind that people type."""
+    pieces = [
+        "Hello, world!", "don't you'll we've I'M they'RE", "3.14159 and 1,234,567", "2026-11-21 10:45", "   spaces   ",
+        "tabs\tand\nnew\r\nlines\n\n\n", "émigré naïve façade", "你好,世界", "こんにちは、元気?", "안녕하세요",
+        "Привет, мир", "مرحبا بالعالم", "שלום", "😀😃 👩‍👩‍👧‍👦 🏳️‍🌈", "e\u0301 combining", "C++ && x->y != z;", "https://example.org/a?b=c#d",
+        "ALL CAPS AND lower", "snake_case camelCase", "…—–“quotes”", "100% $5 €7 £9", "a" * 50, "ab " * 20,
+    ]  # fmt: skip
+    strings = list(pieces)
+    for i, first in enumerate(pieces):
+        for second in (pieces[(i * 7 + 3) % len(pieces)], pieces[(i * 5 + 11) % len(pieces)]):
+            strings += [first + " " + second, first + second, second + "\n" + first, f"  {first}...{second}!"]
+    return sorted({string for string in strings if string.strip()})
+
+
+def test_real_vocabulary_equals_tiktoken(llama3):
+    ours, oracle = llama3
+    strings = varied_strings()
+    assert len(strings) >= 200
+    for speaker, text in enumerate(strings):
+        expected = [128_000, *oracle.encode(f"[{speaker}]{text}", disallowed_special=()), 128_001]
+        assert ours.encode(speaker, text) == expected, text
+
+
+def test_a_tokenizer_without_its_special_tokens_is_refused(tmp_path):
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="begin_of_text"):
+        TextTokenizer(tmp_path / "tokenizer.json", 258)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match=r"no token <\|end_of_text\|> below 257"):
+        TextTokenizer(tmp_path / "tokenizer.json", 257)
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        TextTokenizer(tmp_path / "tokenizer.json", 258)
+
+
+def test_building_checks_the_length():
+    with pytest.raises(PromptTooLongError, match=r"takes 2048 positions.*has 2048"):
+        build_prompt([], [1] * 2048, CSM_1B)

@@ -1,0 +1,98 @@
+"""The house rules that a machine can hold: what imports what, how long things get, what a plain import costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import csm
+
+ROOT = Path(csm.__file__).parent.parent
+
+# A module may import those of the lines above its own (and of its own line where it is listed twice).
+LAYERS = [
+    {"csm.errors"},
+    {"csm.config"},
+    {"csm.audio", "csm.graph", "csm.kernels", "csm.weights"},
+    {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt"},
+    {"csm.model"},
+    {"csm.frame"},
+    {"csm.engine"},
+    {"csm.generator"},
+    {"csm"},
+]
+LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+
+
+def package_of(name):
+    """csm.kernels.attention -> csm.kernels, csm.frame -> csm.frame, csm -> csm."""
+    return ".".join(name.split(".")[:2])
+
+
+def modules():
+    for folder, package in (("csm", "csm"), ("kernels", "csm.kernels"), ("weights", "csm.weights")):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            yield path, package if path.stem == "__init__" else f"{package}.{path.stem}"
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize(("path", "module"), list(modules()), ids=lambda value: str(value).replace(f"{ROOT}/", ""))
+def test_imports_run_one_way(path, module):
+    own = package_of(module)
+    for name in imports(path):
+        if not name.startswith("csm"):
+            assert name.split(".")[0] not in ("transformers", "kernels", "weights"), name
+            continue
+        other = package_of(name)
+        if other != own:
+            assert LAYER_OF[other] < LAYER_OF[own], f"{module} imports {name}"
+
+
+def test_generate_uses_what_stands_in_the_readme():
+    names = {name for name in imports(ROOT / "generate.py") if name.startswith("csm")}
+    assert names <= {"csm", "csm.audio", "csm.generator"}
+
+
+def functions():
+    files = [path for path, _ in modules()] + [ROOT / "generate.py"]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                yield path, node
+
+
+def test_no_function_is_longer_than_forty_lines():
+    for path, node in functions():
+        docstring = ast.get_docstring(node)
+        lines = node.end_lineno - node.lineno + 1 - (docstring.count("\n") + 1 if docstring else 0)
+        assert lines <= 40, f"{path.name}: {node.name} has {lines} lines"
+
+
+def test_the_model_is_two_screens_long():
+    assert len((ROOT / "csm" / "model.py").read_text().splitlines()) <= 300
+
+
+def test_public_functions_are_documented():
+    missing = []
+    for path in [path for path, _ in modules()]:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                bare = isinstance(node, ast.ClassDef) and path.name == "model.py"  # modules that speak for themselves
+                if not ast.get_docstring(node) and not bare and node.name != "main":
+                    missing.append(f"{path.name}: {node.name}")
+    assert missing == []
+
+
+def test_importing_needs_no_transformers():
+    code = "import csm, sys; assert not {'transformers', 'bitsandbytes'} & set(sys.modules), 'imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)
