@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import disable_progress_bars
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,7 +19,6 @@ from csm.audio import WavWriter, read_audio
 from csm.generator import DEFAULT_MODEL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CODEC_RATE = 24_000  # Hz, Mimi's
 TINY_NOTE = "the tiny checkpoint has random weights: what follows is noise, not speech"
 
 
@@ -71,17 +71,24 @@ def read_reference(args: argparse.Namespace) -> list[Segment]:
 
 
 def load(args: argparse.Namespace) -> Generator:
-    """The generator that was asked for; only where no model was named does the tiny one stand in."""
+    """The generator that was asked for, its codec loaded; only where no model was named may the tiny one stand in."""
     device = None if args.device == "auto" else args.device
-    dtype = DTYPES.get(args.dtype)
+
+    def from_pretrained(name: str, codec: Path | None = None) -> Generator:
+        generator = Generator.from_pretrained(name, device, DTYPES.get(args.dtype), codec, progress=not args.quiet)
+        _ = generator.codec  # now, not in the first utterance's time
+        return generator
+
+    if args.quiet:
+        disable_progress_bars()
     try:
-        generator = Generator.from_pretrained(args.model or DEFAULT_MODEL, device=device, dtype=dtype, codec=args.codec)
+        generator = from_pretrained(args.model or DEFAULT_MODEL, args.codec)
     except UnavailableError as error:
         if args.model is not None:
             raise
         print(f"WARNING: no CSM-1B: {error}", file=sys.stderr)
         print(f"WARNING: falling back to the embedded checkpoint; {TINY_NOTE}", file=sys.stderr)
-        return Generator.from_pretrained("tiny", device=device, dtype=dtype)
+        return from_pretrained("tiny")
     if args.model == "tiny":
         print(f"note: {TINY_NOTE}", file=sys.stderr)
     return generator
@@ -120,8 +127,9 @@ def run(args: argparse.Namespace) -> str:
     """Write the WAV file; return the closing line."""
     lines, reference = read_lines(args), read_reference(args)
     args.seed = secrets.randbits(32) if args.seed is None else args.seed
-    with WavWriter(args.out, CODEC_RATE) as wav:
+    with WavWriter(args.out) as wav:
         generator = load(args)
+        wav.begin(generator.sample_rate)
         started, first_audio, num_samples = time.perf_counter(), None, 0
         before: list[Segment] = []
         for index, line in enumerate(lines):
@@ -134,7 +142,7 @@ def run(args: argparse.Namespace) -> str:
                 chunks.append(chunk)
             before = [Segment(args.speaker, line, torch.cat(chunks))] if chunks else []
             num_samples += sum(chunk.shape[0] for chunk in chunks)
-    elapsed, seconds = time.perf_counter() - started, num_samples / CODEC_RATE
+    elapsed, seconds = time.perf_counter() - started, num_samples / generator.sample_rate
     if not first_audio:
         return f"{args.out}: the speech ended before its first frame; seed {args.seed}, on {generator.device}"
     return (

@@ -81,12 +81,12 @@ class WavWriter:
     """A 16-bit mono WAV file that appears under its name only when it is whole.
 
     As a context manager: opens a temporary file beside ``path`` at once, so that a folder that cannot be written to
-    fails before any work; renames it on success, removes it on any exception.
+    fails before any work; renames it on success, removes it on any exception. ``begin`` comes before ``write``.
     """
 
-    def __init__(self, path: str | Path, sample_rate: int):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.sample_rate = sample_rate
+        self._wave: wave.Wave_write | None = None
 
     def __enter__(self) -> WavWriter:
         if self.path.is_dir():
@@ -96,18 +96,23 @@ class WavWriter:
         except OSError as error:
             raise AudioError(f"{self.path}: cannot be written: {error.strerror}") from error
         self._file = os.fdopen(handle, "wb")
-        self._wave: wave.Wave_write = wave.open(self._file, "wb")
-        self._wave.setparams((1, 2, self.sample_rate, 0, "NONE", "not compressed"))
         return self
+
+    def begin(self, sample_rate: int) -> None:
+        """Set the sample rate in Hz."""
+        self._wave = wave.Wave_write(self._file)
+        self._wave.setparams((1, 2, sample_rate, 0, "NONE", "not compressed"))
 
     def write(self, audio: Tensor) -> None:
         """Append (samples,) floats; what exceeds -1..1 is clipped."""
+        assert self._wave is not None, "begin() comes first"
         pcm = (audio.detach().cpu().float().clamp(-1, 1) * 32767).round().to(torch.int16)
         self._wave.writeframes(pcm.numpy().astype("<i2").tobytes())
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         try:
-            self._wave.close()
+            if self._wave is not None:
+                self._wave.close()
             self._file.close()
             if kind is None:
                 umask = os.umask(0)

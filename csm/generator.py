@@ -59,6 +59,7 @@ class Generator:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         codec: str | Path | None = None,
+        progress: bool = True,
     ) -> Generator:
         """Load a checkpoint.
 
@@ -68,6 +69,7 @@ class Generator:
             device: where to run; None is a GPU if there is one.
             dtype: of the weights; None is bfloat16 on a GPU and float32 on a CPU.
             codec: a file of Mimi weights in Kyutai's layout; None is the checkpoint's own, else Kyutai's from the hub.
+            progress: show a bar where loading takes more than a second.
 
         Raises:
             CheckpointError: it is damaged or of another shape; the message names the file and the tensor.
@@ -76,7 +78,7 @@ class Generator:
         where = _device(device)
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         checkpoint = open_checkpoint(name)
-        model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, where, dtype), where)
+        model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, where, dtype, progress), where)
         return cls(checkpoint, model, codec)
 
     @property
@@ -182,9 +184,7 @@ class Generator:
         """``generate``'s arguments, checked and tokenised."""
         frame_ms = 1000 / self._checkpoint.codec_config.frame_rate
         if not max_audio_length_ms >= frame_ms:
-            raise CSMError(
-                f"the audio's limit must be at least one frame ({frame_ms:g} ms), not {max_audio_length_ms} ms"
-            )
+            raise CSMError(f"the audio's limit must be at least one frame, {frame_ms:g} ms, not {max_audio_length_ms}")
         if topk > self.config.codebook_size:
             raise SamplingError(f"top-k must be at most {self.config.codebook_size}, not {topk}")
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed

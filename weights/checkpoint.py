@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from csm.config import CodecConfig, CSMConfig
 from csm.errors import CheckpointError
@@ -70,9 +71,11 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def read_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_model(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: bool = False
+) -> dict[str, Tensor]:
     """The model's own state dict on ``device``: each tensor is mapped, copied to its place, and let go."""
-    return _read(checkpoint, checkpoint.table, device, dtype)
+    return _read(checkpoint, checkpoint.table, device, dtype, progress)
 
 
 def read_codec(checkpoint: Checkpoint, codec: str | Path | None, device: torch.device) -> dict[str, Tensor]:
@@ -121,10 +124,13 @@ def _check(checkpoint: Checkpoint, table: Table) -> None:
             raise CheckpointError(f"{path}: tensor {name} is left over: no part of this model")
 
 
-def _read(checkpoint: Checkpoint, table: Table, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _read(
+    checkpoint: Checkpoint, table: Table, device: torch.device, dtype: torch.dtype, progress: bool = False
+) -> dict[str, Tensor]:
     state = empty_state(table, device, dtype)
     # The largest first: what a tensor's map takes meanwhile is then never on top of a nearly full model.
-    for entry in sorted(table, key=lambda entry: -torch.Size(entry.shape).numel()):
+    entries = sorted(table, key=lambda entry: -torch.Size(entry.shape).numel())
+    for entry in tqdm(entries, desc="loading weights", delay=1, leave=False, disable=not progress):
         names = [name for name in entry.names if name in checkpoint.file_of]
         tensor = read_tensor(checkpoint.file_of[names[0]], names[0])
         for tied in names[1:]:

@@ -1,0 +1,87 @@
+"""What the README and the examples show runs, with the embedded checkpoint in the place of CSM-1B."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sphn
+
+import csm
+import generate
+
+ROOT = Path(generate.__file__).parent
+README = (ROOT / "README.md").read_text()
+HUB_NAME = re.compile(r"(sesame|unsloth)/csm-1b")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def short(monkeypatch, tiny):
+    """A quarter of a second whatever was asked for, from the embedded checkpoint."""
+    whole = csm.Generator._request
+
+    def shortened(self, text, speaker=0, context=(), max_audio_length_ms=0, *rest):
+        return whole(self, text, speaker, context, 240, *rest)
+
+    monkeypatch.setattr(csm.Generator, "_request", shortened)
+
+
+def test_python(short, tmp_path, monkeypatch):
+    """The blocks follow on one another, as a reader takes them."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    assert len(blocks("python")) == 2
+    for code in blocks("python"):
+        exec(HUB_NAME.sub("tiny", code), names)
+    assert len(names["answers"]) == 2
+
+
+def shell_lines():
+    for block in blocks("sh"):
+        for line in block.splitlines():
+            yield line.split("  #")[0].strip()
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if "generate.py" in line])
+def test_generate_lines(line, short, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    python, script, *args = shlex.split(HUB_NAME.sub("tiny", line))
+    assert (python, script) == (".venv/bin/python", "generate.py")
+    assert generate.main(args) == 0
+    assert "s of audio" in capsys.readouterr().out
+
+
+def test_every_make_target_that_is_named_exists():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    named = re.findall(r"(?:`|^)make ([a-z]+)", README, flags=re.MULTILINE)
+    assert {"demo", "test"} <= set(named) <= set(targets)
+
+
+def test_the_first_two_commands():
+    assert [line for line in shell_lines() if line][:2] == ["make demo", "make test"]
+
+
+def test_two_speakers(short, tiny, tmp_path, monkeypatch):
+    """Code for the reference implementation, with only its import changed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(csm, "load_csm_1b", lambda device: tiny)
+    for name in ("a.wav", "b.wav"):
+        sphn.write_wav(name, np.random.default_rng(0).normal(size=44_100).astype("float32") / 9, 44_100)
+    monkeypatch.setattr(sys, "argv", ["two_speakers.py", "a.wav", "One.", "b.wav", "Two."])
+    runpy.run_path(str(ROOT / "docs" / "examples" / "two_speakers.py"), run_name="__main__")
+    samples, rate = sphn.read("conversation.wav")
+    assert (samples.shape, rate) == ((1, 3 * 3 * 1920), 24_000)
+
+
+def test_help_names_every_option():
+    run = subprocess.run([sys.executable, ROOT / "generate.py", "--help"], capture_output=True, text=True, check=True)
+    for option in re.findall(r"--[a-z][a-z-]+", README):
+        assert option in run.stdout, option
