@@ -18,7 +18,7 @@ from torch import Tensor
 from csm.cache import KVCache
 from csm.config import CSMConfig
 from csm.model import CSM
-from csm.sampling import SamplingParams, gumbel_noise, sample
+from csm.sampling import SamplingParams, gumbel_noise, sample, tempered
 
 SPAN_STEP = 256  # spans of the cache come in multiples of this
 PREFILL_ROWS = 256  # rows a pass: bounds the memory of the 33 embeddings of each row
@@ -95,7 +95,7 @@ def prefill(model: CSM, state: FrameState, slot: int, row_TC: Tensor, mask_TC: T
     state.frame_B[slot] = 0
     state.seed_B[slot] = params.seed
     state.temperature_B[slot] = params.temperature
-    state.top_k_B[slot] = params.top_k
+    state.top_k_B[slot] = min(params.top_k, model.config.codebook_size)
 
 
 def span_of(num_positions: int, state: FrameState) -> int:
@@ -113,28 +113,30 @@ def decode_frame(model: CSM, state: FrameState, span: int | None = None) -> None
     No sync with the host and no position of Python's: positions, frame counters and sampling parameters are read, and
     the first two advanced, on the device.
     """
-    num_codebooks, codebook_size = model.config.num_codebooks, model.config.codebook_size
-    gumbel_BKV = gumbel_noise(state.seed_B, state.frame_B, num_codebooks, codebook_size)
+    num_codebooks = model.config.num_codebooks
+    noise_BKV = gumbel_noise(state.seed_B, state.frame_B, num_codebooks, model.config.codebook_size)
+    noise_BKV, divisor_B1 = tempered(noise_BKV, state.temperature_B)
 
     def draw(codebook: int, hidden_BD: Tensor) -> Tensor:
         logits_BV = model.logits(codebook, hidden_BD)
-        code_B = sample(logits_BV, gumbel_BKV[:, codebook], state.temperature_B, state.top_k_B)
+        code_B = sample(logits_BV, noise_BKV[:, codebook], divisor_B1, state.top_k_B)
         state.codes_BK[:, codebook] = code_B
-        return model.embed_code(codebook, code_B)
+        return code_B
 
     x_B1D = model.embed_rows(state.row_BC.unsqueeze(1), state.mask_BC.unsqueeze(1))
     at = model.backbone.places(state.position_B.unsqueeze(1), span or state.backbone_cache.max_positions)
     hidden_BD = model.backbone(x_B1D, state.backbone_cache, at)[:, -1]
-    code_embedding_BD = draw(0, hidden_BD)
+    code_B = draw(0, hidden_BD)
 
     # Depth positions: 0 reads the backbone's hidden state, i >= 1 reads code i - 1 and predicts code i.
     depth_at = model.depth_decoder.places(state.depth_position_BK, span=num_codebooks)
-    x_BTD = model.project(torch.stack((hidden_BD, code_embedding_BD), dim=1))
+    x_BTD = torch.stack((model.project(hidden_BD), model.embed_code(0, code_B)), dim=1)
     first = 0
     for codebook in range(1, num_codebooks):
         hidden_BTD = model.depth_decoder(x_BTD, state.depth_cache, depth_at.rows(first, codebook + 1))
-        code_embedding_BD = draw(codebook, hidden_BTD[:, -1])
-        x_BTD = model.project(code_embedding_BD.unsqueeze(1))
+        code_B = draw(codebook, hidden_BTD[:, -1])
+        if codebook + 1 < num_codebooks:
+            x_BTD = model.embed_code(codebook, code_B).unsqueeze(1)
         first = codebook + 1
 
     state.row_BC[:, :-1] = state.codes_BK

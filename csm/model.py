@@ -20,12 +20,14 @@ from csm.kernels import attention, linear_add, norm_linear, norm_swiglu, rms_nor
 
 
 class Places(NamedTuple):
-    """Where the rows of a pass stand: their positions, the rotary angles there, and what each may look at."""
+    """Where the rows of a pass stand: their positions, the rotary turns there, and what each may look at.
+
+    ``bias_BTS`` is 0 at a row's own position of the cache and before, -inf beyond.
+    """
 
     position_BT: Tensor
-    cos_BTp: Tensor
-    sin_BTp: Tensor
-    visible_BTS: Tensor
+    turn_BTp: Tensor
+    bias_BTS: Tensor
 
     def rows(self, first: int, last: int) -> Places:
         """The places of the rows ``first`` to ``last``, which is left out."""
@@ -33,17 +35,16 @@ class Places(NamedTuple):
 
 
 class RoPE(nn.Module):
-    """Cosines and sines of every position, (positions, d / 2) in float32."""
+    """exp(i angle) of every position and rotary pair, (positions, d / 2) in complex64."""
 
-    cos_Sp: Tensor
-    sin_Sp: Tensor
+    turn_Sp: Tensor
 
     def __init__(self, config: TransformerConfig, device: torch.device | None = None):
         super().__init__()
         frequency_p = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         angle_Sp = torch.arange(config.max_positions, dtype=torch.float64, device="cpu")[:, None] * frequency_p
-        self.register_buffer("cos_Sp", angle_Sp.cos().float().to(device or "cpu"), persistent=False)
-        self.register_buffer("sin_Sp", angle_Sp.sin().float().to(device or "cpu"), persistent=False)
+        turn_Sp = torch.polar(torch.ones_like(angle_Sp), angle_Sp).to(device or "cpu", torch.complex64)
+        self.register_buffer("turn_Sp", turn_Sp, persistent=False)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -71,8 +72,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, at: Places) -> Tensor:
         qkv_BTE = norm_linear(x_BTD, self.norm, self.qkv, self.eps)
-        q_BTHd = rope_cache(qkv_BTE, at.cos_BTp, at.sin_BTp, k_BGSd, v_BGSd, slot_B1, at.position_BT)
-        mixed_BTE = attention(q_BTHd, k_BGSd, v_BGSd, at.visible_BTS)
+        q_BTHd = rope_cache(qkv_BTE, at.turn_BTp, k_BGSd, v_BGSd, slot_B1, at.position_BT)
+        mixed_BTE = attention(q_BTHd, k_BGSd, v_BGSd, at.bias_BTS)
         return linear_add(mixed_BTE, self.output, x_BTD)
 
 
@@ -111,8 +112,9 @@ class Transformer(nn.Module):
 
     def places(self, position_BT: Tensor, span: int) -> Places:
         """Places of rows at ``position_BT``, which may look at themselves and before, within the first ``span``."""
-        visible_BTS = torch.arange(span, device=position_BT.device) <= position_BT.unsqueeze(-1)
-        return Places(position_BT, self.rope.cos_Sp[position_BT], self.rope.sin_Sp[position_BT], visible_BTS)
+        hidden_BTS = torch.arange(span, device=position_BT.device) > position_BT.unsqueeze(-1)
+        bias_BTS = torch.zeros_like(hidden_BTS, dtype=self.norm.dtype).masked_fill_(hidden_BTS, -torch.inf)
+        return Places(position_BT, self.rope.turn_Sp[position_BT], bias_BTS)
 
     def forward(self, x_BTD: Tensor, cache: KVCache, at: Places) -> Tensor:
         """(B, T, D) -> (B, T, D); writes keys and values of the T rows into the cache at their places."""
@@ -128,6 +130,7 @@ class CSM(nn.Module):
     """
 
     offset_K: Tensor
+    depth_embedding: Tensor
 
     def __init__(self, config: CSMConfig, device: torch.device | None = None):
         super().__init__()
@@ -143,6 +146,7 @@ class CSM(nn.Module):
         self.depth_heads = nn.Parameter(torch.empty(num_codebooks - 1, vocab, depth_dim))
         offset_K = torch.arange(num_codebooks, device=device or "cpu") * vocab
         self.register_buffer("offset_K", offset_K, persistent=False)
+        self.register_buffer("depth_embedding", None, persistent=False)
 
     @classmethod
     def from_state_dict(cls, config: CSMConfig, state: dict[str, Tensor], device: torch.device) -> CSM:
@@ -150,7 +154,17 @@ class CSM(nn.Module):
         with torch.device("meta"):
             model = cls(config, device)
         model.load_state_dict(state, assign=True)
-        return model.eval().requires_grad_(False)
+        return model.eval().requires_grad_(False).fold()
+
+    @torch.no_grad()
+    def fold(self) -> CSM:
+        """Compute what no input changes: the projection of every code's embedding that the depth decoder can read."""
+        vocab = self.config.audio_vocab_size
+        num_rows = (self.config.num_codebooks - 1) * vocab  # the last codebook's codes are never read
+        self.depth_embedding = self.projection.new_empty(num_rows, self.projection.shape[0])
+        for rows in (slice(first, first + vocab) for first in range(0, num_rows, vocab)):
+            self.depth_embedding[rows] = self.project(self.audio_embedding[rows])
+        return self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -166,13 +180,14 @@ class CSM(nn.Module):
         text_BT1D = F.embedding(row_BTC[..., -1:], self.text_embedding)
         return (torch.cat((audio_BTKD, text_BT1D), dim=-2) * mask_BTC.unsqueeze(-1)).sum(dim=-2)
 
-    def embed_code(self, codebook: int, code_B: Tensor) -> Tensor:
-        """Embedding of a code of one codebook: (B,) -> (B, D)."""
-        return F.embedding(code_B + codebook * self.config.audio_vocab_size, self.audio_embedding)
-
     def project(self, x: Tensor) -> Tensor:
         """From the backbone's dimension to the depth decoder's."""
         return F.linear(x, self.projection)
+
+    def embed_code(self, codebook: int, code: Tensor) -> Tensor:
+        """A code of one codebook as the depth decoder reads it, its embedding projected: (...) -> (..., depth dim)."""
+        first = codebook * self.config.audio_vocab_size
+        return F.embedding(code, self.depth_embedding[first : first + self.config.audio_vocab_size])
 
     def logits(self, codebook: int, hidden: Tensor) -> Tensor:
         """Logits of a codebook, ids that the codec knows only: (..., D) -> (..., codebook_size).

@@ -76,15 +76,20 @@ def gumbel_noise(seed_B: Tensor, frame_B: Tensor, num_codebooks: int, codebook_s
     return -torch.log(-torch.log(uniform_BKV))
 
 
-def sample(logits_BV: Tensor, gumbel_BV: Tensor, temperature_B: Tensor, top_k_B: Tensor) -> Tensor:
-    """Draw one id a slot: (B, V) -> (B,) int64.
+def tempered(gumbel_BKV: Tensor, temperature_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The noise and the divisor of the logits, (B, 1), at each slot's temperature: none and 1 where it is greedy."""
+    greedy_B = temperature_B == 0
+    noise_BKV = gumbel_BKV.masked_fill(greedy_B.view(-1, 1, 1), 0.0)
+    return noise_BKV, temperature_B.clamp(min=MIN_TEMPERATURE).masked_fill(greedy_B, 1.0).unsqueeze(1)
+
+
+def sample(logits_BV: Tensor, noise_BV: Tensor, divisor_B1: Tensor, top_k_B: Tensor) -> Tensor:
+    """Draw one id a slot: (B, V) -> (B,) int64, with noise and divisor from ``tempered`` and top-k within 1 and V.
 
     The argmax of ``logits / temperature + gumbel`` over the top k logits is a draw from their softmax (Gumbel-max).
     """
     logits_BV = logits_BV.float()
-    temperature_B1 = temperature_B.unsqueeze(1)
-    rank_B1 = (top_k_B.clamp(max=logits_BV.shape[1]) - 1).unsqueeze(1)
+    rank_B1 = (top_k_B - 1).unsqueeze(1)
     kth_B1 = logits_BV.sort(dim=1, descending=True).values.gather(1, rank_B1)
-    key_BV = logits_BV / temperature_B1.clamp(min=MIN_TEMPERATURE) + gumbel_BV
-    key_BV = torch.where(temperature_B1 > 0, key_BV, logits_BV)
+    key_BV = torch.addcdiv(noise_BV, logits_BV, divisor_B1)
     return key_BV.masked_fill(logits_BV < kth_B1, -torch.inf).argmax(dim=1)

@@ -4,22 +4,20 @@ import torch
 from torch import Tensor
 
 
-def rotate_pairs(x_BTHd: Tensor, cos_BTp: Tensor, sin_BTp: Tensor) -> Tensor:
-    """Rotate the interleaved pairs (x0, x1), (x2, x3)... by the angle of their position (RoFormer, eq. 34).
+def rotate_pairs(x_BTHd: Tensor, turn_BTp: Tensor) -> Tensor:
+    """Turn the interleaved pairs (x0, x1), (x2, x3)... by the angle of their position (RoFormer, eq. 34).
 
-    ``cos`` and ``sin`` are (B, T, d / 2), one entry a pair. Computed in float32 at least, cast back.
+    ``turn_BTp`` holds exp(i angle) of each of the d / 2 pairs: a pair is a complex number, its turn a product. Computed
+    in float32 at least, cast back.
     """
-    x_wide = x_BTHd.to(torch.promote_types(x_BTHd.dtype, cos_BTp.dtype))
-    even, odd = x_wide.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos_BTp.unsqueeze(2), sin_BTp.unsqueeze(2)
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return rotated.flatten(-2).to(x_BTHd.dtype)
+    x_wide = x_BTHd.to(torch.promote_types(x_BTHd.dtype, turn_BTp.real.dtype))
+    pairs_BTHp = torch.view_as_complex(x_wide.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs_BTHp * turn_BTp.unsqueeze(2)).flatten(-2).to(x_BTHd.dtype)
 
 
 def rope_cache(
     qkv_BTE: Tensor,
-    cos_BTp: Tensor,
-    sin_BTp: Tensor,
+    turn_BTp: Tensor,
     k_cache_BGSd: Tensor,
     v_cache_BGSd: Tensor,
     slot_B1: Tensor,
@@ -33,7 +31,7 @@ def rope_cache(
     num_kv_heads, head_dim = k_cache_BGSd.shape[1], k_cache_BGSd.shape[3]
     heads = qkv_BTE.unflatten(-1, (-1, head_dim))
     num_rotated = heads.shape[2] - num_kv_heads
-    rotated = rotate_pairs(heads[:, :, :num_rotated], cos_BTp, sin_BTp)
+    rotated = rotate_pairs(heads[:, :, :num_rotated], turn_BTp)
     q_BTHd, k_BTGd = rotated.split([num_rotated - num_kv_heads, num_kv_heads], dim=2)
     k_cache_BGSd[slot_B1, :, position_BT] = k_BTGd
     v_cache_BGSd[slot_B1, :, position_BT] = heads[:, :, num_rotated:]

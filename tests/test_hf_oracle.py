@@ -75,7 +75,7 @@ def test_teacher_forced_logits_agree(pair, turns):
         depth_cache = KVCache.allocate(config.depth_decoder, frames, config.num_codebooks, ours.device, model.dtype)
         positions = torch.arange(config.num_codebooks).expand(frames, -1)
         at = model.depth_decoder.places(positions, span=config.num_codebooks)
-        x = model.project(torch.cat((last_hidden.unsqueeze(1), embedded), dim=1))
+        x = torch.cat((model.project(last_hidden).unsqueeze(1), embedded), dim=1)
         depth_hidden = model.depth_decoder(x, depth_cache, at)
         for codebook in range(1, config.num_codebooks):
             ours_logits = model.logits(codebook, depth_hidden[:, codebook])

@@ -70,14 +70,14 @@ class TestCacheOps:
         angle = position[..., None] * 0.1 ** torch.arange(head_dim // 2, dtype=torch.float64)
         poison = torch.full((batch, num_kv_heads, span, head_dim), math.nan, dtype=dtype)
         k_cache, v_cache = poison.clone(), poison.clone()
-        angles = (angle.cos().float(), angle.sin().float())
-        if dtype == torch.float64:
-            angles = (angle.cos(), angle.sin())
-        q = rope_cache(qkv, *angles, k_cache, v_cache, torch.arange(batch)[:, None], position)
+        turn = torch.polar(torch.ones_like(angle), angle)
+        turn = turn if dtype == torch.float64 else turn.to(torch.complex64)
+        q = rope_cache(qkv, turn, k_cache, v_cache, torch.arange(batch)[:, None], position)
 
         def turned(x):
-            pairs = torch.view_as_complex(x.double().reshape(*x.shape[:-1], -1, 2))
-            return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)[:, :, None]).flatten(-2)
+            even, odd = x.double()[..., 0::2], x.double()[..., 1::2]
+            cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
+            return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
         parts = qkv.view(batch, rows, -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=2)
         close(q, turned(parts[0]), dtype)
@@ -94,9 +94,10 @@ class TestCacheOps:
         k = randn(batch, num_kv_heads, span + 3, head_dim, dtype=dtype, seed=1)
         v = randn(batch, num_kv_heads, span + 3, head_dim, dtype=dtype, seed=2)
         position = torch.randint(span, (batch, rows), generator=torch.Generator().manual_seed(rows))
-        visible = torch.arange(span) <= position[..., None]
+        hidden = torch.arange(span) > position[..., None]
+        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -math.inf)
         k[:, :, span:], v[:, :, span:] = 1e4, 1e4  # beyond the span: must not be looked at
-        mixed = attention(q, k, v, visible)
+        mixed = attention(q, k, v, bias)
         for b in range(batch):
             for t in range(rows):
                 for h in range(num_heads):

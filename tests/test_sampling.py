@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csm import SamplingError, SamplingParams
-from csm.sampling import gumbel_noise, philox, sample
+from csm.sampling import gumbel_noise, philox, sample, tempered
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, result.
 VECTORS = [
@@ -80,10 +80,17 @@ def test_noise_is_gumbel():
     torch.testing.assert_close(torch.stack(below), expected, atol=1e-3, rtol=0)
 
 
+def draw_rows(logits_BV, seed_B, temperature_B, top_k_B):
+    """One draw a row, as the step does it for codebook 0 of frame 0."""
+    noise_BKV = gumbel_noise(seed_B, torch.zeros_like(seed_B), 1, logits_BV.shape[1])
+    noise_BKV, divisor_B1 = tempered(noise_BKV, temperature_B)
+    return sample(logits_BV, noise_BKV[:, 0], divisor_B1, top_k_B.clamp(max=logits_BV.shape[1]))
+
+
 def draw(logits, count, temperature, top_k):
     """``count`` draws from one row of logits, each with the noise of a seed of its own."""
-    noise = gumbel_noise(torch.arange(count), torch.zeros(count, dtype=torch.int64), 1, logits.shape[0])[:, 0]
-    return sample(logits.expand(count, -1), noise, torch.full((count,), temperature), torch.full((count,), top_k))
+    temperature_B, top_k_B = torch.full((count,), temperature), torch.full((count,), top_k)
+    return draw_rows(logits.expand(count, -1), torch.arange(count), temperature_B, top_k_B)
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 12), (0.7, 12), (2.0, 4), (0.9, 1), (1.0, 12 * 99)])
@@ -115,18 +122,16 @@ def test_greedy_is_the_argmax(values, top_k):
 @settings(deadline=None)
 def test_a_sample_is_among_the_top_k(top_k, temperature, seed):
     logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(seed % 1000))
-    noise = gumbel_noise(torch.tensor([seed, 1]), torch.tensor([3, 3]), 1, 30)[:, 0]
-    drawn = sample(logits, noise, torch.full((2,), temperature), torch.tensor([top_k, top_k]))
+    drawn = draw_rows(logits, torch.tensor([seed, 1]), torch.full((2,), temperature), torch.tensor([top_k, top_k]))
     for row, index in zip(logits, drawn, strict=True):
         assert (row > row[index]).sum() < top_k
 
 
 def test_each_slot_has_its_own_temperature_and_top_k():
     logits = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    noise = gumbel_noise(torch.tensor([1, 2, 3]), torch.zeros(3, dtype=torch.int64), 1, 64)[:, 0]
-    temperature, top_k = torch.tensor([0.0, 0.9, 3.0]), torch.tensor([50, 1, 10])
-    together = sample(logits, noise, temperature, top_k)
-    alone = [sample(*(x[i : i + 1] for x in (logits, noise, temperature, top_k))) for i in range(3)]
+    columns = (logits, torch.tensor([1, 2, 3]), torch.tensor([0.0, 0.9, 3.0]), torch.tensor([50, 1, 10]))
+    together = draw_rows(*columns)
+    alone = [draw_rows(*(column[i : i + 1] for column in columns)) for i in range(3)]
     assert torch.equal(together, torch.cat(alone))
 
 
