@@ -40,7 +40,6 @@ class KVCache:
     def max_positions(self) -> int:
         return self.k_LBGSd.shape[3]
 
-    def slot(self, index: int) -> KVCache:
-        """The cache of one slot: views of the same memory, as a batch of one."""
-        one = slice(index, index + 1)
-        return KVCache(self.k_LBGSd[:, one], self.v_LBGSd[:, one], self.slot_B1[:1])
+    def slots(self, first: int, last: int) -> KVCache:
+        """The cache of the slots ``first`` to ``last``, which is left out: views of the same memory."""
+        return KVCache(self.k_LBGSd[:, first:last], self.v_LBGSd[:, first:last], self.slot_B1[: last - first])

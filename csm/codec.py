@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from moshi.models import loaders
-from moshi.utils.compile import no_compile
+from moshi.utils.compile import no_compile, no_cuda_graph
 from torch import Tensor
 
 from csm.audio import to_mono
@@ -78,12 +78,12 @@ class Codec:
         """A decoder that carries its own state from frame to frame; any number may be in use at once."""
         with self._exclusive(), self._mimi.streaming(batch):
             state = self._mimi.get_streaming_state()
-        return StreamDecoder(self, state)
+        return StreamDecoder(self, state, batch)
 
     @contextmanager
     def _exclusive(self, state: dict[str, Any] | None = None) -> Iterator[None]:
         """The modules to oneself, with a streaming state put in for the time and taken out again."""
-        with self._lock, no_compile():
+        with self._lock, no_compile(), no_cuda_graph():
             if state is None:
                 yield
                 return
@@ -94,7 +94,8 @@ class Codec:
             finally:
                 self._mimi.set_streaming_state(nothing)
 
-    def _decode_step(self, codes_BK: Tensor, state: dict[str, Any]) -> Tensor:
+    def _decode_frame(self, codes_BK: Tensor, state: dict[str, Any]) -> Tensor:
+        """One frame of each slot to (B, frame_size) samples, from and into a streaming state."""
         mimi = self._mimi
         with self._exclusive(state):
             latent_BCT = mimi.upsample(mimi.decode_latent(codes_BK.unsqueeze(-1)))
@@ -105,16 +106,35 @@ class Codec:
 
 
 class StreamDecoder:
-    """Decodes frame after frame; the samples are those of ``Codec.decode`` on all frames."""
+    """Decodes frame after frame; the samples are those of ``Codec.decode`` on all frames.
 
-    def __init__(self, codec: Codec, state: dict[str, Any]):
+    ``codes_BK`` and ``audio_BN`` are buffers at fixed addresses, and ``run`` turns the one into the other without a
+    sync, so that it can be captured.
+    """
+
+    def __init__(self, codec: Codec, state: dict[str, Any], batch: int):
         self._codec = codec
         self._state = state
+        self.codes_BK = torch.zeros(batch, codec.num_codebooks, dtype=torch.int64, device=codec.device)
+        self.audio_BN = torch.zeros(batch, codec.frame_size, device=codec.device)
 
     @torch.inference_mode()
+    def run(self) -> None:
+        """Decode the frame in ``codes_BK`` into ``audio_BN``."""
+        self.audio_BN.copy_(self._codec._decode_frame(self.codes_BK, self._state))
+
     def step(self, codes_BK: Tensor) -> Tensor:
         """One frame of each slot, (B, K) int64, to (B, frame_size) float32 on the codec's device."""
-        return self._codec._decode_step(codes_BK.to(self._codec.device), self._state)
+        self.codes_BK.copy_(codes_BK)
+        self.run()
+        return self.audio_BN.clone()
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """Begin again, in every slot and in the same buffers."""
+        everything = torch.ones(self.codes_BK.shape[0], dtype=torch.bool, device=self.codes_BK.device)
+        for state in self._state.values():
+            state.reset(everything)
 
 
 def moshi_config(config: CodecConfig) -> dict[str, Any]:

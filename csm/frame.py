@@ -10,7 +10,7 @@ Shapes: B slots, T rows, C columns of a row (K codebooks, then text), K codebook
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from csm.config import CSMConfig
 from csm.model import CSM
 from csm.sampling import SamplingParams, gumbel_noise, sample, tempered
 
-SPAN_STEP = 256  # spans of the cache come in multiples of this
+MIN_SPAN = 256  # spans of the cache are this times a power of two: few enough to capture a graph for each
 PREFILL_ROWS = 256  # rows a pass: bounds the memory of the 33 embeddings of each row
 
 
@@ -73,18 +73,53 @@ class FrameState:
     def batch(self) -> int:
         return self.row_BC.shape[0]
 
+    @property
+    def spans(self) -> list[int]:
+        """The spans that a step may be asked for, ascending; the last is the whole cache."""
+        longest = self.backbone_cache.max_positions
+        doubled = (MIN_SPAN << n for n in range(longest.bit_length()))
+        return [*(span for span in doubled if span < longest), longest]
+
+    def narrow(self, batch: int) -> FrameState:
+        """The first ``batch`` slots, in the same memory."""
+        parts = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            parts[field.name] = value.slots(0, batch) if isinstance(value, KVCache) else value[:batch]
+        return FrameState(**parts)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name, those of the caches too."""
+        named: dict[str, Tensor] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, KVCache):
+                named |= {f"{field.name}.{name}": tensor for name, tensor in vars(value).items()}
+            else:
+                named[field.name] = value
+        return named
+
 
 @torch.inference_mode()
-def prefill(model: CSM, state: FrameState, slot: int, row_TC: Tensor, mask_TC: Tensor, params: SamplingParams) -> None:
+def prefill(
+    model: CSM,
+    state: FrameState,
+    slot: int,
+    row_TC: Tensor,
+    mask_TC: Tensor,
+    params: SamplingParams,
+    start: int = 0,
+) -> None:
     """Start a request in ``slot``: write the keys and values of rows 0..T-2 and leave the last row pending.
 
-    ``row_TC`` (T, K + 1) int64 and ``mask_TC`` bool, of T >= 1 rows that fit the cache.
+    ``row_TC`` (T, K + 1) int64 and ``mask_TC`` bool, of T >= 1 rows that fit the cache. The keys and values of the rows
+    before ``start`` are there already.
     """
     num_rows = row_TC.shape[0]
-    cache = state.backbone_cache.slot(slot)
+    cache = state.backbone_cache.slots(slot, slot + 1)
     assert 1 <= num_rows <= cache.max_positions
     row_TC, mask_TC = row_TC.to(state.row_BC.device), mask_TC.to(state.row_BC.device)
-    for first in range(0, num_rows - 1, PREFILL_ROWS):
+    for first in range(start, num_rows - 1, PREFILL_ROWS):
         last = min(first + PREFILL_ROWS, num_rows - 1)
         x_1TD = model.embed_rows(row_TC[None, first:last], mask_TC[None, first:last])
         position_1T = torch.arange(first, last, device=x_1TD.device).unsqueeze(0)
@@ -99,8 +134,8 @@ def prefill(model: CSM, state: FrameState, slot: int, row_TC: Tensor, mask_TC: T
 
 
 def span_of(num_positions: int, state: FrameState) -> int:
-    """The least span, of the few that there are, that holds so many positions."""
-    return min(-(-num_positions // SPAN_STEP) * SPAN_STEP, state.backbone_cache.max_positions)
+    """The least span that holds so many positions."""
+    return next((span for span in state.spans if span >= num_positions), state.backbone_cache.max_positions)
 
 
 @torch.inference_mode()

@@ -79,6 +79,18 @@ def test_stream_equals_whole(loud, frames):
     assert whole.abs().max() > 0.1
 
 
+def test_a_reset_stream_begins_again_where_it_is(loud):
+    decoder = loud.stream_decoder(batch=2)
+    addresses = [decoder.codes_BK.data_ptr(), decoder.audio_BN.data_ptr()]
+    for t in range(130):
+        decoder.step(random_codes(2, loud, t))
+    decoder.reset()
+    codes = random_codes(6, loud, 999)
+    streamed = torch.cat([decoder.step(codes[t].expand(2, -1)) for t in range(6)], dim=1)
+    torch.testing.assert_close(streamed, loud.decode(codes).expand(2, -1), atol=1e-4, rtol=0)
+    assert [decoder.codes_BK.data_ptr(), decoder.audio_BN.data_ptr()] == addresses
+
+
 def test_a_batch_of_streams_equals_each_alone(loud):
     codes = torch.stack([random_codes(5, loud, seed) for seed in range(3)])
     decoder = loud.stream_decoder(batch=3)
