@@ -4,26 +4,45 @@ from __future__ import annotations
 
 import argparse
 import secrets
+import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from huggingface_hub.utils import disable_progress_bars
 from torch import Tensor
 from tqdm import tqdm
 
-from csm import CSMError, Generator, PromptTooLongError, Segment, UnavailableError
-from csm.audio import WavWriter, read_audio
-from csm.generator import DEFAULT_MODEL
+from csm import (
+    DEFAULT_MODEL,
+    CSMError,
+    Generator,
+    PromptTooLongError,
+    RoomWarning,
+    SamplingParams,
+    Segment,
+    UnavailableError,
+    WavWriter,
+    read_audio,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TINY_NOTE = "the tiny checkpoint has random weights: what follows is noise, not speech"
+TINY_NOTE = "the tiny checkpoint has random weights: it makes noise, not speech"
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad option as everything else is reported: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CSMError(message)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="generate.py", description="Speak text with CSM-1B into a WAV file.")
+    parser = Parser(prog="generate.py", description="Speak text with CSM-1B into a WAV file.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help='what to say; "-" reads standard input; every line is one utterance')
     source.add_argument("--file", type=Path, help="a text file; every line is one utterance")
@@ -50,7 +69,7 @@ def read_lines(args: argparse.Namespace) -> list[str]:
     """The utterances: every line that is not blank."""
     try:
         if args.file is not None:
-            text = args.file.read_text(encoding="utf-8")
+            text = args.file.read_text(encoding="utf-8-sig")
         else:
             text = sys.stdin.read() if args.text == "-" else args.text
     except (OSError, UnicodeDecodeError) as error:
@@ -61,13 +80,14 @@ def read_lines(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def read_reference(args: argparse.Namespace) -> list[Segment]:
+def read_reference(args: argparse.Namespace) -> Segment | None:
+    """The recording to continue."""
     if (args.ref is None) != (args.ref_text is None):
         raise CSMError("--ref and --ref-text go together: the recording, and what is said in it")
     if args.ref is None:
-        return []
+        return None
     audio, sample_rate = read_audio(args.ref)
-    return [Segment(args.speaker, args.ref_text, audio, sample_rate=sample_rate)]
+    return Segment(args.speaker, args.ref_text, audio, sample_rate=sample_rate)
 
 
 def load(args: argparse.Namespace) -> Generator:
@@ -88,61 +108,69 @@ def load(args: argparse.Namespace) -> Generator:
             raise
         print(f"WARNING: no CSM-1B: {error}", file=sys.stderr)
         print(f"WARNING: falling back to the embedded checkpoint; {TINY_NOTE}", file=sys.stderr)
-        return from_pretrained("tiny")
-    if args.model == "tiny":
-        print(f"note: {TINY_NOTE}", file=sys.stderr)
+        generator = from_pretrained("tiny")
     return generator
 
 
-def stream_line(
-    generator: Generator,
-    args: argparse.Namespace,
-    line: str,
-    index: int,
-    reference: list[Segment],
-    before: list[Segment],
-) -> Iterator[Tensor]:
-    """One utterance, continuing the voice of the line before it where that still fits the prompt."""
+class Speaker:
+    """Speaks the lines one after the other, each continuing the voice of the one before where there is room."""
 
-    def stream(context: list[Segment]) -> Iterator[Tensor]:
-        return generator.stream(
+    def __init__(self, generator: Generator, args: argparse.Namespace, reference: Segment | None):
+        self.generator = generator
+        self.args = args
+        self.reference = [] if reference is None else [generator.prepare(reference)]
+
+    def stream(self, index: int, line: str, before: list[Segment]) -> Iterator[Tensor]:
+        """One line; arguments are checked here, the speech comes as it is read."""
+        return self.generator.stream(
             line,
-            args.speaker,
-            context,
-            max_audio_length_ms=args.max_seconds * 1000,
-            temperature=args.temperature,
-            topk=args.top_k,
-            seed=args.seed + index,
+            self.args.speaker,
+            [*self.reference, *before],
+            max_audio_length_ms=self.args.max_seconds * 1000,
+            temperature=self.args.temperature,
+            topk=self.args.top_k,
+            seed=self.args.seed + index,
         )
 
-    try:
-        return stream([*reference, *before])
-    except PromptTooLongError:
-        if not before:
-            raise
-        return stream(reference)
+    def speak(self, lines: list[str]) -> Iterator[Tensor]:
+        """Chunks of all lines, a progress bar in seconds of audio under way."""
+        before: list[Segment] = []
+        for index, line in enumerate(lines):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", RoomWarning)
+                    stream = self.stream(index, line, before)
+            except (PromptTooLongError, RoomWarning):
+                stream = self.stream(index, line, [])
+            chunks = []
+            # One step of the bar is one frame of 80 ms, so its rate is in times real time.
+            bar = tqdm(stream, desc=line[:40], unit="s", unit_scale=0.08, disable=self.args.quiet, leave=False)
+            with bar:
+                for chunk in bar:
+                    chunks.append(chunk)
+                    yield chunk
+            before = [Segment(self.args.speaker, line, torch.cat(chunks))] if chunks else []
 
 
 def run(args: argparse.Namespace) -> str:
     """Write the WAV file; return the closing line."""
     lines, reference = read_lines(args), read_reference(args)
     args.seed = secrets.randbits(32) if args.seed is None else args.seed
+    SamplingParams(args.temperature, args.top_k, args.seed)  # before anything is loaded
     with WavWriter(args.out) as wav:
         generator = load(args)
         wav.begin(generator.sample_rate)
         started, first_audio, num_samples = time.perf_counter(), None, 0
-        before: list[Segment] = []
+        speaker = Speaker(generator, args, reference)
         for index, line in enumerate(lines):
-            stream = stream_line(generator, args, line, index, reference, before)
-            chunks = []
-            # One step of the bar is one frame of 80 ms, so its rate is in times real time.
-            for chunk in tqdm(stream, desc=line[:40], unit="s", unit_scale=0.08, disable=args.quiet, leave=False):
-                first_audio = first_audio or time.perf_counter() - started
-                wav.write(chunk)
-                chunks.append(chunk)
-            before = [Segment(args.speaker, line, torch.cat(chunks))] if chunks else []
-            num_samples += sum(chunk.shape[0] for chunk in chunks)
+            speaker.stream(index, line, [])  # not read: a bad last line fails before the first is spoken
+        for chunk in speaker.speak(lines):
+            first_audio = first_audio or time.perf_counter() - started
+            wav.write(chunk)
+            num_samples += chunk.shape[0]
     elapsed, seconds = time.perf_counter() - started, num_samples / generator.sample_rate
+    if args.model == "tiny":
+        print(f"note: {TINY_NOTE}", file=sys.stderr)
     if not first_audio:
         return f"{args.out}: the speech ended before its first frame; seed {args.seed}, on {generator.device}"
     return (
@@ -153,16 +181,19 @@ def run(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, or 2 with one line on stderr for what the user can mend."""
-    args = parse_arguments(argv)
-    try:
-        print(run(args))
-    except (CSMError, OSError) as error:
-        print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    with warnings.catch_warnings():
+        warnings.simplefilter("once", RoomWarning)
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        try:
+            print(run(parse_arguments(argv)))
+        except (CSMError, OSError) as error:
+            print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception: what is half written goes
     sys.exit(main())

@@ -6,11 +6,13 @@ Nothing here knows the codec. Reading goes through sphn (it comes with moshi), r
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import tempfile
 import wave
 from pathlib import Path
 
+import numpy as np
 import sphn
 import torch
 import torchaudio.functional
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from csm.errors import AudioError
 
-MAX_PHASES = 2000  # 44,100 Hz has 147
+MAX_PHASES = 1_000_000  # 44,100 Hz to 24,000 Hz has 147 x 80
 
 
 def to_mono(audio: Tensor, sample_rate: int, target_rate: int) -> Tensor:
@@ -27,7 +29,7 @@ def to_mono(audio: Tensor, sample_rate: int, target_rate: int) -> Tensor:
     Channels are averaged; integer samples are taken as PCM of their width. Raises AudioError for audio that is empty,
     not finite, or not of that shape.
     """
-    audio = torch.as_tensor(audio).detach().cpu()
+    audio = _as_tensor(audio)
     if audio.dtype == torch.bool or audio.is_complex() or audio.ndim not in (1, 2):
         raise AudioError(f"audio must be (samples,) or (channels, samples) of real numbers, not {_kind(audio)}")
     if audio.dtype == torch.uint8:  # 8-bit PCM is unsigned
@@ -43,17 +45,28 @@ def to_mono(audio: Tensor, sample_rate: int, target_rate: int) -> Tensor:
         raise AudioError("audio is empty")
     if not torch.isfinite(audio).all():
         raise AudioError("audio has samples that are not finite (NaN or infinite)")
-    if sample_rate < 1:
-        raise AudioError(f"sample rate must be at least 1 Hz, not {sample_rate}")
+    if not isinstance(sample_rate, numbers.Real) or not sample_rate >= 1 or sample_rate % 1 != 0:
+        raise AudioError(f"sample rate must be a whole number of at least 1 Hz, not {sample_rate!r}")
+    sample_rate = int(sample_rate)
     return audio if sample_rate == target_rate else _resample(audio, sample_rate, target_rate)
+
+
+def _as_tensor(audio: Tensor) -> Tensor:
+    try:
+        if isinstance(audio, np.ndarray):  # torch knows neither negative strides nor foreign byte orders
+            audio = np.ascontiguousarray(audio, audio.dtype.newbyteorder("="))
+        return torch.as_tensor(audio).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise AudioError(f"audio must be a tensor or an array of samples, not {type(audio).__name__}") from error
 
 
 def _resample(audio: Tensor, sample_rate: int, target_rate: int) -> Tensor:
     """(samples,) to another rate; rates with hardly a common divisor (24,001 Hz) by their spectrum.
 
-    For those torchaudio's filter bank, one filter for each of the target rate's phases, would take gigabytes.
+    For those torchaudio's filter bank, a filter for each phase of the one rate against the other, would take gigabytes.
     """
-    if sample_rate // math.gcd(sample_rate, target_rate) <= MAX_PHASES:
+    common = math.gcd(sample_rate, target_rate)
+    if (sample_rate // common) * (target_rate // common) <= MAX_PHASES:
         return torchaudio.functional.resample(audio, sample_rate, target_rate)
     num_samples = max(1, round(audio.shape[0] * target_rate / sample_rate))
     return torch.fft.irfft(torch.fft.rfft(audio), n=num_samples) * (num_samples / audio.shape[0])
@@ -72,7 +85,9 @@ def read_audio(path: str | Path) -> tuple[Tensor, int]:
         raise AudioError(f"{path}: no such file")
     try:
         samples, sample_rate = sphn.read(str(path))
-    except (ValueError, OSError, RuntimeError) as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of sphn's, a sample rate of 0 for one, is not even an Exception
         raise AudioError(f"{path}: not audio that can be read: {error}") from error
     return torch.from_numpy(samples), int(sample_rate)
 
@@ -85,14 +100,16 @@ class WavWriter:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(os.path.realpath(path))  # a link stays one
         self._wave: wave.Wave_write | None = None
 
     def __enter__(self) -> WavWriter:
         if self.path.is_dir():
             raise AudioError(f"{self.path} is a folder; give the name of a file")
+        if self.path.exists() and not self.path.is_file():
+            raise AudioError(f"{self.path} is not a file but a device or a pipe")
         try:
-            handle, self._aside = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name, suffix=".part")
+            handle, self._aside = tempfile.mkstemp(dir=self.path.parent, prefix=".csm-", suffix=".part")
         except OSError as error:
             raise AudioError(f"{self.path}: cannot be written: {error.strerror}") from error
         self._file = os.fdopen(handle, "wb")
@@ -107,7 +124,10 @@ class WavWriter:
         """Append (samples,) floats; what exceeds -1..1 is clipped."""
         assert self._wave is not None, "begin() comes first"
         pcm = (audio.detach().cpu().float().clamp(-1, 1) * 32767).round().to(torch.int16)
-        self._wave.writeframes(pcm.numpy().astype("<i2").tobytes())
+        try:
+            self._wave.writeframes(pcm.numpy().astype("<i2").tobytes())
+        except OSError as error:
+            raise AudioError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         try:
@@ -119,5 +139,7 @@ class WavWriter:
                 os.umask(umask)
                 os.chmod(self._aside, 0o666 & ~umask)  # mkstemp's own mode is 0600
                 os.replace(self._aside, self.path)
+        except OSError as failure:
+            raise AudioError(f"{self.path}: cannot be written: {failure.strerror}") from failure
         finally:
             Path(self._aside).unlink(missing_ok=True)

@@ -11,31 +11,34 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from moshi.models import loaders
-from moshi.utils.compile import no_compile, no_cuda_graph
 from torch import Tensor
 
 from csm.audio import to_mono
 from csm.config import CodecConfig
 from csm.errors import AudioError, CheckpointError
 
+# moshi keeps streaming state on its modules, and whether to compile in a global: one call at a time, over all codecs.
+_MOSHI = threading.RLock()
+
 
 class Codec:
-    """Mimi in float32 on one device. Calls are serialised: moshi keeps streaming state on its modules."""
+    """Mimi in float32 on one device. Calls from several threads take turns."""
 
     def __init__(self, config: CodecConfig, num_codebooks: int, state: dict[str, Tensor], device: torch.device):
         """``state`` is a state dict in moshi's names; ``num_codebooks`` of the codec's codebooks are used."""
         self.config = config
         self.num_codebooks = num_codebooks
         self.device = device
-        self._lock = threading.Lock()
+        from moshi.models import loaders  # here, because codes alone do not need it and it brings a good deal along
+
         self._mimi = loaders.get_mimi(
             None, mimi_config=moshi_config(config), device=device, num_codebooks=num_codebooks
         )
         try:
             self._mimi.load_state_dict(dict(state))
         except RuntimeError as error:
-            raise CheckpointError(f"the codec's weights are not a Mimi of this shape: {error}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"not a Mimi of the shape in config.json: {reason}") from error
         self._mimi.requires_grad_(False)
 
     @property
@@ -47,31 +50,25 @@ class Codec:
         """Samples per frame."""
         return self.config.frame_size
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, audio: Tensor, sample_rate: int | None = None) -> Tensor:
         """(samples,) or (channels, samples) at any rate to codes (T, K) int64 on the CPU.
 
         The last frame is padded with silence. ``sample_rate`` None means the codec's own. Raises AudioError.
         """
-        mono = to_mono(audio, sample_rate or self.sample_rate, self.sample_rate)
+        mono = to_mono(audio, self.sample_rate if sample_rate is None else sample_rate, self.sample_rate)
         with self._exclusive():
             codes_BKT = self._mimi.encode(mono.to(self.device).view(1, 1, -1))
         return codes_BKT[0].T.cpu()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, codes_TK: Tensor) -> Tensor:
         """Codes (T, K) to (T * frame_size,) float32 on the CPU, in one pass. Raises AudioError."""
-        codes_TK = torch.as_tensor(codes_TK)
-        if codes_TK.ndim != 2 or codes_TK.shape[1] != self.num_codebooks or codes_TK.is_floating_point():
-            raise AudioError(f"codes must be integers of shape (frames, {self.num_codebooks}), not {_kind(codes_TK)}")
+        codes_TK = check_codes(codes_TK, self.num_codebooks, self.config.codebook_size)
         if codes_TK.shape[0] == 0:
-            return torch.zeros(0)
-        low, high = codes_TK.aminmax()
-        if low < 0 or high >= self.config.codebook_size:
-            limit = self.config.codebook_size - 1
-            raise AudioError(f"codes must be within 0 and {limit}, not {low.item()} to {high.item()}")
+            return torch.zeros(0, dtype=torch.float32)
         with self._exclusive():
-            audio_B1N = self._mimi.decode(codes_TK.to(self.device, torch.int64).T.unsqueeze(0))
+            audio_B1N = self._mimi.decode(codes_TK.to(self.device).T.unsqueeze(0))
         return audio_B1N[0, 0].cpu()
 
     def stream_decoder(self, batch: int = 1) -> StreamDecoder:
@@ -83,7 +80,9 @@ class Codec:
     @contextmanager
     def _exclusive(self, state: dict[str, Any] | None = None) -> Iterator[None]:
         """The modules to oneself, with a streaming state put in for the time and taken out again."""
-        with self._lock, no_compile(), no_cuda_graph():
+        from moshi.utils.compile import no_compile, no_cuda_graph
+
+        with _MOSHI, no_compile(), no_cuda_graph():
             if state is None:
                 yield
                 return
@@ -116,9 +115,9 @@ class StreamDecoder:
         self._codec = codec
         self._state = state
         self.codes_BK = torch.zeros(batch, codec.num_codebooks, dtype=torch.int64, device=codec.device)
-        self.audio_BN = torch.zeros(batch, codec.frame_size, device=codec.device)
+        self.audio_BN = torch.zeros(batch, codec.frame_size, dtype=torch.float32, device=codec.device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self) -> None:
         """Decode the frame in ``codes_BK`` into ``audio_BN``."""
         self.audio_BN.copy_(self._codec._decode_frame(self.codes_BK, self._state))
@@ -129,7 +128,7 @@ class StreamDecoder:
         self.run()
         return self.audio_BN.clone()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def reset(self) -> None:
         """Begin again, in every slot and in the same buffers."""
         everything = torch.ones(self.codes_BK.shape[0], dtype=torch.bool, device=self.codes_BK.device)
@@ -192,5 +191,19 @@ def _seanet_config(config: CodecConfig) -> dict[str, Any]:
     }
 
 
-def _kind(codes: Tensor) -> str:
-    return f"{codes.dtype} of shape {tuple(codes.shape)}"
+def check_codes(codes_TK: Tensor, num_codebooks: int, codebook_size: int) -> Tensor:
+    """Codes as (T, K) int64 on the CPU, T of 0 or more. Raises AudioError for what cannot be codes."""
+    try:
+        codes_TK = torch.as_tensor(codes_TK).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise AudioError(f"codes must be a tensor or an array of integers, not {type(codes_TK).__name__}") from error
+    whole = not (codes_TK.is_floating_point() or codes_TK.is_complex() or codes_TK.dtype == torch.bool)
+    if codes_TK.ndim != 2 or codes_TK.shape[1] != num_codebooks or not whole:
+        kind = f"{codes_TK.dtype} of shape {tuple(codes_TK.shape)}"
+        raise AudioError(f"codes must be integers of shape (frames, {num_codebooks}), not {kind}")
+    codes_TK = codes_TK.to(torch.int64)
+    if codes_TK.numel():
+        low, high = codes_TK.aminmax()
+        if low < 0 or high >= codebook_size:
+            raise AudioError(f"codes must be within 0 and {codebook_size - 1}, not {low.item()} to {high.item()}")
+    return codes_TK

@@ -106,6 +106,8 @@ class CodecConfig:
     num_codebooks: int = 32
 
     def __post_init__(self) -> None:
+        _require(self.num_heads > 0 and self.num_layers > 0, "codec: it must have layers and heads")
+        _require(self.num_codebooks >= 2, f"codec: at least 2 codebooks are needed, not {self.num_codebooks}")
         _require(self.dim % self.num_heads == 0, f"codec: dim {self.dim} is no multiple of {self.num_heads} heads")
 
     @property

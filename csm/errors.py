@@ -21,6 +21,10 @@ class PromptTooLongError(PromptError):
     """A prompt of more positions than the backbone has."""
 
 
+class RoomWarning(UserWarning):
+    """A prompt so long that speech may be cut before the limit that was asked for."""
+
+
 class SamplingError(CSMError):
     """A sampling parameter out of range."""
 

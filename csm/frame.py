@@ -10,7 +10,9 @@ Shapes: B slots, T rows, C columns of a row (K codebooks, then text), K codebook
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +84,7 @@ class FrameState:
 
     def narrow(self, batch: int) -> FrameState:
         """The first ``batch`` slots, in the same memory."""
-        parts = {}
+        parts: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             parts[field.name] = value.slots(0, batch) if isinstance(value, KVCache) else value[:batch]
@@ -109,18 +111,18 @@ def prefill(
     mask_TC: Tensor,
     params: SamplingParams,
     start: int = 0,
+    turn_ends: Sequence[int] = (),
 ) -> None:
     """Start a request in ``slot``: write the keys and values of rows 0..T-2 and leave the last row pending.
 
     ``row_TC`` (T, K + 1) int64 and ``mask_TC`` bool, of T >= 1 rows that fit the cache. The keys and values of the rows
-    before ``start`` are there already.
+    before ``start`` are there already. No pass straddles the end of a turn: see ``csm.cache.PrefixCache``.
     """
     num_rows = row_TC.shape[0]
     cache = state.backbone_cache.slots(slot, slot + 1)
     assert 1 <= num_rows <= cache.max_positions
     row_TC, mask_TC = row_TC.to(state.row_BC.device), mask_TC.to(state.row_BC.device)
-    for first in range(start, num_rows - 1, PREFILL_ROWS):
-        last = min(first + PREFILL_ROWS, num_rows - 1)
+    for first, last in _passes(start, num_rows - 1, turn_ends):
         x_1TD = model.embed_rows(row_TC[None, first:last], mask_TC[None, first:last])
         position_1T = torch.arange(first, last, device=x_1TD.device).unsqueeze(0)
         model.backbone(x_1TD, cache, model.backbone.places(position_1T, span=last))
@@ -128,9 +130,17 @@ def prefill(
     state.mask_BC[slot] = mask_TC[-1]
     state.position_B[slot] = num_rows - 1
     state.frame_B[slot] = 0
-    state.seed_B[slot] = params.seed
-    state.temperature_B[slot] = params.temperature
-    state.top_k_B[slot] = min(params.top_k, model.config.codebook_size)
+    state.seed_B[slot] = int(params.seed)
+    state.temperature_B[slot] = float(params.temperature)
+    state.top_k_B[slot] = min(int(params.top_k), model.config.codebook_size)
+
+
+def _passes(start: int, stop: int, turn_ends: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Cut the rows from ``start`` to ``stop`` at the ends of turns, and each turn into passes."""
+    for turn_end in [*(end for end in turn_ends if start < end < stop), stop]:
+        for first in range(start, turn_end, PREFILL_ROWS):
+            yield first, min(first + PREFILL_ROWS, turn_end)
+        start = turn_end
 
 
 def span_of(num_positions: int, state: FrameState) -> int:

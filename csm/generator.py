@@ -5,38 +5,32 @@ Shapes: B slots, T frames, K codebooks, C columns of a row.
 
 from __future__ import annotations
 
-import logging
+import numbers
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from csm.audio import to_mono
-from csm.codec import Codec
+from csm.cache import PrefixCache
+from csm.codec import Codec, check_codes
 from csm.config import CSMConfig
-from csm.errors import CSMError, PromptError, SamplingError
-from csm.frame import FrameState, decode_frame, prefill, span_of
+from csm.engine import Engine, Frame, Request
+from csm.errors import AudioError, CheckpointError, CSMError, PromptError, RoomWarning, SamplingError
 from csm.model import CSM
-from csm.prompt import Prompt, Segment, TextTokenizer, build_prompt, check_codes, check_length
+from csm.prompt import Segment, TextTokenizer, build_prompt, check_length
 from csm.sampling import SamplingParams
 from csm.weights import Checkpoint, open_checkpoint, read_codec, read_model
 
-logger = logging.getLogger("csm")
-
 DEFAULT_MODEL = "sesame/csm-1b"
-
-
-class Request(NamedTuple):
-    """What ``generate`` was asked for, checked."""
-
-    prompt: Prompt
-    params: SamplingParams
-    max_frames: int
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PREFIX_POSITIONS = 8192  # cached positions of context turns: 32 KB each for CSM-1B in bfloat16
+MAX_IDLE_ENGINES = 3
 
 
 class Generator:
@@ -49,7 +43,9 @@ class Generator:
         self._checkpoint = checkpoint
         self._codec_file = codec_file
         self._tokenizer = TextTokenizer(checkpoint.tokenizer_path, model.config.text_vocab_size)
-        self._free_states: list[FrameState] = []
+        self._codec: Codec | None = None
+        self._engines: list[Engine] = []
+        self._prefixes = PrefixCache(PREFIX_POSITIONS)
         self._lock = threading.RLock()
 
     @classmethod
@@ -76,6 +72,8 @@ class Generator:
             UnavailableError: it cannot be had (gated, no network, no space); the message says what to do.
         """
         where = _device(device)
+        if dtype is not None and dtype not in DTYPES:
+            raise CSMError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         checkpoint = open_checkpoint(name)
         model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, where, dtype, progress), where)
@@ -85,16 +83,31 @@ class Generator:
     def device(self) -> torch.device:
         return self.model.device
 
-    @cached_property
+    @property
     def codec(self) -> Codec:
         """The Mimi codec, loaded when audio is first asked for."""
         with self._lock:
-            state = read_codec(self._checkpoint, self._codec_file, self.device)
-            return Codec(self._checkpoint.codec_config, self.config.num_codebooks, state, self.device)
+            if self._codec is None:
+                state = read_codec(self._checkpoint, self._codec_file, self.device)
+                try:
+                    self._codec = Codec(self._checkpoint.codec_config, self.config.num_codebooks, state, self.device)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{self._codec_file or self._checkpoint.folder}: {error}") from error
+            return self._codec
 
-    def warmup(self) -> None:
-        """Load the codec and run a frame, so that the first request pays for neither."""
-        self.generate("Hello.", speaker=0, max_audio_length_ms=80)
+    def warmup(self, batches: Sequence[int] = (1,)) -> None:
+        """Load the codec, capture the CUDA graphs of these batch sizes, and run: the first request pays for nothing.
+
+        Without it everything runs eagerly. A batch of another size takes the next larger one that was captured.
+        """
+        if not batches or min(batches) < 1:
+            raise CSMError(f"batch sizes must be at least 1, not {list(batches)}")
+        engine = Engine(self.model, lambda: self.codec, max(batches), self._prefixes)
+        engine.capture(batches)
+        with self._lock:
+            self._engines.insert(0, engine)
+        for batch in batches:
+            self.generate_batch([{"text": "Hello.", "max_audio_length_ms": 160}] * batch)
 
     def encode(self, audio: Tensor, sample_rate: int | None = None) -> Tensor:
         """Audio, (samples,) or (channels, samples) at any rate, to codes (T, K) int64. Raises AudioError."""
@@ -103,6 +116,10 @@ class Generator:
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (T, K) to (T * 1920,) float32 samples at ``sample_rate``. Raises AudioError."""
         return self.codec.decode(codes)
+
+    def prepare(self, turn: Segment) -> Segment:
+        """A context turn with codes for audio: encode a reference once, however many sentences follow it."""
+        return Segment(turn.speaker, turn.text, codes=self._turn(turn)[1])
 
     def generate(
         self,
@@ -120,7 +137,8 @@ class Generator:
             text: what to say.
             speaker: an id of at least 0; the same id as in the context continues that voice.
             context: earlier turns, oldest first, each with audio or codes.
-            max_audio_length_ms: stop there even if the speech has not ended.
+            max_audio_length_ms: stop there even if the speech has not ended. Speech also stops where the backbone's
+                positions end; a prompt that leaves less room than this gives a RoomWarning.
             temperature: 0 is greedy.
             topk: draw among this many best ids.
             seed: the same seed gives the same speech; None draws one from ``torch``'s generator.
@@ -143,7 +161,7 @@ class Generator:
     ) -> Iterator[Tensor]:
         """``generate``, in chunks of 1920 samples (80 ms) as they are spoken. Arguments are checked at the call."""
         request = self._request(text, speaker, context, max_audio_length_ms, temperature, topk, seed)
-        return self._decode_frames(self._speak([request]))
+        return (frame.audio_N for frame in self._run([request], audio=True) if frame.audio_N is not None)
 
     def generate_codes(
         self,
@@ -164,8 +182,12 @@ class Generator:
 
         A request draws the codes that it would draw alone, up to the rounding of a matrix product over more rows.
         """
-        codes = self.generate_codes_batch(requests)
-        return [self.decode(codes_TK) for codes_TK in codes]
+        checked = [self._request(**request) for request in requests]
+        chunks: list[list[Tensor]] = [[] for _ in checked]
+        for frame in self._run(checked, audio=True):
+            assert frame.audio_N is not None
+            chunks[frame.slot].append(frame.audio_N)
+        return [torch.cat(spoken) if spoken else torch.zeros(0) for spoken in chunks]
 
     def generate_codes_batch(self, requests: Sequence[Mapping[str, Any]]) -> list[Tensor]:
         """``generate_batch``, before the codec: codes (T, K) of each request."""
@@ -183,24 +205,33 @@ class Generator:
     ) -> Request:
         """``generate``'s arguments, checked and tokenised."""
         frame_ms = 1000 / self._checkpoint.codec_config.frame_rate
-        if not max_audio_length_ms >= frame_ms:
-            raise CSMError(f"the audio's limit must be at least one frame, {frame_ms:g} ms, not {max_audio_length_ms}")
+        if not isinstance(max_audio_length_ms, numbers.Real) or not max_audio_length_ms >= frame_ms:
+            raise CSMError(
+                f"the audio's limit must be at least one frame, {frame_ms:g} ms, not {max_audio_length_ms!r}"
+            )
+        params = SamplingParams(temperature, topk, int(torch.randint(2**63 - 1, ())) if seed is None else seed)
         if topk > self.config.codebook_size:
             raise SamplingError(f"top-k must be at most {self.config.codebook_size}, not {topk}")
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        params = SamplingParams(temperature, topk, seed)
         text_ids = self._tokenizer.encode(speaker, text)
         check_length(len(text_ids), self.config)
         prompt = build_prompt([self._turn(segment) for segment in context], text_ids, self.config)
         # The last prompt row is read by the step that speaks the first frame.
         room = self.config.backbone.max_positions - prompt.row_TC.shape[0] + 1
-        return Request(prompt, params, int(min(max_audio_length_ms // frame_ms, room)))
+        asked = max_audio_length_ms / frame_ms + 1e-6  # 16.08 s are 201 frames, whatever binary fractions make of it
+        if room < asked:
+            left, wanted = room * frame_ms / 1000, max_audio_length_ms / 1000
+            message = f"the prompt leaves room for {left:.2f} s of audio, of the {wanted:g} s that were asked for"
+            warnings.warn(message, RoomWarning, stacklevel=3)
+        return Request(*prompt, params, int(min(asked, room)))
 
     def _turn(self, segment: Segment) -> tuple[list[int], Tensor]:
         """A context turn's text ids and codes."""
         text_ids = self._tokenizer.encode(segment.speaker, segment.text)
         if segment.codes is not None:
-            return text_ids, check_codes(segment.codes, self.config)
+            codes_TK = check_codes(segment.codes, self.config.num_codebooks, self.config.codebook_size)
+            if not codes_TK.shape[0]:
+                raise AudioError("a context turn's codes are empty")
+            return text_ids, codes_TK
         if segment.audio is None:
             raise PromptError(
                 f"a context turn has neither audio nor codes: speaker {segment.speaker}, {segment.text!r}"
@@ -210,56 +241,32 @@ class Generator:
         check_length(-(-mono.shape[0] // self._checkpoint.codec_config.frame_size), self.config)
         return text_ids, self.codec.encode(mono)
 
-    def _speak(self, requests: Sequence[Request]) -> Iterator[tuple[int, Tensor]]:
-        """The one loop: (slot, frame (K,)) as they are spoken, until every slot has ended."""
-        if not requests:
-            return
-        with self._borrow_state(len(requests)) as state:
-            for slot, request in enumerate(requests):
-                prefill(self.model, state, slot, request.prompt.row_TC, request.prompt.mask_TC, request.params)
-            live = {slot: request.max_frames for slot, request in enumerate(requests)}
-            longest, spoken = max(request.prompt.row_TC.shape[0] for request in requests), 0
-            while live:
-                decode_frame(self.model, state, span_of(longest + spoken, state))
-                spoken += 1
-                codes_BK = state.codes_BK.cpu()
-                for slot, max_frames in list(live.items()):
-                    if not codes_BK[slot].any():  # a frame of zeros ends the speech
-                        del live[slot]
-                        continue
-                    yield slot, codes_BK[slot].clone()
-                    if spoken == max_frames:
-                        del live[slot]
-                        logger.info("slot %d: stopped at its limit of %d frames, not by itself", slot, spoken)
+    def _run(self, requests: Sequence[Request], audio: bool) -> Iterator[Frame]:
+        """Frames of all requests as they are spoken, from an engine that nobody else uses meanwhile."""
+        if requests:
+            with self._borrow_engine(len(requests)) as engine:
+                yield from engine.run(requests, audio)
 
     def _collect_codes(self, requests: Sequence[Request]) -> list[Tensor]:
         """Codes (T, K) of each request."""
         frames: list[list[Tensor]] = [[] for _ in requests]
-        for slot, frame_K in self._speak(requests):
-            frames[slot].append(frame_K)
+        for frame in self._run(requests, audio=False):
+            frames[frame.slot].append(frame.codes_K)
         nothing = torch.zeros(0, self.config.num_codebooks, dtype=torch.int64)
         return [torch.stack(spoken) if spoken else nothing for spoken in frames]
 
-    def _decode_frames(self, frames: Iterator[tuple[int, Tensor]]) -> Iterator[Tensor]:
-        """Samples of the frames of a single slot."""
-        decoder = self.codec.stream_decoder()
-        for _, frame_K in frames:
-            yield decoder.step(frame_K.unsqueeze(0))[0].cpu()
-
     @contextmanager
-    def _borrow_state(self, batch: int) -> Iterator[FrameState]:
-        """Buffers of that many slots, kept for the next request of the same size."""
+    def _borrow_engine(self, batch: int) -> Iterator[Engine]:
+        """The smallest engine at hand with so many slots, else a new one; the last few are kept."""
         with self._lock:
-            state = next((state for state in self._free_states if state.batch == batch), None)
-            if state is not None:
-                self._free_states.remove(state)
-        if state is None:
-            state = FrameState.allocate(self.config, batch, self.device, self.model.dtype)
+            fitting = sorted((e for e in self._engines if e.max_batch >= batch), key=lambda e: e.max_batch)
+            engine = fitting[0] if fitting else Engine(self.model, lambda: self.codec, batch, self._prefixes)
+            self._engines = [other for other in self._engines if other is not engine]
         try:
-            yield state
+            yield engine
         finally:
             with self._lock:
-                self._free_states = [state, *self._free_states][:2]
+                self._engines = [engine, *self._engines][:MAX_IDLE_ENGINES]
 
 
 def _device(name: str | torch.device | None) -> torch.device:
@@ -267,10 +274,13 @@ def _device(name: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise CSMError(f"no device is called {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CSMError(f"device {device} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device.type not in count:
+        raise CSMError(f"device {device} is of a kind that is not supported; {', '.join(count)} are")
+    if (device.index or 0) >= count[device.type]:
+        raise CSMError(f"device {device} was asked for, but PyTorch sees {count[device.type]} of its kind")
     return device
 
 

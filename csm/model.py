@@ -35,16 +35,16 @@ class Places(NamedTuple):
 
 
 class RoPE(nn.Module):
-    """exp(i angle) of every position and rotary pair, (positions, d / 2) in complex64."""
+    """exp(i angle) of every position and rotary pair, (positions, d / 2, 2): real and imaginary part in float32."""
 
-    turn_Sp: Tensor
+    turn_Sp2: Tensor
 
     def __init__(self, config: TransformerConfig, device: torch.device | None = None):
         super().__init__()
         frequency_p = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         angle_Sp = torch.arange(config.max_positions, dtype=torch.float64, device="cpu")[:, None] * frequency_p
-        turn_Sp = torch.polar(torch.ones_like(angle_Sp), angle_Sp).to(device or "cpu", torch.complex64)
-        self.register_buffer("turn_Sp", turn_Sp, persistent=False)
+        turn_Sp2 = torch.stack((angle_Sp.cos(), angle_Sp.sin()), dim=-1).to(device or "cpu", torch.float32)
+        self.register_buffer("turn_Sp2", turn_Sp2, persistent=False)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
         """Places of rows at ``position_BT``, which may look at themselves and before, within the first ``span``."""
         hidden_BTS = torch.arange(span, device=position_BT.device) > position_BT.unsqueeze(-1)
         bias_BTS = torch.zeros_like(hidden_BTS, dtype=self.norm.dtype).masked_fill_(hidden_BTS, -torch.inf)
-        return Places(position_BT, self.rope.turn_Sp[position_BT], bias_BTS)
+        return Places(position_BT, torch.view_as_complex(self.rope.turn_Sp2[position_BT]), bias_BTS)
 
     def forward(self, x_BTD: Tensor, cache: KVCache, at: Places) -> Tensor:
         """(B, T, D) -> (B, T, D); writes keys and values of the T rows into the cache at their places."""
@@ -146,25 +146,29 @@ class CSM(nn.Module):
         self.depth_heads = nn.Parameter(torch.empty(num_codebooks - 1, vocab, depth_dim))
         offset_K = torch.arange(num_codebooks, device=device or "cpu") * vocab
         self.register_buffer("offset_K", offset_K, persistent=False)
-        self.register_buffer("depth_embedding", None, persistent=False)
+        depth_embedding = torch.empty((num_codebooks - 1) * vocab, depth_dim)
+        self.register_buffer("depth_embedding", depth_embedding, persistent=False)
+        self.register_load_state_dict_post_hook(lambda model, _: model.fold())
 
     @classmethod
     def from_state_dict(cls, config: CSMConfig, state: dict[str, Tensor], device: torch.device) -> CSM:
-        """A model around the very tensors of ``state``: nothing is copied or initialised."""
+        """A model for inference around the very tensors of ``state``; only what ``fold`` computes is new."""
         with torch.device("meta"):
             model = cls(config, device)
         model.load_state_dict(state, assign=True)
-        return model.eval().requires_grad_(False).fold()
+        return model.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def fold(self) -> CSM:
-        """Compute what no input changes: the projection of every code's embedding that the depth decoder can read."""
+    def fold(self) -> None:
+        """Compute what no input changes: the projection of every code's embedding that the depth decoder can read.
+
+        Done whenever weights are loaded; whoever changes them in place calls it.
+        """
         vocab = self.config.audio_vocab_size
         num_rows = (self.config.num_codebooks - 1) * vocab  # the last codebook's codes are never read
         self.depth_embedding = self.projection.new_empty(num_rows, self.projection.shape[0])
         for rows in (slice(first, first + vocab) for first in range(0, num_rows, vocab)):
             self.depth_embedding[rows] = self.project(self.audio_embedding[rows])
-        return self
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,6 +7,7 @@ zeros that ends it. (Sesame's reference implementation, ``generator.py``.)
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +39,11 @@ class Segment:
 
 
 class Prompt(NamedTuple):
-    """Rows (T, K + 1) int64 and their mask (T, K + 1) bool."""
+    """Rows (T, K + 1) int64, their mask (T, K + 1) bool, and how many rows there are when each context turn ends."""
 
     row_TC: Tensor
     mask_TC: Tensor
+    turn_ends: tuple[int, ...] = ()
 
 
 class TextTokenizer:
@@ -67,10 +69,16 @@ class TextTokenizer:
 
     def encode(self, speaker: int, text: str) -> list[int]:
         """Ids of a turn's text, begin and end included. Raises PromptError for empty text or a bad speaker."""
-        if isinstance(speaker, bool) or not isinstance(speaker, int) or speaker < 0:
+        if isinstance(speaker, bool) or not hasattr(speaker, "__index__") or operator.index(speaker) < 0:
             raise PromptError(f"speaker must be a whole number of at least 0, not {speaker!r}")
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str):
+            raise PromptError(f"text must be a string, not {text!r}")
+        if not text.strip():
             raise PromptError(f"text is empty: {text!r}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(f"text is not valid Unicode: {text!r}") from error
         ids = self._tokenizer.encode(f"[{speaker}]{text}", add_special_tokens=False).ids
         return [self._begin, *ids, self._end]
 
@@ -99,33 +107,21 @@ def build_prompt(turns: Sequence[tuple[list[int], Tensor]], text_ids: list[int],
 
     Raises PromptTooLongError if they leave no position of the backbone to speak in.
     """
-    parts = []
+    parts, turn_ends = [], []
     for ids, codes_TK in turns:
         parts += [text_rows(ids, config.num_codebooks), audio_rows(codes_TK)]
+        turn_ends.append(sum(part.row_TC.shape[0] for part in parts))
     parts.append(text_rows(text_ids, config.num_codebooks))
     check_length(sum(part.row_TC.shape[0] for part in parts), config)
-    return Prompt(torch.cat([part.row_TC for part in parts]), torch.cat([part.mask_TC for part in parts]))
+    rows, masks = [part.row_TC for part in parts], [part.mask_TC for part in parts]
+    return Prompt(torch.cat(rows), torch.cat(masks), tuple(turn_ends))
 
 
 def check_length(num_rows: int, config: CSMConfig) -> None:
     """Raise PromptTooLongError where ``num_rows`` positions and one frame of speech do not fit the backbone."""
     limit = config.backbone.max_positions
-    if num_rows >= limit:
+    if num_rows > limit:
         raise PromptTooLongError(
             f"the prompt takes {num_rows} positions (one a text token, one an 80 ms frame of reference audio), and the "
             f"model has {limit}: shorten the text or the reference audio"
         )
-
-
-def check_codes(codes_TK: Tensor, config: CSMConfig) -> Tensor:
-    """Codes of a turn as (T, K) int64 on the CPU; PromptError if they are none."""
-    codes_TK = torch.as_tensor(codes_TK)
-    if codes_TK.ndim != 2 or codes_TK.shape[0] < 1 or codes_TK.shape[1] != config.num_codebooks:
-        raise PromptError(f"codes must be (frames, {config.num_codebooks}), not {tuple(codes_TK.shape)}")
-    if codes_TK.is_floating_point() or codes_TK.dtype == torch.bool:
-        raise PromptError(f"codes must be integers, not {codes_TK.dtype}")
-    codes_TK = codes_TK.to("cpu", torch.int64)
-    low, high = codes_TK.aminmax()
-    if low < 0 or high >= config.codebook_size:
-        raise PromptError(f"codes must be within 0 and {config.codebook_size - 1}, not {low.item()} to {high.item()}")
-    return codes_TK

@@ -5,7 +5,7 @@ Shapes: B slots, K codebooks, V ids (a codebook's size).
 
 from __future__ import annotations
 
-import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 WORD = 0xFFFFFFFF
 
-MIN_TEMPERATURE = 1e-6  # a divisor that keeps float32 finite; 0 itself means greedy
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6  # divisors that keep float32 finite; 0 itself means greedy
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise SamplingError(f"temperature must be a number of at least 0, not {self.temperature}")
-        if self.top_k < 1:
-            raise SamplingError(f"top-k must be at least 1, not {self.top_k}")
-        if not 0 <= self.seed < 2**63:
-            raise SamplingError(f"seed must be within 0 and 2**63 - 1, not {self.seed}")
+        if not isinstance(self.temperature, numbers.Real) or not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise SamplingError(f"temperature must be a number from 0 to {MAX_TEMPERATURE:g}, not {self.temperature!r}")
+        if not isinstance(self.top_k, numbers.Integral) or self.top_k < 1:
+            raise SamplingError(f"top-k must be a whole number of at least 1, not {self.top_k!r}")
+        if not isinstance(self.seed, numbers.Integral) or not 0 <= self.seed < 2**63:
+            raise SamplingError(f"seed must be a whole number within 0 and 2**63 - 1, not {self.seed!r}")
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -179,6 +179,28 @@ class TestConfig:
         values["codec_config"]["rope_parameters"] = {"rope_theta": values["codec_config"].pop("rope_theta")}
         assert read_config(self.write(tmp_path, values)) == (CONFIG, CODEC)
 
+    def test_what_published_files_have_besides(self, tmp_path):
+        """Keys that Transformers 4.46 to 5, the hub's csm-1b and Unsloth's mirror are known to write."""
+        values = write_hf_config(CSM_1B, MIMI)
+        values |= OLD_CONFIG | {
+            "transformers_weights": "transformers.safetensors.index.json",
+            "torch_dtype": "float32",
+            "transformers_version": "4.52.0.dev0",
+            "unsloth_fixed": True,
+            "audio_token_id": 128_002,
+            "eos_token_id": None,
+        }
+        values["codec_config"] |= {
+            "_attn_implementation_autoset": True,
+            "_name_or_path": "kyutai/mimi",
+            "normalize": False,
+            "frame_rate": 12.5,
+            "num_codebooks": 32,
+            "chunk_length_s": None,
+            "torch_dtype": "float32",
+        }
+        assert read_config(self.write(tmp_path, values)) == (CSM_1B, MIMI)
+
     def test_write_is_the_inverse_of_read(self, tmp_path):
         assert read_config(self.write(tmp_path, write_hf_config(CONFIG, CODEC))) == (CONFIG, CODEC)
         assert read_config(self.write(tmp_path, write_hf_config(CSM_1B, MIMI))) == (CSM_1B, MIMI)
@@ -190,7 +212,7 @@ class TestConfig:
         "neither form": ({"model_type": "bert"}, "neither"),
         "not an object": ([1, 2], "not a JSON object"),
         "not JSON": ("{", "not JSON"),
-        "a word for a number": (OLD_CONFIG | {"text_vocab_size": "many"}, "wrong type"),
+        "a word for a number": (OLD_CONFIG | {"text_vocab_size": "many"}, "must be a whole number"),
     }
 
     @pytest.mark.parametrize("name", BAD)
@@ -201,11 +223,20 @@ class TestConfig:
         assert "config.json" in str(caught.value)
 
     BAD_HF = {
+        ("hidden_size",): (128.7, "hidden_size must be a whole number"),
+        ("num_hidden_layers",): (True, "num_hidden_layers must be a whole number"),
+        ("rms_norm_eps",): (float("nan"), "rms_norm_eps must be a finite number"),
+        ("rope_scaling",): ("x", "must be an object"),
+        ("depth_decoder_config",): (None, "depth_decoder_config must be an object"),
+        ("depth_decoder_config", "num_attention_heads"): (0, "num_heads must be positive"),
+        ("codec_config",): ("x", "codec_config must be an object"),
+        ("codec_config", "num_attention_heads"): (0, "num_key_value_heads must be 0"),
+        ("codec_config", "normalize"): (True, "codec_config.normalize"),
         ("hidden_act",): ("gelu", "hidden_act must be 'silu'"),
         ("novelty",): (1, "unknown key 'novelty'"),
         ("tie_codebooks_embeddings",): (False, "tie_codebooks_embeddings"),
         ("num_key_value_heads",): (3, "multiple of num_kv_heads"),
-        ("num_hidden_layers",): (0, "num_layers must be positive"),
+        ("depth_decoder_config", "num_hidden_layers"): (0, "num_layers must be positive"),
         ("head_dim",): (31, "head_dim must be even"),
         ("rope_scaling", "rope_type"): ("yarn", "rope_type"),
         ("depth_decoder_config", "num_codebooks"): (9, "num_codebooks is 9"),
@@ -265,7 +296,7 @@ class TestDamage:
             with pytest.raises(CheckpointError, match=message) as caught:
                 state(folder)
             assert ("intruder.weight" if message == "left over" else name) in str(caught.value)
-            assert str(folder) in str(caught.value)
+            assert str(folder / "model.safetensors") in str(caught.value)
 
     def test_codec_tensors_are_checked_too(self, hf_folder, copy_of):
         folder = copy_of(hf_folder)
@@ -331,6 +362,14 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=r"index\.json"):
             state(folder)
 
+    def test_a_tensor_in_two_shards(self, sesame_folder, sesame_state, copy_of):
+        folder = copy_of(sesame_folder)
+        save_file({"projection.weight": sesame_state["projection.weight"]}, folder / "more.safetensors")
+        index = {"weight_map": {"a": "model.safetensors", "b": "more.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match=r"more\.safetensors: tensor projection\.weight stands in"):
+            state(folder)
+
     def test_a_missing_shard(self, sesame_folder, copy_of):
         folder = copy_of(sesame_folder)
         index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
@@ -364,15 +403,15 @@ class TestDamage:
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from csm.weights import open_checkpoint, read_model
+from csm import Generator
 
 def memory(field):
     return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(field))
 
-open_checkpoint("tiny")  # what is imported on the way is not the model's
+Generator.from_pretrained("tiny", "cpu")  # what is imported on the way is not the model's
 before = memory("VmRSS")
-state = read_model(open_checkpoint(sys.argv[1]), torch.device("cpu"), getattr(torch, sys.argv[2]))
-size = sum(tensor.numel() * tensor.element_size() for tensor in state.values()) / 1024
+model = Generator.from_pretrained(sys.argv[1], "cpu", getattr(torch, sys.argv[2])).model
+size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) / 1024
 print(size, memory("VmHWM") - before)
 """
 

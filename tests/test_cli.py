@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import generate
 from conftest import tensors_of
+from csm import RoomWarning
 from csm.weights.checkpoint import TINY
 
 ROOT = Path(generate.__file__).parent
@@ -139,6 +140,13 @@ def nan_wav(path):
     path.write_bytes(header + b"data" + len(data).to_bytes(4, "little") + data)
 
 
+def zero_rate_wav(path):
+    write_wav(path, tone(4800))
+    data = bytearray(path.read_bytes())
+    data[24:28] = bytes(4)
+    path.write_bytes(data)
+
+
 def damaged(change):
     """A copy of the embedded checkpoint with something wrong in its weights."""
 
@@ -197,9 +205,15 @@ BAD = {
         "text is empty",
         {"ref.wav": lambda p: write_wav(p, tone(4800))},
     ),
+    "ref at 0 Hz": (["--text", "Hi", *REF], "ref.wav: not audio", {"ref.wav": zero_rate_wav}),
+    "a bad last line": (["--text", "Hi\n" + "word " * 600], "takes 3004 positions", {}),
+    "text that is no Unicode": (["--text", "caf\udce9"], "Unicode", {}),
+    "temperature 1e39": (["--text", "Hi", "--temperature", "1e39"], "temperature", {}),
+    "out is a pipe": (["--text", "Hi", "--out", "pipe"], "device or a pipe", {"pipe": os.mkfifo}),
+    "an unknown option": (["--text", "Hi", "--colour", "red"], "--colour", {}),
     "out in no folder": (["--text", "Hi", "--out", "no/such/out.wav"], "cannot be written", {}),
     "out is a folder": (["--text", "Hi", "--out", "here"], "is a folder", {"here": lambda p: p.mkdir()}),
-    "top-k 0": (["--text", "Hi", "--top-k", "0"], "top-k must be at least 1", {}),
+    "top-k 0": (["--text", "Hi", "--top-k", "0"], "top-k must be a whole number of at least 1", {}),
     "top-k 10,000": (["--text", "Hi", "--top-k", "10000"], "top-k must be at most 256", {}),
     "temperature -1": (["--text", "Hi", "--temperature", "-1"], "temperature", {}),
     "temperature nan": (["--text", "Hi", "--temperature", "nan"], "temperature", {}),
@@ -242,17 +256,14 @@ def test_bad_inputs(name, tmp_path, monkeypatch, capsys):
         make(tmp_path / path)
     before = sorted(tmp_path.rglob("*"))
     defaults = ["--model", "tiny", "--device", "cpu", "--max-seconds", "0.4", "--quiet"]  # what comes later counts
-    try:
-        code = generate.main([*defaults, *args])
-    except SystemExit as stopped:  # argparse
-        code = stopped.code
+    code = generate.main([*defaults, *args])
     printed = capsys.readouterr()
     assert code == 2
     assert printed.out == ""
     assert re.search(message, printed.err)
     assert "Traceback" not in printed.err
-    own_lines = [line for line in printed.err.splitlines() if line.startswith("generate.py: error: ")]
-    assert len(own_lines) == 1
+    assert len(printed.err.splitlines()) == 1
+    assert printed.err.startswith("generate.py: error: ")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -272,10 +283,36 @@ def test_an_existing_file_survives_a_failure(tmp_path):
     assert out.read_bytes() == b"precious"
 
 
+def test_a_link_stays_a_link(tmp_path):
+    target, link = tmp_path / "target.wav", tmp_path / "link.wav"
+    link.symlink_to(target)
+    assert generate.main(["--text", "Hi", *SHORT, "--out", str(link)]) == 0
+    assert link.is_symlink()
+    assert read_wav(target).shape == (5 * 1920,)
+
+
+def test_a_long_reference_leaves_little_room_and_says_so(tmp_path, capsys):
+    ref = write_wav(tmp_path / "ref.wav", bytes(2 * 2000 * 1920))
+    args = ["--text", "Hi", *SHORT, "--max-seconds", "9", "--ref", str(ref), "--ref-text", "La."]
+    with pytest.warns(RoomWarning, match=r"room for 2\.\d+ s of audio, of the 9 s"):
+        assert generate.main([*args, "--out", str(tmp_path / "out.wav")]) == 0
+
+
+def test_a_terminated_run_leaves_nothing(tmp_path):
+    args = ["--text", "Hello.", "--model", "tiny", "--max-seconds", "90", "--out", str(tmp_path / "out.wav")]
+    run = subprocess.Popen([sys.executable, ROOT / "generate.py", *args], stderr=subprocess.PIPE)
+    while b"s/s]" not in run.stderr.read(64):
+        assert run.poll() is None
+    run.terminate()
+    run.communicate(timeout=60)
+    assert run.returncode == 143
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("csm.generator.decode_frame", interrupt)
+    monkeypatch.setattr("csm.engine.decode_frame", interrupt)
     assert generate.main(["--text", "Hi", *SHORT, "--out", str(tmp_path / "out.wav")]) == 130
     assert list(tmp_path.iterdir()) == []

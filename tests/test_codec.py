@@ -121,7 +121,7 @@ def test_a_partial_frame_is_padded_with_silence(loud, samples, frames):
     assert torch.equal(codes, loud.encode(padded))
 
 
-RATES = [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000, 24_001, 37_411]
+RATES = [1_999, 8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000, 24_001, 37_411]
 
 
 @pytest.mark.parametrize("rate", RATES)
@@ -131,7 +131,7 @@ def test_any_sample_rate(rate):
     mono = to_mono(tone, rate, 24_000)
     expected = torch.sin(2 * math.pi * 440 * torch.arange(mono.shape[0]) / 24_000)
     assert mono.shape[0] == pytest.approx(48_000, abs=2)
-    assert (mono - expected)[2000:-2000].abs().max() < 0.01
+    assert (mono - expected)[4000:-4000].abs().max() < 0.01
 
 
 def test_channels_are_averaged():
@@ -230,7 +230,7 @@ def test_a_file_in_kyutais_layout(tmp_path):
 def test_a_codec_of_another_shape_is_refused(tmp_path):
     save_file(kyutai_names(random_state(mimi_table(MIMI), seed=9)), tmp_path / "mimi.safetensors")
     generator = Generator.from_pretrained("tiny", device="cpu", codec=tmp_path / "mimi.safetensors")
-    with pytest.raises(CheckpointError, match=r"encoder\.model\.0"):
+    with pytest.raises(CheckpointError, match=r"mimi\.safetensors: not a Mimi"):
         generator.decode(torch.zeros(1, 8, dtype=torch.int64))
 
 

@@ -3,11 +3,12 @@
 import itertools
 import threading
 
+import numpy as np
 import pytest
 import torch
 
-import csm.generator
-from csm import CSMError, Generator, SamplingError, Segment
+import csm.engine
+from csm import AudioError, CSMError, Generator, RoomWarning, SamplingError, Segment
 
 
 def speak(generator, text="Hello there.", milliseconds=1600, **options):
@@ -102,13 +103,13 @@ def test_threads(tiny):
 
 def ends_at(monkeypatch, frame):
     """Let the model fall silent: from ``frame`` on every frame is zeros."""
-    step = csm.generator.decode_frame
+    step = csm.engine.decode_frame
 
     def ending(model, state, span):
         step(model, state, span)
         state.codes_BK.masked_fill_((state.frame_B > frame).unsqueeze(1), 0)
 
-    monkeypatch.setattr(csm.generator, "decode_frame", ending)
+    monkeypatch.setattr(csm.engine, "decode_frame", ending)
 
 
 @pytest.mark.parametrize("frame", [0, 1, 7])
@@ -121,7 +122,9 @@ def test_a_frame_of_zeros_ends_the_speech(tiny, monkeypatch, frame):
     assert [audio.shape[0] for audio in tiny.generate_batch(REQUESTS)] == [frame * 1920] * 3
 
 
-@pytest.mark.parametrize(("milliseconds", "frames"), [(80, 1), (159, 1), (160, 2), (1000.5, 12)])
+@pytest.mark.parametrize(
+    ("milliseconds", "frames"), [(80, 1), (159, 1), (160, 2), (1000.5, 12), (16.08 * 1000 / 8, 25)]
+)
 def test_the_limit_is_not_exceeded(tiny, milliseconds, frames):
     assert tiny.generate_codes("Hi.", 0, max_audio_length_ms=milliseconds, seed=0).shape[0] == frames
 
@@ -129,7 +132,8 @@ def test_the_limit_is_not_exceeded(tiny, milliseconds, frames):
 def test_speech_stops_where_the_positions_end(tiny):
     codes = torch.zeros(2020, 8, dtype=torch.int64)
     prompt = len("[0]a") + 2 + 2020 + 1 + len("[0]Hi") + 2
-    spoken = tiny.generate_codes("Hi", 0, [Segment(0, "a", codes=codes)], seed=0)
+    with pytest.warns(RoomWarning):
+        spoken = tiny.generate_codes("Hi", 0, [Segment(0, "a", codes=codes)], seed=0)
     assert spoken.shape[0] == 2048 - prompt + 1  # the last row of the prompt speaks, and so does every position left
 
 
@@ -148,10 +152,10 @@ def test_a_segments_sample_rate_is_honoured(tiny):
 
 
 BAD = {
-    "max_audio_length_ms": (0, 79.9, -1, float("nan")),
-    "temperature": (-1, float("nan"), float("inf")),
-    "topk": (0, 257, 10_000),
-    "seed": (-1, 2**63),
+    "max_audio_length_ms": (0, 79.9, -1, float("nan"), "160", None),
+    "temperature": (-1, float("nan"), float("inf"), 1e39, None, "1"),
+    "topk": (0, 257, 10_000, 50.7, None),
+    "seed": (-1, 2**63, 1.5, "1"),
 }
 
 
@@ -162,7 +166,7 @@ def test_bad_arguments_are_refused_at_the_call(tiny, name, value):
         tiny.stream("Hi.", 0, **{name: value})  # not even a first chunk is asked for
 
 
-@pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99", "cpu:7", "meta", "xpu"])
 def test_a_device_that_is_not_there(device):
     with pytest.raises(CSMError, match=device):
         Generator.from_pretrained("tiny", device=device)
@@ -177,6 +181,74 @@ def test_dtypes(dtype):
     assert audio.dtype == torch.float32
 
 
-def test_warmup(tiny):
-    tiny.warmup()
-    assert "codec" in vars(tiny)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bfloat16"])
+def test_a_dtype_that_weights_cannot_have(dtype):
+    with pytest.raises(CSMError, match="dtype"):
+        Generator.from_pretrained("tiny", device="cpu", dtype=dtype)
+
+
+def test_what_comes_back_may_be_changed(tiny):
+    """Audio and codes are ordinary tensors, not views of buffers or inference tensors."""
+    request = dict(text="Hello.", max_audio_length_ms=400, seed=1)
+    stream = tiny.stream(**request)
+    first = next(stream)
+    kept = first.clone()
+    first *= 0.5
+    rest = list(stream)
+    assert torch.equal(torch.cat([kept, *rest]), tiny.generate(**request))
+    codes = tiny.generate_codes(**request)
+    for tensor in (codes, tiny.decode(codes), tiny.encode(kept), tiny.generate_batch([request])[0]):
+        tensor += 1
+
+
+def test_numpy_is_welcome(tiny):
+    audio = np.random.default_rng(0).normal(size=9600).astype(np.float32) / 5
+    codes = tiny.encode(torch.from_numpy(audio))
+    assert torch.equal(tiny.encode(audio), codes)
+    assert torch.equal(tiny.encode(np.flip(audio).copy()[::-1]), codes)
+    assert torch.equal(tiny.encode(audio.astype(">f4")), codes)
+    assert (tiny.decode(codes.numpy().astype(np.uint16)) == tiny.decode(codes)).all()
+    request = dict(max_audio_length_ms=np.float64(160), topk=np.int64(9), seed=np.int64(3), temperature=np.float32(0.5))
+    assert tiny.generate_codes("Hi.", np.int64(1), [Segment(np.int64(0), "a", audio)], **request).shape == (2, 8)
+
+
+@pytest.mark.parametrize("audio", ["a.wav", [[0.0, 1.0], [2.0]], (torch.zeros(5), 24_000), None], ids=str)
+def test_what_is_no_audio(tiny, audio):
+    with pytest.raises(AudioError, match="audio must be"):
+        tiny.encode(audio)
+
+
+@pytest.mark.parametrize("rate", [0, -1, 44_100.5, "44100", float("nan")])
+def test_what_is_no_sample_rate(tiny, rate):
+    with pytest.raises(AudioError, match="sample rate"):
+        tiny.encode(torch.zeros(100), rate)
+
+
+def test_warmup():
+    generator = Generator.from_pretrained("tiny", device="cpu")
+    generator.warmup(batches=(1, 3))
+    assert generator._codec is not None
+    with pytest.raises(CSMError, match="batch"):
+        generator.warmup(batches=(0,))
+
+
+def test_a_context_that_was_heard_before_is_not_computed_again(tiny, monkeypatch):
+    """The second time its keys and values are copied, and the codes are the same to the last bit."""
+    rows = []
+    whole = csm.engine.prefill
+
+    def counted(model, state, slot, row_TC, mask_TC, params, start, turn_ends):
+        rows.append((start, row_TC.shape[0]))
+        whole(model, state, slot, row_TC, mask_TC, params, start, turn_ends)
+
+    monkeypatch.setattr(csm.engine, "prefill", counted)
+    noise = torch.Generator().manual_seed(7)
+    turns = [Segment(i, "Said before.", codes=torch.randint(256, (300, 8), generator=noise)) for i in range(2)]
+    request = dict(max_audio_length_ms=800, seed=1)
+    first = tiny.generate_codes("Hi.", 0, turns, **request)
+    again = tiny.generate_codes("Hi.", 0, turns, **request)
+    tiny.generate_codes("Hi.", 0, turns[:1], **request)
+    tiny.generate_codes("Hi.", 0, [turns[0], turns[0]], **request)
+    assert torch.equal(first, again)
+    one, two = (n * (300 + 1 + len("[0]Said before.") + 2) for n in (1, 2))
+    assert [start for start, _ in rows] == [0, two, 0, one]

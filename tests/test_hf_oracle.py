@@ -52,7 +52,7 @@ def test_greedy_codes_equal(pair, turns):
 def test_teacher_forced_logits_agree(pair, turns):
     hf, ours = pair
     inputs = hf_inputs(turns, "How are you?", speakers=[0, 1, 0])
-    prompt = ours._request("How are you?", 0, segments(turns)).prompt
+    prompt = ours._request("How are you?", 0, segments(turns))
     model, config = ours.model, ours.config
     with torch.no_grad():
         expected = hf(**inputs, output_hidden_states=True)

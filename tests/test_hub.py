@@ -144,12 +144,29 @@ def test_no_network(tmp_path, offline):
     assert "--model tiny" in answer
 
 
-def test_no_space(monkeypatch):
+# As Python says it, and as hf_xet does.
+FULL_DISK = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    RuntimeError("Data processing error: IO Error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL_DISK, ids=lambda error: type(error).__name__)
+def test_no_space(monkeypatch, error):
     def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(hub, "hf_hub_download", full)
     with pytest.raises(UnavailableError, match=r"no space left.*HF_HOME"):
+        hub.fetch("owner/tiny", "model.safetensors", None)
+
+
+def test_a_broken_download(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("Data processing error: CAS service error: connection reset")
+
+    monkeypatch.setattr(hub, "hf_hub_download", broken)
+    with pytest.raises(UnavailableError, match=r"cannot be reached.*--model tiny"):
         hub.fetch("owner/tiny", "model.safetensors", None)
 
 

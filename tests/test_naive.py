@@ -8,11 +8,13 @@ from safetensors.torch import save_file
 
 from conftest import SESAME_CONFIG, write_sesame
 from csm import Generator
+from csm.config import LLAMA_1B, LLAMA_100M
 from csm.frame import FrameState, decode_frame, prefill
+from csm.model import rope_frequencies
 from csm.sampling import SamplingParams
 from csm.weights.config_json import write_hf_config
 from csm.weights.make_tiny import CODEC, byte_tokenizer
-from naive import next_frame
+from naive import frequencies, next_frame
 
 SIZES = {
     "backbone": (3, 6, 2),
@@ -47,6 +49,14 @@ def test_cached_model_equals_naive_mathematics(sesame_folder, sesame_state, dtyp
         decode_frame(ours.model, state)
         assert state.codes_BK[0].tolist() == expected
         rows.append({"codes": expected})
+
+
+@pytest.mark.parametrize("config", [LLAMA_1B, LLAMA_100M, SESAME_CONFIG.backbone])
+def test_rope_scaling_in_sesames_form(config):
+    ours = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    torch.testing.assert_close(ours, torch.tensor(frequencies(config.head_dim), dtype=torch.float64))
+    if config.head_dim >= 64:
+        assert not torch.allclose(ours, rope_frequencies(config.head_dim, config.rope_theta, None))
 
 
 def hf_names(weights, config):

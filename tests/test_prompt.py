@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from csm import CheckpointError, PromptError, PromptTooLongError, Segment
+from csm import AudioError, CheckpointError, PromptError, PromptTooLongError, RoomWarning, Segment
 from csm.config import CSM_1B
 from csm.prompt import TextTokenizer, build_prompt
 from csm.weights.make_tiny import byte_tokenizer
@@ -17,7 +17,7 @@ from csm.weights.make_tiny import byte_tokenizer
 def test_rows_of_a_conversation(tiny):
     """The layout of the reference implementation, spelt out."""
     codes = torch.arange(24).view(3, 8)
-    prompt = tiny._request("Hi", 1, [Segment(0, "Yo", codes=codes)]).prompt
+    prompt = tiny._request("Hi", 1, [Segment(0, "Yo", codes=codes)])
     ids = byte_tokenizer().encode
     first = [256, *ids("[0]Yo", add_special_tokens=False).ids, 257]
     last = [256, *ids("[1]Hi", add_special_tokens=False).ids, 257]
@@ -31,9 +31,10 @@ def test_rows_of_a_conversation(tiny):
 
 def test_a_prompt_that_just_fits_speaks_one_frame(tiny):
     limit = tiny.config.backbone.max_positions
-    room = limit - 1 - len("[0]") - 2
-    assert tiny._request("x" * room, 0).max_frames == 2
-    with pytest.raises(PromptTooLongError, match=f"takes {limit} positions.*has {limit}"):
+    room = limit - len("[0]") - 2
+    with pytest.warns(RoomWarning, match=r"room for 0\.08 s of audio, of the 90 s"):
+        assert tiny._request("x" * room, 0).max_frames == 1
+    with pytest.raises(PromptTooLongError, match=f"takes {limit + 1} positions.*has {limit}"):
         tiny._request("x" * (room + 1), 0)
 
 
@@ -51,7 +52,9 @@ def test_reference_audio_that_does_not_fit_is_refused_before_it_is_encoded(tiny,
 
 BAD_CODES = {
     "one dimension": (torch.zeros(8, dtype=torch.int64), "frames"),
-    "no frames": (torch.zeros(0, 8, dtype=torch.int64), "frames"),
+    "no frames": (torch.zeros(0, 8, dtype=torch.int64), "empty"),
+    "a list of words": (["a", "b"], "integers"),
+    "complex": (torch.zeros(3, 8, dtype=torch.complex64), "integers"),
     "codebooks first": (torch.zeros(8, 30, dtype=torch.int64), "frames"),
     "floats": (torch.zeros(3, 8), "integers"),
     "bool": (torch.zeros(3, 8, dtype=torch.bool), "integers"),
@@ -63,13 +66,23 @@ BAD_CODES = {
 @pytest.mark.parametrize("name", BAD_CODES)
 def test_bad_codes_are_named(tiny, name):
     codes, message = BAD_CODES[name]
-    with pytest.raises(PromptError, match=message):
+    with pytest.raises(AudioError, match=message):
         tiny.generate("Hello", 0, [Segment(0, "abc", codes=codes)])
 
 
 @pytest.mark.parametrize(
     ("speaker", "text", "message"),
-    [(-1, "Hi", "speaker"), (1.5, "Hi", "speaker"), (True, "Hi", "speaker"), (0, "", "empty"), (0, " \n\t", "empty")],
+    [
+        ("0", "Hi", "speaker"),
+        (None, "Hi", "speaker"),
+        (0, 5, "must be a string"),
+        (0, "caf\udce9", "Unicode"),
+        (-1, "Hi", "speaker"),
+        (1.5, "Hi", "speaker"),
+        (True, "Hi", "speaker"),
+        (0, "", "empty"),
+        (0, " \n\t", "empty"),
+    ],
 )
 def test_bad_turns_are_named(tiny, speaker, text, message):
     with pytest.raises(PromptError, match=message):
@@ -189,5 +202,5 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
 
 
 def test_building_checks_the_length():
-    with pytest.raises(PromptTooLongError, match=r"takes 2048 positions.*has 2048"):
-        build_prompt([], [1] * 2048, CSM_1B)
+    with pytest.raises(PromptTooLongError, match=r"takes 2049 positions.*has 2048"):
+        build_prompt([], [1] * 2049, CSM_1B)

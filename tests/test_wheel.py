@@ -1,5 +1,6 @@
 """What a plain ``pip install .`` puts into a clean environment."""
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -17,7 +18,9 @@ ROOT = Path(generate.__file__).parent
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT], check=True)
+    source = folder / "source"  # a copy: setuptools leaves its build folder behind
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, source], check=True)
     return next(folder.glob("csm-*.whl"))
 
 

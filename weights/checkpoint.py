@@ -55,8 +55,11 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
     config, codec_config = read_config(folder / "config.json")
     file_of: dict[str, Path] = {}
     shape_of: dict[str, tuple[int, ...]] = {}
-    for path in hub.weight_files(folder):
+    files = hub.weight_files(folder)
+    for path in files:
         for tensor, shape in tensor_shapes(path).items():
+            if tensor in file_of:
+                raise CheckpointError(f"{path}: tensor {tensor} stands in {file_of[tensor].name} too")
             file_of[tensor], shape_of[tensor] = path, shape
     codec_table = mimi_table(codec_config)
     if "text_embeddings.weight" in file_of:
@@ -65,7 +68,7 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
         table = hf_table(config)
         extra = codec_table if any(entry.source in file_of for entry in codec_table) else []
     else:
-        raise CheckpointError(f"{folder}: no text embedding in it, under Sesame's name or HF's")
+        raise CheckpointError(f"{_listed(files)}: no text embedding in it, under Sesame's name or HF's")
     checkpoint = Checkpoint(folder, config, codec_config, table, file_of, shape_of)
     _check(checkpoint, table + extra)
     return checkpoint
@@ -91,6 +94,10 @@ def read_codec(checkpoint: Checkpoint, codec: str | Path | None, device: torch.d
     return {name: read_tensor(path, name).to(device, torch.float32, copy=True) for name in tensor_shapes(path)}
 
 
+def _listed(files: list[Path]) -> str:
+    return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+
+
 def _find(name: str) -> Path:
     if name == "tiny":
         return TINY
@@ -113,7 +120,8 @@ def _check(checkpoint: Checkpoint, table: Table) -> None:
     for entry in table:
         names = [name for name in entry.names if name in checkpoint.file_of]
         if not names:
-            raise CheckpointError(f"{checkpoint.folder}: tensor {entry.source} is missing")
+            files = sorted(set(checkpoint.file_of.values()))
+            raise CheckpointError(f"{_listed(files)}: tensor {entry.source} is missing")
         for name in names:
             if checkpoint.shape_of[name] != entry.shape:
                 shape, path = checkpoint.shape_of[name], checkpoint.file_of[name]

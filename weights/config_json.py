@@ -7,6 +7,7 @@ no bearing on speech. Keys that a file leaves out have the defaults of HF Transf
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,16 +21,17 @@ FLAVORS = {"llama-1B": LLAMA_1B, "llama-100M": LLAMA_100M}
 # What HF Transformers (4.52 to 5), Unsloth and Sesame's own class write beside the shapes.
 IGNORED = frozenset(
     """
-    _name_or_path architectures attention_dropout audio_token_id audio_eos_token_id bos_token_id eos_token_id
-    pad_token_id codebook_pad_token_id dtype torch_dtype transformers_version model_type initializer_range use_cache
-    use_streaming max_position_embeddings layer_scale_initial_scale unsloth_fixed unsloth_version tie_word_embeddings
-    return_dict output_hidden_states output_attentions torchscript pruned_heads chunk_size_feed_forward
-    is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention tie_encoder_decoder finetuning_task
-    id2label label2id task_specific_params problem_type tokenizer_class prefix sep_token_id decoder_start_token_id
-    max_length min_length do_sample early_stopping num_beams temperature top_k top_p typical_p repetition_penalty
-    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
-    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens
-    exponential_decay_length_penalty begin_suppress_tokens num_beam_groups diversity_penalty tf_legacy_loss use_bfloat16
+    architectures attn_implementation transformers_weights attention_dropout audio_token_id audio_eos_token_id
+    bos_token_id eos_token_id pad_token_id codebook_pad_token_id dtype torch_dtype transformers_version model_type
+    initializer_range use_cache use_streaming max_position_embeddings layer_scale_initial_scale unsloth_fixed
+    unsloth_version tie_word_embeddings return_dict output_hidden_states output_attentions torchscript pruned_heads
+    chunk_size_feed_forward is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention
+    tie_encoder_decoder finetuning_task id2label label2id task_specific_params problem_type tokenizer_class prefix
+    sep_token_id decoder_start_token_id max_length min_length do_sample early_stopping num_beams temperature top_k
+    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+    remove_invalid_values suppress_tokens exponential_decay_length_penalty begin_suppress_tokens num_beam_groups
+    diversity_penalty tf_legacy_loss use_bfloat16
     """.split()
 )
 LLAMA_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
@@ -50,6 +52,7 @@ MIMI_FIXED = {
     "num_semantic_quantizers": 1,
     "norm_eps": 1e-5,
     "model_type": "mimi",
+    "normalize": False,
 }
 MIMI_KEYS = {  # HF's name to ours
     "sampling_rate": "sample_rate",
@@ -80,7 +83,7 @@ def read_config(path: Path) -> tuple[CSMConfig, CodecConfig]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file, and nothing else tells the shapes of a model") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON that can be read: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object")
@@ -92,7 +95,7 @@ def read_config(path: Path) -> tuple[CSMConfig, CodecConfig]:
         raise CheckpointError("neither depth_decoder_config (HF layout) nor backbone_flavor (Sesame's) is in it")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: a value of the wrong type: {error!r}") from error
 
 
@@ -157,12 +160,12 @@ def _sesame_config(values: Mapping[str, Any]) -> CSMConfig:
     missing = keys - values.keys()
     if missing:
         raise CheckpointError(f"missing key {sorted(missing)[0]!r}")
-    num_codebooks = int(values["audio_num_codebooks"])
+    num_codebooks = _whole(values, "audio_num_codebooks")
     return CSMConfig(
         backbone=_flavor(values["backbone_flavor"]),
         depth_decoder=replace(_flavor(values["decoder_flavor"]), max_positions=num_codebooks),
-        text_vocab_size=int(values["text_vocab_size"]),
-        audio_vocab_size=int(values["audio_vocab_size"]),
+        text_vocab_size=_whole(values, "text_vocab_size"),
+        audio_vocab_size=_whole(values, "audio_vocab_size"),
         num_codebooks=num_codebooks,
         codebook_size=MIMI.codebook_size,
     )
@@ -179,16 +182,16 @@ def _hf_config(values: Mapping[str, Any]) -> tuple[CSMConfig, CodecConfig]:
     legacy = {"backbone_flavor", "decoder_flavor", "audio_vocab_size", "audio_num_codebooks"}  # the hub's file has both
     fixed = {**LLAMA_FIXED, "tie_codebooks_embeddings": True, "codebook_eos_token_id": 0}
     _check_keys("", values, shapes | legacy | LLAMA_KEYS, fixed)
-    depth, codec = values["depth_decoder_config"], values.get("codec_config") or {}
+    depth, codec = values["depth_decoder_config"], values.get("codec_config", {})
     depth_keys = LLAMA_KEYS | {"num_codebooks", "vocab_size", "backbone_hidden_size"}
     _check_keys("depth_decoder_config.", depth, depth_keys, LLAMA_FIXED)
 
-    num_codebooks, vocab = int(values.get("num_codebooks", 32)), int(values.get("vocab_size", 2051))
+    num_codebooks, vocab = _whole(values, "num_codebooks", 32), _whole(values, "vocab_size", 2051)
     codec_config = _mimi_config(codec)
     config = CSMConfig(
-        backbone=_llama(values, LLAMA_1B, int(values.get("max_position_embeddings", 2048))),
+        backbone=_llama(values, LLAMA_1B, _whole(values, "max_position_embeddings", 2048)),
         depth_decoder=_llama(depth, LLAMA_100M, num_codebooks),
-        text_vocab_size=int(values.get("text_vocab_size", 128_256)),
+        text_vocab_size=_whole(values, "text_vocab_size", 128_256),
         audio_vocab_size=vocab,
         num_codebooks=num_codebooks,
         codebook_size=codec_config.codebook_size,
@@ -206,20 +209,21 @@ def _hf_config(values: Mapping[str, Any]) -> tuple[CSMConfig, CodecConfig]:
 
 
 def _llama(values: Mapping[str, Any], default: TransformerConfig, max_positions: int) -> TransformerConfig:
-    dim = int(values.get("hidden_size", default.dim))
-    num_heads = int(values.get("num_attention_heads", default.num_heads))
-    rope = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", default.rope_theta)}
+    dim = _whole(values, "hidden_size", default.dim)
+    num_heads = _whole(values, "num_attention_heads", default.num_heads)
     scaling = values.get("rope_parameters") or values.get("rope_scaling")
+    rope = values.get("rope_parameters") or values
+    _check_mapping("rope_parameters", rope)
     return TransformerConfig(
-        num_layers=int(values.get("num_hidden_layers", default.num_layers)),
+        num_layers=_whole(values, "num_hidden_layers", default.num_layers),
         dim=dim,
         num_heads=num_heads,
-        num_kv_heads=int(values.get("num_key_value_heads") or num_heads),
-        head_dim=int(values.get("head_dim") or dim // num_heads),
-        hidden_dim=int(values.get("intermediate_size", default.hidden_dim)),
+        num_kv_heads=_whole(values, "num_key_value_heads", num_heads),
+        head_dim=_whole(values, "head_dim", dim // max(num_heads, 1)),
+        hidden_dim=_whole(values, "intermediate_size", default.hidden_dim),
         max_positions=max_positions,
-        norm_eps=float(values.get("rms_norm_eps", default.norm_eps)),
-        rope_theta=float(rope.get("rope_theta", default.rope_theta)),
+        norm_eps=_real(values, "rms_norm_eps", default.norm_eps),
+        rope_theta=_real(rope, "rope_theta", default.rope_theta),
         rope_scaling=_rope_scaling(scaling),
     )
 
@@ -234,40 +238,69 @@ def _rope_scaling(values: Mapping[str, Any] | None) -> RopeScaling | None:
     if kind != "llama3":
         raise CheckpointError(f"rope_scaling.rope_type must be 'llama3' or 'default', not {kind!r}")
     return RopeScaling(
-        factor=float(values["factor"]),
-        low_freq_factor=float(values["low_freq_factor"]),
-        high_freq_factor=float(values["high_freq_factor"]),
-        original_max_positions=int(values["original_max_position_embeddings"]),
+        factor=_real(values, "factor"),
+        low_freq_factor=_real(values, "low_freq_factor"),
+        high_freq_factor=_real(values, "high_freq_factor"),
+        original_max_positions=_whole(values, "original_max_position_embeddings"),
     )
 
 
 def _mimi_config(values: Mapping[str, Any]) -> CodecConfig:
-    fields = {ours: values[theirs] for theirs, ours in MIMI_KEYS.items() if values.get(theirs) is not None}
-    dim = int(fields.get("dim", MIMI.dim))
+    _check_mapping("codec_config", values)
+    fields = {ours: _whole(values, theirs, getattr(MIMI, ours)) for theirs, ours in MIMI_KEYS.items()}
+    dim, num_heads = fields["dim"], fields["num_heads"]
     fixed = {
         **MIMI_FIXED,
-        "num_key_value_heads": fields.get("num_heads", MIMI.num_heads),
-        "vector_quantization_hidden_dimension": fields.get("codebook_dim", MIMI.codebook_dim),
-        "head_dim": dim // int(fields.get("num_heads", MIMI.num_heads)),
+        "num_key_value_heads": num_heads,
+        "vector_quantization_hidden_dimension": fields["codebook_dim"],
+        "head_dim": dim // max(num_heads, 1),
         "upsample_groups": dim,
+        "num_codebooks": fields["num_codebooks"],
     }
     shapes = MIMI_KEYS.keys() | {"upsampling_ratios", "rope_theta", "rope_parameters", "frame_rate", "_frame_rate"}
     _check_keys("codec_config.", values, shapes, fixed)
     rope = values.get("rope_parameters") or values
     frame_rate = values.get("_frame_rate") or values.get("frame_rate") or MIMI.frame_rate
     return CodecConfig(
-        **{name: int(value) for name, value in fields.items()},
+        **fields,
         ratios=tuple(values.get("upsampling_ratios") or MIMI.ratios),
-        rope_theta=float(rope.get("rope_theta", MIMI.rope_theta)),
-        frame_rate=float(frame_rate),
+        rope_theta=_real(rope, "rope_theta", MIMI.rope_theta),
+        frame_rate=_real({"frame_rate": frame_rate}, "frame_rate"),
     )
 
 
 def _check_keys(where: str, values: Mapping[str, Any], read: set[str] | frozenset[str], fixed: dict[str, Any]) -> None:
-    """Raise CheckpointError at the first key that is not known, or not of the one value that is supported."""
+    """Raise CheckpointError at the first key that is not known, or not of the one value that is supported.
+
+    Keys that are null, and Transformers' own notes to itself (``_attn_implementation_autoset``...), say nothing.
+    """
+    _check_mapping(where.rstrip("."), values)
     for key, value in values.items():
         if key in fixed:
             if value is not None and value != fixed[key]:
                 raise CheckpointError(f"{where}{key} must be {fixed[key]!r}, not {value!r}")
-        elif key not in read and key not in IGNORED:
+        elif key not in read and key not in IGNORED and value is not None and not key.startswith("_"):
             raise CheckpointError(f"unknown key {where + key!r}")
+
+
+def _check_mapping(where: str, values: object) -> None:
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"{where} must be an object, not {values!r}")
+
+
+def _whole(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number; ``default`` where the key is missing or null."""
+    value = values.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CheckpointError(f"{key} must be a whole number, not {value!r}")
+    return value
+
+
+def _real(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A finite number; ``default`` where the key is missing or null."""
+    value = values.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise CheckpointError(f"{key} must be a finite number, not {value!r}")
+    return float(value)

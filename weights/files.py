@@ -60,6 +60,8 @@ def _load_pt(path: Path) -> dict[str, Tensor]:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    if not path.is_file():
+    if path.is_dir():
+        return "is a folder, not a file"
+    if not path.exists():
         return "no such file"
     return f"truncated or corrupt ({error})"

@@ -104,15 +104,15 @@ def _fetch(repo: str, name: str, revision: str | None) -> Path:
             f"neither a folder nor a repository on the hub is called {repo!r} (a private one needs `hf auth login`). "
             f"{OTHERWISE}"
         ) from error
-    except OSError as error:
-        raise UnavailableError(_network_reason(repo, name, error)) from error
+    except (OSError, RuntimeError) as error:  # hf_xet, the hub's downloader of large files, raises RuntimeError
+        raise UnavailableError(_reason(repo, name, error)) from error
 
 
-def _network_reason(repo: str, name: str, error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
+def _reason(repo: str, name: str, error: OSError | RuntimeError) -> str:
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         return f"no space left on the disk for {name} of {repo}: free some, or set HF_HOME to a larger one. {OTHERWISE}"
     if isinstance(error, HfHubHTTPError):
         return f"{repo}: the hub refused {name}: {error}. {OTHERWISE}"
-    if isinstance(error, requests.RequestException):
+    if isinstance(error, (requests.RequestException, RuntimeError)):
         return f"{repo}: the hub cannot be reached for {name}: {error}. {OTHERWISE}"
     return f"{repo}: {name} could not be stored: {error}. {OTHERWISE}"

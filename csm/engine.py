@@ -1,0 +1,212 @@
+"""Slots that speak together: requests in, frames out. Knows rows, codes and samples, and nothing of text.
+
+A *lane* is a batch of slots that step together, over the first slots of the engine's buffers: one graph for each span
+of its cache, one for its codec. On a GPU a frame is launched before the one before it is read: samples and codes come
+back through pinned memory, one frame late, and the codec decodes on a stream of its own while the next frame is
+computed.
+
+Shapes: B slots, T rows, C columns of a row, K codebooks, N samples of a frame.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from csm.cache import PrefixCache
+from csm.codec import Codec, StreamDecoder
+from csm.frame import FrameState, decode_frame, prefill, span_of
+from csm.graph import Graph, graphs_enabled
+from csm.model import CSM
+from csm.sampling import SamplingParams
+
+
+class Request(NamedTuple):
+    """A prompt's rows (T, C) and mask, where its context turns end, how to draw, and the most frames to speak."""
+
+    row_TC: Tensor
+    mask_TC: Tensor
+    turn_ends: tuple[int, ...]
+    params: SamplingParams
+    max_frames: int
+
+
+class Frame(NamedTuple):
+    """80 ms of one slot: codes (K,) and, where they were asked for, samples (N,), on the CPU."""
+
+    slot: int
+    codes_K: Tensor
+    audio_N: Tensor | None
+
+
+class Output:
+    """Where one step's codes and samples arrive on the host, and when."""
+
+    def __init__(self, batch: int, num_codebooks: int, frame_size: int, device: torch.device):
+        pinned = device.type == "cuda"
+        self.codes_BK = torch.zeros(batch, num_codebooks, dtype=torch.int64, pin_memory=pinned)
+        self.audio_BN = torch.zeros(batch, frame_size, dtype=torch.float32, pin_memory=pinned)
+        self.ready = torch.cuda.Event() if pinned else None
+
+    def wait(self) -> None:
+        if self.ready is not None:
+            self.ready.synchronize()
+
+
+class Lane:
+    """A batch of slots that step together."""
+
+    def __init__(self, model: CSM, state: FrameState, decoder: StreamDecoder | None):
+        self.model = model
+        self.state = state
+        self.decoder = decoder
+        self.device = model.device
+        self.graphs: dict[int, Graph] = {}
+        self.codec_graph: Graph | None = None
+        frame_size = 0 if decoder is None else decoder.audio_BN.shape[1]
+        self.outputs = [Output(state.batch, state.codes_BK.shape[1], frame_size, self.device) for _ in range(2)]
+        if self.device.type == "cuda":
+            self._codec_stream = torch.cuda.Stream(self.device)
+            self._spoken, self._decoded = torch.cuda.Event(), torch.cuda.Event()
+
+    def capture(self, frame_pool: Any, codec_pool: Any) -> None:
+        """Capture the step for every span, and the codec's."""
+
+        def buffers() -> dict[str, Tensor]:
+            weights = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+            return {**weights, **self.state.buffers()}
+
+        for span in self.state.spans:
+            step: Callable[[], None] = lambda span=span: decode_frame(self.model, self.state, span)  # type: ignore[misc] # noqa: E731
+            self.graphs[span] = Graph(step, buffers, self.device, frame_pool)
+        if self.decoder is not None:
+            decoder = self.decoder
+            named = {"codes": decoder.codes_BK, "audio": decoder.audio_BN}
+            self.codec_graph = Graph(decoder.run, lambda: named, self.device, codec_pool)
+
+    def restart(self, audio: bool) -> None:
+        """Before the first step of new requests: nothing of the last ones is in flight, their codec state is gone."""
+        for graph in self.graphs.values():
+            graph.check()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().wait_stream(self._codec_stream)
+        if audio and self.decoder is not None:
+            self.decoder.reset()
+
+    def launch(self, span: int, output: Output, audio: bool) -> None:
+        """One frame of every slot, on its way to ``output``."""
+        if span in self.graphs:
+            self.graphs[span].replay()
+        else:
+            decode_frame(self.model, self.state, span)
+        output.codes_BK.copy_(self.state.codes_BK, non_blocking=True)
+        if not audio:
+            if output.ready is not None:
+                output.ready.record()
+        elif output.ready is None:
+            self._decode(output)
+        else:
+            main = torch.cuda.current_stream()
+            main.wait_event(self._decoded)  # the codec has read the frame before
+            self._hand_over()
+            self._spoken.record(main)
+            with torch.cuda.stream(self._codec_stream):
+                self._codec_stream.wait_event(self._spoken)
+                self._run_codec(output)
+                self._decoded.record()
+                output.ready.record()
+
+    def _hand_over(self) -> None:
+        assert self.decoder is not None
+        self.decoder.codes_BK.copy_(self.state.codes_BK)
+
+    def _run_codec(self, output: Output) -> None:
+        assert self.decoder is not None
+        if self.codec_graph is not None:
+            self.codec_graph.replay()
+        else:
+            self.decoder.run()
+        output.audio_BN.copy_(self.decoder.audio_BN, non_blocking=True)
+
+    def _decode(self, output: Output) -> None:
+        self._hand_over()
+        self._run_codec(output)
+
+
+class Engine:
+    """One set of buffers for up to ``max_batch`` slots, and the lanes over them.
+
+    One call of ``run`` at a time; whoever wants several streams at once takes several engines. ``codec`` gives the
+    codec when samples are first asked for.
+    """
+
+    def __init__(self, model: CSM, codec: Callable[[], Codec], max_batch: int, prefixes: PrefixCache):
+        self.model = model
+        self.max_batch = max_batch
+        self._codec = codec
+        self._prefixes = prefixes
+        self._state = FrameState.allocate(model.config, max_batch, model.device, model.dtype)
+        self._lanes: dict[tuple[int, bool], Lane] = {}
+        self._captured: list[int] = []
+
+    def capture(self, batches: Sequence[int]) -> None:
+        """Capture a lane of each of these batch sizes, with its codec. Not in the middle of a request."""
+        if not graphs_enabled(self.model.device):
+            return
+        frame_pool, codec_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
+        for batch in sorted(set(batches), reverse=True):  # the largest first: the smaller ones fit its memory
+            self._lane(batch, audio=True).capture(frame_pool, codec_pool)
+        self._captured = sorted(set(batches))
+
+    def run(self, requests: Sequence[Request], audio: bool) -> Iterator[Frame]:
+        """Speak all requests, slot i the i-th, and hand out frames until every one has ended."""
+        assert 1 <= len(requests) <= self.max_batch
+        # A captured lane with slots to spare beats one of the very size that is not captured.
+        batch = next((size for size in self._captured if size >= len(requests)), len(requests))
+        lane = self._lane(batch, audio or batch in self._captured)
+        lane.restart(audio)
+        for slot, request in enumerate(requests):
+            self._admit(lane.state, slot, request)
+        live = {slot: request.max_frames for slot, request in enumerate(requests)}
+        longest = max(request.row_TC.shape[0] for request in requests)
+        for spoken, output in enumerate(self._steps(lane, longest, max(live.values()), audio), start=1):
+            output.wait()
+            for slot, max_frames in list(live.items()):
+                if not output.codes_BK[slot].any():  # a frame of zeros ends the speech
+                    del live[slot]
+                    continue
+                yield Frame(slot, output.codes_BK[slot].clone(), output.audio_BN[slot].clone() if audio else None)
+                if spoken == max_frames:
+                    del live[slot]
+            if not live:
+                return
+
+    def _steps(self, lane: Lane, longest: int, count: int, audio: bool) -> Iterator[Output]:
+        """``count`` steps; on a GPU each is launched before the one before it is handed out."""
+        ahead = 1 if lane.device.type == "cuda" else 0
+        launched: deque[Output] = deque()
+        for step in range(count):
+            output = lane.outputs[step % 2]
+            lane.launch(span_of(longest + step, lane.state), output, audio)
+            launched.append(output)
+            if len(launched) > ahead:
+                yield launched.popleft()
+        yield from launched
+
+    def _admit(self, state: FrameState, slot: int, request: Request) -> None:
+        """Prefill a slot, from the longest run of context turns that is cached, and cache what is new."""
+        cache = state.backbone_cache.slots(slot, slot + 1)
+        start = self._prefixes.load(request.row_TC, request.turn_ends, cache)
+        prefill(self.model, state, slot, request.row_TC, request.mask_TC, request.params, start, request.turn_ends)
+        if request.turn_ends and start < request.turn_ends[-1]:
+            self._prefixes.store(request.row_TC, request.turn_ends[-1], cache)
+
+    def _lane(self, batch: int, audio: bool) -> Lane:
+        if (batch, audio) not in self._lanes:
+            decoder = self._codec().stream_decoder(batch) if audio else None
+            self._lanes[batch, audio] = Lane(self.model, self._state.narrow(batch), decoder)
+        return self._lanes[batch, audio]
