@@ -13,7 +13,7 @@ test: .venv/installed-test
 check: .venv/installed-dev .typecheck/csm
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy .typecheck/csm generate.py
+	$(BIN)/mypy .typecheck/csm generate.py bench.py
 
 fix: .venv/installed-dev
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,65 @@
+"""bench.py: what it prints, what it counts, what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+import bench
+from csm.config import CSM_1B
+
+TINY = ["--model", "tiny", "--device", "cpu", "--quiet", "--frames", "2", "--max-seconds", "0.16"]
+
+
+def run(capsys, *args):
+    assert bench.main([*args]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return lines, json.loads(lines[-1])
+
+
+def test_the_last_line_is_json(capsys, tmp_path):
+    lines, result = run(capsys, *TINY, "--batch", "1", "2", "--profile", "--out", str(tmp_path))
+    assert [(row["name"], row["batch"]) for row in result["rows"]] == [
+        ("eager", 1),
+        ("eager", 2),
+        ("transformers", 1),
+        ("transformers", 2),
+    ]
+    for row in result["rows"]:
+        assert 0 < row["median_ms"] <= row["p95_ms"]
+        assert row["audio_per_second"] == pytest.approx(row["batch"] * 80 / row["median_ms"])
+    assert result["refused"] == []
+    assert result["first_audio"]["cached_ms"] > 0
+    assert len(result["sentences"]) == 11
+    assert result["profile"][0]["ms"] > 0
+    assert sum(line.startswith("| eager") for line in lines) == 2
+    assert json.loads((tmp_path / "bench.json").read_text()) == result
+    assert (tmp_path / "bench.md").read_text().splitlines() == lines[:-1]
+
+
+def test_what_does_not_pass_its_check_is_not_timed(capsys, monkeypatch):
+    def wrong(setup, batch):
+        step = bench.eager(setup, batch)
+        return lambda: step() ^ 1
+
+    monkeypatch.setattr(bench, "configurations", lambda names, device: {"eager": bench.eager, "wrong": wrong})
+    _, result = run(capsys, *TINY)
+    assert [row["name"] for row in result["rows"]] == ["eager"]
+    assert result["refused"] == ["wrong, batch 1: not timed, its codes differ from frame 0 on"]
+
+
+def test_count(capsys):
+    _, result = run(capsys, "--count")
+    assert result["launches"] == sum(result["ops"].values()) < 3000
+    assert result["ops"]["linear"] == 140 * 4 + 32 + 1  # 16 + 31 x 4 blocks, the heads, one projection
+
+
+def test_bytes_of_a_frame():
+    """The figure of the roofline: 8.98 GB in bfloat16."""
+    assert round(bench.frame_bytes(CSM_1B, torch.bfloat16) / 1e9, 2) == 8.98
+
+
+@pytest.mark.parametrize("args", [["--rows", "abacus"], ["--rows", "graph"], ["--model", "nowhere"]])
+def test_bad_inputs(capsys, args):
+    assert bench.main([*TINY, *args]) == 2
+    assert capsys.readouterr().err.startswith("bench.py: error: ")
