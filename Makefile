@@ -1,8 +1,9 @@
 # Everything runs in .venv, which the first target that needs it creates.
 PYTHON ?= python3
 BIN := .venv/bin
+SHELL := /bin/bash
 
-.PHONY: demo test check fix slow fullsize tiny clean
+.PHONY: demo test check fix slow fullsize gpu tiny clean
 
 demo: .venv/installed
 	$(BIN)/python generate.py --model tiny --text "Hello from a model that you can read in an evening." --max-seconds 4 --out out.wav
@@ -24,6 +25,12 @@ slow: .venv/installed-test
 
 fullsize: .venv/installed-fullsize
 	$(BIN)/python -m pytest -m fullsize -s
+
+# On a machine with a GPU: its tests, then its figures, in one folder of results.
+gpu: .venv/installed-bench
+	mkdir -p results
+	$(BIN)/python -m pytest -m cuda -rs | tee results/tests.txt; test $${PIPESTATUS[0]} -eq 0
+	$(BIN)/python bench.py --batch 1 2 4 8 16 32 64 --profile --out results
 
 # The embedded checkpoint, made again from its seed.
 tiny: .venv/installed

@@ -151,7 +151,7 @@ class Engine:
         self._prefixes = prefixes
         self._state = FrameState.allocate(model.config, max_batch, model.device, model.dtype)
         self._lanes: dict[tuple[int, bool], Lane] = {}
-        self._captured: list[int] = []
+        self.captured: list[int] = []  # batch sizes
 
     def capture(self, batches: Sequence[int]) -> None:
         """Capture a lane of each of these batch sizes, with its codec. Not in the middle of a request."""
@@ -160,14 +160,14 @@ class Engine:
         frame_pool, codec_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
         for batch in sorted(set(batches), reverse=True):  # the largest first: the smaller ones fit its memory
             self._lane(batch, audio=True).capture(frame_pool, codec_pool)
-        self._captured = sorted(set(batches))
+        self.captured = sorted(set(batches))
 
     def run(self, requests: Sequence[Request], audio: bool) -> Iterator[Frame]:
         """Speak all requests, slot i the i-th, and hand out frames until every one has ended."""
         assert 1 <= len(requests) <= self.max_batch
         # A captured lane with slots to spare beats one of the very size that is not captured.
-        batch = next((size for size in self._captured if size >= len(requests)), len(requests))
-        lane = self._lane(batch, audio or batch in self._captured)
+        batch = next((size for size in self.captured if size >= len(requests)), len(requests))
+        lane = self._lane(batch, audio or batch in self.captured)
         lane.restart(audio)
         for slot, request in enumerate(requests):
             self._admit(lane.state, slot, request)

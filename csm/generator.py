@@ -30,7 +30,7 @@ from csm.weights import Checkpoint, open_checkpoint, read_codec, read_model
 DEFAULT_MODEL = "sesame/csm-1b"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PREFIX_POSITIONS = 8192  # cached positions of context turns: 32 KB each for CSM-1B in bfloat16
-MAX_IDLE_ENGINES = 3
+MAX_SPARE_ENGINES = 2  # idle ones that were not captured
 
 
 class Generator:
@@ -257,16 +257,22 @@ class Generator:
 
     @contextmanager
     def _borrow_engine(self, batch: int) -> Iterator[Engine]:
-        """The smallest engine at hand with so many slots, else a new one; the last few are kept."""
+        """An engine with so many slots, captured rather than not and small rather than large, else a new one.
+
+        Captured engines are kept, of the others the last few.
+        """
         with self._lock:
-            fitting = sorted((e for e in self._engines if e.max_batch >= batch), key=lambda e: e.max_batch)
+            fitting = [engine for engine in self._engines if engine.max_batch >= batch]
+            fitting.sort(key=lambda engine: (not engine.captured, engine.max_batch))
             engine = fitting[0] if fitting else Engine(self.model, lambda: self.codec, batch, self._prefixes)
             self._engines = [other for other in self._engines if other is not engine]
         try:
             yield engine
         finally:
             with self._lock:
-                self._engines = [engine, *self._engines][:MAX_IDLE_ENGINES]
+                engines = [engine, *self._engines]
+                spare = [other for other in engines if not other.captured][:MAX_SPARE_ENGINES]
+                self._engines = [other for other in engines if other.captured] + spare
 
 
 def _device(name: str | torch.device | None) -> torch.device:

@@ -1,0 +1,137 @@
+"""What only a GPU can show: ``make gpu``. Float32 on the embedded checkpoint, bit for bit."""
+
+import pytest
+import torch
+
+from csm import Generator, Segment
+from csm.frame import FrameState, decode_frame, prefill
+from csm.graph import Graph
+from csm.prompt import text_rows
+from csm.sampling import SamplingParams, gumbel_noise
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+REQUESTS = [
+    dict(text="Hello.", speaker=0, max_audio_length_ms=2400, seed=1),
+    dict(text="A longer sentence, by somebody else.", speaker=3, max_audio_length_ms=2400, seed=2, temperature=0.6),
+    dict(text="Three.", speaker=1, max_audio_length_ms=800, seed=3, topk=10),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_float32():
+    """No TF32: the CPU's codes are to come out."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def generator(dtype=torch.float32, batches=(1, 2, 4)):
+    made = Generator.from_pretrained("tiny", device="cuda", dtype=dtype)
+    if batches:
+        made.warmup(batches)
+    return made
+
+
+@pytest.fixture(scope="module")
+def captured():
+    return generator()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return generator(batches=())
+
+
+def started(model, batch):
+    state = FrameState.allocate(model.config, batch, model.device, model.dtype)
+    return state, lambda: restart(model, state)
+
+
+def restart(model, state):
+    for slot in range(state.batch):
+        row_TC, mask_TC, _ = text_rows([256, *b"[0]Hello.", 257], model.config.num_codebooks)
+        prefill(model, state, slot, row_TC, mask_TC, SamplingParams(seed=slot + 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("batch", [1, 2, 4, 8])
+def test_graph_equals_eager_bit_for_bit(plain, dtype, batch):
+    model = plain.model if dtype == torch.float32 else generator(dtype, batches=()).model
+    eager, restart_eager = started(model, batch)
+    graphed, restart_graphed = started(model, batch)
+    graph = Graph(lambda: decode_frame(model, graphed, 256), graphed.buffers, model.device)
+    assert graph.is_captured
+    restart_eager(), restart_graphed()
+    for _ in range(100):
+        decode_frame(model, eager, 256)
+        graph.replay()
+        assert torch.equal(graphed.codes_BK, eager.codes_BK)
+    assert torch.equal(graphed.backbone_cache.k_LBGSd, eager.backbone_cache.k_LBGSd)
+
+
+def test_captured_twice_gives_the_same(captured):
+    again = generator()
+    for request in REQUESTS:
+        assert torch.equal(again.generate_codes(**request), captured.generate_codes(**request))
+
+
+def test_generator_with_graphs_equals_without(captured, plain):
+    for request in REQUESTS:
+        assert torch.equal(captured.generate_codes(**request), plain.generate_codes(**request))
+        assert (captured.generate(**request) - plain.generate(**request)).abs().max() <= 1e-4
+
+
+def test_stream_is_generate(captured):
+    chunks = list(captured.stream(**REQUESTS[0]))
+    assert len(chunks) == 30
+    assert torch.equal(torch.cat(chunks), captured.generate(**REQUESTS[0]))
+    codes = captured.generate_codes(**REQUESTS[0])
+    assert (captured.decode(codes) - torch.cat(chunks)).abs().max() <= 1e-4
+
+
+def test_batch_is_alone(captured):
+    for request, audio in zip(REQUESTS, captured.generate_batch(REQUESTS), strict=True):
+        alone = captured.generate(**request)
+        assert audio.shape == alone.shape
+        assert (audio - alone).abs().max() <= 1e-4
+
+
+def test_seeds_equal_the_cpus(captured, tiny):
+    codes = torch.randint(256, (40, 8), generator=torch.Generator().manual_seed(0))
+    for request in REQUESTS:
+        request = {**request, "context": [Segment(0, "Before.", codes=codes)]}
+        assert torch.equal(captured.generate_codes(**request), tiny.generate_codes(**request))
+
+
+def test_noise_equals_the_cpus():
+    seed, frame = torch.tensor([3, 2**60]), torch.tensor([0, 999])
+    ours = gumbel_noise(seed.cuda(), frame.cuda(), 32, 2048).cpu()
+    torch.testing.assert_close(ours, gumbel_noise(seed, frame, 32, 2048), atol=1e-5, rtol=1e-5)
+
+
+def test_ten_thousand_replays_take_no_memory(plain):
+    state, restart_state = started(plain.model, 2)
+    graph = Graph(lambda: decode_frame(plain.model, state, 2048), state.buffers, plain.device)
+    restart_state()
+    graph.replay()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(10_000):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+    assert state.frame_B.tolist() == [10_001, 10_001]
+
+
+def test_the_step_waits_for_nothing(plain):
+    """PyTorch's own watch over synchronising calls."""
+    state, restart_state = started(plain.model, 2)
+    restart_state()
+    decode_frame(plain.model, state)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decode_frame(plain.model, state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
