@@ -138,7 +138,7 @@ def _read(
     state = empty_state(table, device, dtype)
     # The largest first: what a tensor's map takes meanwhile is then never on top of a nearly full model.
     entries = sorted(table, key=lambda entry: -torch.Size(entry.shape).numel())
-    for entry in tqdm(entries, desc="loading weights", delay=1, leave=False, disable=not progress):
+    for entry in tqdm(entries, desc="loading weights", delay=1, leave=False, disable=None if progress else True):
         names = [name for name in entry.names if name in checkpoint.file_of]
         tensor = read_tensor(checkpoint.file_of[names[0]], names[0])
         for tied in names[1:]:
