@@ -26,11 +26,12 @@ slow: .venv/installed-test
 fullsize: .venv/installed-fullsize
 	$(BIN)/python -m pytest -m fullsize -s
 
-# On a machine with a GPU: its tests, then its figures, in one folder of results.
-gpu: .venv/installed-bench
+# On a machine with a GPU: its tests, then its figures, in one folder of results. GPU_PYTHON=python3 takes an
+# environment that is there, with csm installed in it (pip install --no-deps -e .), in place of .venv.
+gpu: $(if $(GPU_PYTHON),,.venv/installed-bench)
 	mkdir -p results
-	$(BIN)/python -m pytest -m cuda -rs | tee results/tests.txt; test $${PIPESTATUS[0]} -eq 0
-	$(BIN)/python bench.py --batch 1 2 4 8 16 32 64 --profile --out results
+	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m cuda -rs | tee results/tests.txt; test $${PIPESTATUS[0]} -eq 0
+	$(or $(GPU_PYTHON),$(BIN)/python) bench.py --batch 1 2 4 8 16 32 64 --profile --out results
 
 # The embedded checkpoint, made again from its seed.
 tiny: .venv/installed

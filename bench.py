@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from csm import DEFAULT_MODEL, CSMError, Generator
 from csm.codec import Codec
 from csm.config import CSM_1B, MIMI, CodecConfig, CSMConfig
-from csm.frame import FrameState, decode_frame, prefill
+from csm.frame import FrameState, decode_frame, prefill, span_of
 from csm.graph import Graph, graphs_enabled
 from csm.model import CSM
 from csm.prompt import text_rows
@@ -40,7 +40,7 @@ from csm.weights.config_json import write_hf_config
 from csm.weights.layouts import export, hf_table, mimi_table, sesame_table, target_shapes
 
 PROMPT_ROWS = 100
-CHECKED_FRAMES = 12
+CHECKED_FRAMES, SKIPPED_FRAMES, MAX_FRAMES = 12, 3, 150
 FRAME_SECONDS = 0.08
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SENTENCES = (
@@ -56,7 +56,9 @@ SENTENCES = (
     "See you on Thursday, unless the bridge is closed.",
 )
 
-Step = Callable[[], Tensor]  # speaks one frame of every slot and returns the codes (B, K), on the device
+# Speaks so many greedy frames from the prompt: milliseconds and codes (B, K) of each.
+Speaker = Callable[[int], list[tuple[float, Tensor]]]
+Make = Callable[["Setup", int], Speaker]
 
 
 @dataclass(frozen=True)
@@ -102,59 +104,68 @@ def prompt_rows(config: CSMConfig) -> tuple[Tensor, Tensor]:
     return text_rows(ids, config.num_codebooks)[:2]
 
 
-def started_state(model: CSM, batch: int) -> FrameState:
-    state = FrameState.allocate(model.config, batch, model.device, model.dtype)
-    for slot in range(batch):
-        prefill(model, state, slot, *prompt_rows(model.config), SamplingParams(temperature=0))
-    return state
-
-
-def eager(setup: Setup, batch: int) -> Step:
-    """The plain step."""
+def stepping(setup: Setup, batch: int, make_step: Callable[[CSM, FrameState], Callable[[], None]]) -> Speaker:
+    """A speaker around a step over buffers of its own."""
     model = CSM.from_state_dict(setup.config, setup.weights, setup.device)
-    state = started_state(model, batch)
+    state = FrameState.allocate(model.config, batch, model.device, model.dtype)
+    step = make_step(model, state)
 
-    def step() -> Tensor:
-        decode_frame(model, state, state.spans[0])
-        return state.codes_BK
+    def speak(frames: int) -> list[tuple[float, Tensor]]:
+        for slot in range(batch):
+            prefill(model, state, slot, *prompt_rows(model.config), SamplingParams(temperature=0))
+        return [(milliseconds(step, setup.device), state.codes_BK.clone()) for _ in range(frames)]
 
-    return step
+    return speak
 
 
-def compiled(mode: str) -> Callable[[Setup, int], Step]:
+def milliseconds(step: Callable[[], None], device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    step()
+    synchronize(device)
+    return (time.perf_counter() - started) * 1000
+
+
+def bench_span(state: FrameState) -> int:
+    """A span that holds the prompt and every frame that is timed."""
+    return span_of(PROMPT_ROWS + MAX_FRAMES, state)
+
+
+def eager(setup: Setup, batch: int) -> Speaker:
+    """The plain step."""
+    return stepping(setup, batch, lambda model, state: lambda: decode_frame(model, state, bench_span(state)))
+
+
+def compiled(mode: str) -> Make:
     """The plain step with both transformers under ``torch.compile``."""
 
-    def make(setup: Setup, batch: int) -> Step:
-        model = CSM.from_state_dict(setup.config, setup.weights, setup.device)
-        state = started_state(model, batch)
+    def make_step(model: CSM, state: FrameState) -> Callable[[], None]:
+        torch.compiler.reset()  # what was compiled for another row counts against this one's limit
+        for cache in (state.backbone_cache, state.depth_cache):
+            torch._dynamo.mark_static_address(cache.k_LBGSd)
+            torch._dynamo.mark_static_address(cache.v_LBGSd)
         model.backbone.compile(mode=mode, dynamic=False)
         model.depth_decoder.compile(mode=mode, dynamic=False)
 
-        def step() -> Tensor:
+        def step() -> None:
             torch.compiler.cudagraph_mark_step_begin()
-            decode_frame(model, state, state.spans[0])
-            return state.codes_BK
+            decode_frame(model, state, bench_span(state))
 
         return step
 
-    return make
+    return lambda setup, batch: stepping(setup, batch, make_step)
 
 
-def graph(setup: Setup, batch: int) -> Step:
+def graph(setup: Setup, batch: int) -> Speaker:
     """The plain step, captured whole."""
     if not graphs_enabled(setup.device):
         raise CSMError(f"no graph is captured here: on {setup.device}, or CSM_NO_GRAPH is set")
-    model = CSM.from_state_dict(setup.config, setup.weights, setup.device)
-    state = started_state(model, batch)
-    captured = Graph(lambda: decode_frame(model, state, state.spans[0]), state.buffers, setup.device)
-    for slot in range(batch):  # the capture has run the step
-        prefill(model, state, slot, *prompt_rows(model.config), SamplingParams(temperature=0))
 
-    def step() -> Tensor:
-        captured.replay()
-        return state.codes_BK
+    def make_step(model: CSM, state: FrameState) -> Callable[[], None]:
+        step = lambda: decode_frame(model, state, bench_span(state))  # noqa: E731
+        return Graph(step, state.buffers, setup.device).replay
 
-    return step
+    return stepping(setup, batch, make_step)
 
 
 def transformers_model(setup: Setup) -> Any:
@@ -177,58 +188,50 @@ def transformers_model(setup: Setup) -> Any:
     return model.eval()
 
 
-def transformers(static_cache: bool) -> Callable[[Setup, int], Step]:
-    """HF Transformers' ``generate``, one frame at a time; compiled, as documented, through a static cache."""
+class Clock:
+    """A streamer for ``generate``: keeps each frame, and the time since the one before."""
 
-    def make(setup: Setup, batch: int) -> Step:
+    def __init__(self, num_codebooks: int):
+        self.num_codebooks = num_codebooks
+        self.frames: list[tuple[float, Tensor]] = []
+        self.last = time.perf_counter()
+
+    def put(self, codes_BK: Tensor) -> None:
+        if codes_BK.shape[-1] == self.num_codebooks:  # not the prompt, which is put too
+            now = time.perf_counter()
+            self.frames.append(((now - self.last) * 1000, codes_BK))
+            self.last = now
+
+    def end(self) -> None:
+        pass
+
+
+def transformers(static_cache: bool) -> Make:
+    """HF Transformers' ``generate``; compiled, as documented, through a static cache."""
+
+    def make(setup: Setup, batch: int) -> Speaker:
         model = transformers_model(setup)
         if static_cache:
+            torch.compiler.reset()
             model.generation_config.cache_implementation = "static"
             model.depth_decoder.generation_config.cache_implementation = "static"
-        row_TC, _ = prompt_rows(setup.config)
-        ids = row_TC[:, -1].to(setup.device).repeat(batch, 1)
-        frames = generated_frames(model, ids)
-        return lambda: next(frames)
+        ids = prompt_rows(setup.config)[0][:, -1].to(setup.device).repeat(batch, 1)
+
+        @torch.no_grad()
+        def speak(frames: int) -> list[tuple[float, Tensor]]:
+            clock = Clock(setup.config.num_codebooks)
+            options = dict(do_sample=False, depth_decoder_do_sample=False, max_new_tokens=frames)
+            model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **options)
+            return clock.frames
+
+        return speak
 
     return make
 
 
-def generated_frames(model: Any, ids: Tensor) -> Iterator[Tensor]:
-    """Frames as ``generate`` hands them to a streamer, from a thread of its own that waits for each to be taken."""
-    import queue
-    import threading
-
-    taken, spoken = threading.Semaphore(0), queue.Queue[Any]()
-
-    class Streamer:
-        def put(self, codes_BK: Tensor) -> None:
-            if codes_BK.shape[-1] == model.config.num_codebooks:  # not the prompt
-                spoken.put(codes_BK)
-                taken.acquire()
-
-        def end(self) -> None:
-            pass
-
-    def work() -> None:
-        options = dict(do_sample=False, depth_decoder_do_sample=False, max_new_tokens=1500)
-        try:
-            with torch.no_grad():
-                model.generate(ids, attention_mask=torch.ones_like(ids), streamer=Streamer(), **options)
-        except Exception as error:  # noqa: BLE001 - handed over, and raised where the frame is asked for
-            spoken.put(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    while True:
-        item = spoken.get()
-        if isinstance(item, Exception):
-            raise item
-        yield item
-        taken.release()
-
-
-def configurations(names: list[str], device: torch.device) -> dict[str, Callable[[Setup, int], Step]]:
+def configurations(names: list[str], device: torch.device) -> dict[str, Make]:
     """What can be measured here, or the ones of these names."""
-    every: dict[str, Callable[[Setup, int], Step]] = {
+    every: dict[str, Make] = {
         "eager": eager,
         "compile": compiled("default"),
         "compile, reduce-overhead": compiled("reduce-overhead"),
@@ -241,10 +244,10 @@ def configurations(names: list[str], device: torch.device) -> dict[str, Callable
         if unknown:
             raise CSMError(f"no row is called {unknown[0]!r}; there are {', '.join(every)}")
         return {name: every[name] for name in names}
-    here = ["eager"] if device.type != "cuda" else ["eager", "compile", "compile, reduce-overhead"]
-    here += ["graph"] if graphs_enabled(device) else []
+    here = ["eager"] + (["graph"] if graphs_enabled(device) else [])
     if importlib.util.find_spec("transformers"):
         here += ["transformers"] + (["transformers, static cache"] if device.type == "cuda" else [])
+    here += ["compile", "compile, reduce-overhead"] if device.type == "cuda" else []
     return {name: every[name] for name in here}
 
 
@@ -260,15 +263,14 @@ def small_setup(setup: Setup) -> Setup:
     return Setup(checkpoint.config, checkpoint.codec_config, weights, "tiny")
 
 
-def differing_frame(make: Callable[[Setup, int], Step], setup: Setup, batch: int) -> int | None:
+def differing_frame(make: Make, setup: Setup, batch: int) -> int | None:
     """The first frame in which a configuration's greedy codes are not the plain step's, or None."""
     small = small_setup(setup)
-    step, expected = make(small, batch), eager(small, batch)
-    for frame in range(CHECKED_FRAMES):
-        codes_BK, expected_BK = step().cpu(), expected().cpu()
-        if not torch.equal(codes_BK, expected_BK):
-            return frame
-    return None
+    codes = [[codes_BK for _, codes_BK in m(small, batch)(CHECKED_FRAMES)] for m in (make, eager)]
+    if len(codes[0]) != CHECKED_FRAMES:
+        return len(codes[0])
+    pairs = enumerate(zip(*codes, strict=True))
+    return next((frame for frame, (own, plain) in pairs if not torch.equal(own.cpu(), plain.cpu())), None)
 
 
 def synchronize(device: torch.device) -> None:
@@ -303,25 +305,13 @@ def frame_bytes(config: CSMConfig, dtype: torch.dtype) -> int:
     return total * torch.empty((), dtype=dtype).element_size()
 
 
-def frame_times(step: Step, frames: int, device: torch.device, bar: tqdm[Any]) -> list[float]:
-    """Milliseconds of each frame, after a few that are not counted."""
-    times = []
-    for frame in range(frames + 3):
-        synchronize(device)
-        started = time.perf_counter()
-        step()
-        synchronize(device)
-        if frame >= 3:
-            times.append((time.perf_counter() - started) * 1000)
-        bar.update()
-    return times
-
-
-def measure(name: str, step: Step, setup: Setup, batch: int, frames: int, bandwidth: float, bar: tqdm[Any]) -> Row:
+def measure(name: str, speak: Speaker, setup: Setup, batch: int, frames: int, bandwidth: float) -> Row:
+    """Time frames after a few that are not counted, in a run after one that is not: what compiles has compiled."""
     device = setup.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    times = sorted(frame_times(step, frames, device, bar))
+        speak(frames + SKIPPED_FRAMES)
+    times = sorted(ms for ms, _ in speak(frames + SKIPPED_FRAMES)[SKIPPED_FRAMES:])
     median, p95 = statistics.median(times), times[math.ceil(0.95 * len(times)) - 1]
     needed = frame_bytes(setup.config, setup.dtype)
     return Row(
@@ -356,6 +346,7 @@ def first_audio(setup: Setup) -> dict[str, float]:
         ]
         row_TC, mask_TC = (torch.cat(parts) for parts in zip(*(r[:2] for r in rows), strict=True))
         request = Request(row_TC, mask_TC, (PROMPT_ROWS,), SamplingParams(seed=1), 2)
+        synchronize(setup.device)  # of the run before, a frame may be under way
         started = time.perf_counter()
         next(engine.run([request], audio=True))
         result[name] = (time.perf_counter() - started) * 1000
@@ -396,16 +387,15 @@ def count_launches(config: CSMConfig) -> Counter[str]:
 
 
 def profile(setup: Setup) -> list[dict[str, Any]]:
-    """Time of the ops of one eager frame, the largest first."""
+    """Time of the ops of the prompt and one eager frame, the largest first."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    step = eager(setup, 1)
-    step()
+    speak = eager(setup, 1)
+    speak(1)
     on_gpu = setup.device.type == "cuda"
     with profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
-        step()
-        synchronize(setup.device)
+        speak(1)
     rows = []
     for event in recorded.key_averages():
         micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -512,18 +502,35 @@ def load(args: argparse.Namespace) -> Setup:
 
 
 def measured_rows(setup: Setup, args: argparse.Namespace, bandwidth: float) -> tuple[list[Row], list[str]]:
-    """The rows that passed their check, and the names of what did not."""
+    """The rows that passed their check, and what is to be said of those that did not."""
     rows, refused = [], []
-    jobs = [(name, make, n) for name, make in configurations(args.rows, setup.device).items() for n in args.batch]
-    with tqdm(total=len(jobs) * (args.frames + 3), unit="frame", disable=args.quiet, leave=False) as bar:
-        for name, make, batch in jobs:
-            bar.set_description(f"{name}, batch {batch}")
+    own = ("eager", "graph")  # of the others, which compile for each batch anew, only the first
+    jobs = [
+        (name, make, batch)
+        for name, make in configurations(args.rows, setup.device).items()
+        for batch in (args.batch if name in own or setup.device.type != "cuda" else args.batch[:1])
+    ]
+    bar = tqdm(jobs, unit="row", disable=args.quiet, leave=False)
+    for name, make, batch in bar:
+        bar.set_description(f"{name}, batch {batch}")
+        try:
             frame = differing_frame(make, setup, batch)
-            if frame is not None:
+            if frame is None:
+                rows.append(measure(name, make(setup, batch), setup, batch, args.frames, bandwidth))
+            else:
                 refused.append(f"{name}, batch {batch}: not timed, its codes differ from frame {frame} on")
-                continue
-            rows.append(measure(name, make(setup, batch), setup, batch, args.frames, bandwidth, bar))
+        except CSMError:
+            raise
+        except Exception as error:  # noqa: BLE001 - one row that cannot run here must not cost the others
+            refused.append(f"{name}, batch {batch}: not timed, {type(error).__name__}: {str(error)[:200]}")
+        if args.out:
+            write(args.out, "rows.json", json.dumps([asdict(row) for row in rows]))
     return rows, refused
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
 def report(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -550,7 +557,6 @@ def report(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         result["sentences"] = sentences(generator, args.max_seconds)
         text += [table(result["sentences"]), ""]
     if args.out and rows:
-        args.out.mkdir(parents=True, exist_ok=True)
         plot(rows, args.out / "bench.png")
     return "\n".join(text), result
 
@@ -569,8 +575,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="a folder for bench.md, bench.json and bench.png")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
-    if args.frames < 1 or min(args.batch) < 1:
-        parser.error("--frames and --batch must be at least 1")
+    if not 1 <= args.frames <= MAX_FRAMES - SKIPPED_FRAMES or min(args.batch) < 1:
+        parser.error(f"--frames must be within 1 and {MAX_FRAMES - SKIPPED_FRAMES}, --batch at least 1")
     return args
 
 
@@ -590,9 +596,8 @@ def main(argv: list[str] | None = None) -> int:
     line = json.dumps(result)
     print(text, line, sep="\n")
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "bench.md").write_text(text + "\n", encoding="utf-8")
-        (args.out / "bench.json").write_text(line + "\n", encoding="utf-8")
+        write(args.out, "bench.md", text)
+        write(args.out, "bench.json", line)
     return 0
 
 

@@ -40,6 +40,8 @@ class Codec:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"not a Mimi of the shape in config.json: {reason}") from error
         self._mimi.requires_grad_(False)
+        for module in self._mimi.modules():  # moshi computes its codebooks when they are first read: now, on one stream
+            getattr(module, "embedding", None)
 
     @property
     def sample_rate(self) -> int:
@@ -132,8 +134,9 @@ class StreamDecoder:
     def reset(self) -> None:
         """Begin again, in every slot and in the same buffers."""
         everything = torch.ones(self.codes_BK.shape[0], dtype=torch.bool, device=self.codes_BK.device)
-        for state in self._state.values():
-            state.reset(everything)
+        for name, state in self._state.items():
+            if not name.startswith(("encoder", "downsample")):  # what decoding leaves alone
+                state.reset(everything)
 
 
 def moshi_config(config: CodecConfig) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +21,14 @@ from torch import Tensor
 from csm.cache import PrefixCache
 from csm.codec import Codec, StreamDecoder
 from csm.frame import FrameState, decode_frame, prefill, span_of
-from csm.graph import Graph, graphs_enabled
+from csm.graph import Graph, Pool, graphs_enabled
 from csm.model import CSM
 from csm.sampling import SamplingParams
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """CUDA's streams and events are those of the current device: make it this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Request(NamedTuple):
@@ -60,7 +66,9 @@ class Output:
 class Lane:
     """A batch of slots that step together."""
 
-    def __init__(self, model: CSM, state: FrameState, decoder: StreamDecoder | None):
+    def __init__(
+        self, model: CSM, state: FrameState, decoder: StreamDecoder | None, codec_stream: torch.cuda.Stream | None
+    ):
         self.model = model
         self.state = state
         self.decoder = decoder
@@ -69,11 +77,11 @@ class Lane:
         self.codec_graph: Graph | None = None
         frame_size = 0 if decoder is None else decoder.audio_BN.shape[1]
         self.outputs = [Output(state.batch, state.codes_BK.shape[1], frame_size, self.device) for _ in range(2)]
-        if self.device.type == "cuda":
-            self._codec_stream = torch.cuda.Stream(self.device)
+        self._codec_stream = codec_stream
+        if codec_stream is not None:
             self._spoken, self._decoded = torch.cuda.Event(), torch.cuda.Event()
 
-    def capture(self, frame_pool: Any, codec_pool: Any) -> None:
+    def capture(self, frame_pool: Pool, codec_pool: Pool) -> None:
         """Capture the step for every span, and the codec's."""
 
         def buffers() -> dict[str, Tensor]:
@@ -89,11 +97,9 @@ class Lane:
             self.codec_graph = Graph(decoder.run, lambda: named, self.device, codec_pool)
 
     def restart(self, audio: bool) -> None:
-        """Before the first step of new requests: nothing of the last ones is in flight, their codec state is gone."""
-        for graph in self.graphs.values():
+        """Before the first step of new requests: the buffers are where they were, the codec begins again."""
+        for graph in list(self.graphs.values())[:1]:  # all have the same buffers
             graph.check()
-        if self.device.type == "cuda":
-            torch.cuda.current_stream().wait_stream(self._codec_stream)
         if audio and self.decoder is not None:
             self.decoder.reset()
 
@@ -110,6 +116,7 @@ class Lane:
         elif output.ready is None:
             self._decode(output)
         else:
+            assert self._codec_stream is not None
             main = torch.cuda.current_stream()
             main.wait_event(self._decoded)  # the codec has read the frame before
             self._hand_over()
@@ -149,15 +156,17 @@ class Engine:
         self.max_batch = max_batch
         self._codec = codec
         self._prefixes = prefixes
-        self._state = FrameState.allocate(model.config, max_batch, model.device, model.dtype)
+        with torch.inference_mode(False):  # buffers that any later call may write, whatever mode this one is in
+            self._state = FrameState.allocate(model.config, max_batch, model.device, model.dtype)
         self._lanes: dict[tuple[int, bool], Lane] = {}
+        self._codec_stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         self.captured: list[int] = []  # batch sizes
 
     def capture(self, batches: Sequence[int]) -> None:
         """Capture a lane of each of these batch sizes, with its codec. Not in the middle of a request."""
         if not graphs_enabled(self.model.device):
             return
-        frame_pool, codec_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
+        frame_pool, codec_pool = Pool(self.model.device), Pool(self.model.device)
         for batch in sorted(set(batches), reverse=True):  # the largest first: the smaller ones fit its memory
             self._lane(batch, audio=True).capture(frame_pool, codec_pool)
         self.captured = sorted(set(batches))
@@ -165,12 +174,20 @@ class Engine:
     def run(self, requests: Sequence[Request], audio: bool) -> Iterator[Frame]:
         """Speak all requests, slot i the i-th, and hand out frames until every one has ended."""
         assert 1 <= len(requests) <= self.max_batch
+        try:
+            yield from self._run(requests, audio)
+        finally:
+            if self._codec_stream is not None:  # whatever comes next waits for what is still being decoded
+                torch.cuda.current_stream(self.model.device).wait_stream(self._codec_stream)
+
+    def _run(self, requests: Sequence[Request], audio: bool) -> Iterator[Frame]:
         # A captured lane with slots to spare beats one of the very size that is not captured.
         batch = next((size for size in self.captured if size >= len(requests)), len(requests))
         lane = self._lane(batch, audio or batch in self.captured)
-        lane.restart(audio)
-        for slot, request in enumerate(requests):
-            self._admit(lane.state, slot, request)
+        with _on(self.model.device):
+            lane.restart(audio)
+            for slot, request in enumerate(requests):
+                self._admit(lane.state, slot, request)
         live = {slot: request.max_frames for slot, request in enumerate(requests)}
         longest = max(request.row_TC.shape[0] for request in requests)
         for spoken, output in enumerate(self._steps(lane, longest, max(live.values()), audio), start=1):
@@ -191,7 +208,8 @@ class Engine:
         launched: deque[Output] = deque()
         for step in range(count):
             output = lane.outputs[step % 2]
-            lane.launch(span_of(longest + step, lane.state), output, audio)
+            with _on(lane.device):
+                lane.launch(span_of(longest + step, lane.state), output, audio)
             launched.append(output)
             if len(launched) > ahead:
                 yield launched.popleft()
@@ -207,6 +225,7 @@ class Engine:
 
     def _lane(self, batch: int, audio: bool) -> Lane:
         if (batch, audio) not in self._lanes:
-            decoder = self._codec().stream_decoder(batch) if audio else None
-            self._lanes[batch, audio] = Lane(self.model, self._state.narrow(batch), decoder)
+            with torch.inference_mode(False), torch.no_grad():
+                decoder = self._codec().stream_decoder(batch) if audio else None
+                self._lanes[batch, audio] = Lane(self.model, self._state.narrow(batch), decoder, self._codec_stream)
         return self._lanes[batch, audio]

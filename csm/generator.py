@@ -88,12 +88,16 @@ class Generator:
         """The Mimi codec, loaded when audio is first asked for."""
         with self._lock:
             if self._codec is None:
-                state = read_codec(self._checkpoint, self._codec_file, self.device)
-                try:
-                    self._codec = Codec(self._checkpoint.codec_config, self.config.num_codebooks, state, self.device)
-                except CheckpointError as error:
-                    raise CheckpointError(f"{self._codec_file or self._checkpoint.folder}: {error}") from error
+                with torch.inference_mode(False):  # its buffers are written by later calls, in whatever mode
+                    self._codec = self._load_codec()
             return self._codec
+
+    def _load_codec(self) -> Codec:
+        state = read_codec(self._checkpoint, self._codec_file, self.device)
+        try:
+            return Codec(self._checkpoint.codec_config, self.config.num_codebooks, state, self.device)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._codec_file or self._checkpoint.folder}: {error}") from error
 
     def warmup(self, batches: Sequence[int] = (1,)) -> None:
         """Load the codec, capture the CUDA graphs of these batch sizes, and run: the first request pays for nothing.

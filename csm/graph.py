@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,19 @@ def graphs_enabled(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get("CSM_NO_GRAPH", "0") in ("", "0")
 
 
+class Pool:
+    """What captures may share: memory, and the stream that they are captured on.
+
+    Two graphs that run at the same time need a pool each. The stream counts too: cuBLAS keeps a workspace a stream, and
+    graphs captured on the same one write to the same workspace.
+    """
+
+    def __init__(self, device: torch.device):
+        with torch.cuda.device(device):
+            self.memory = torch.cuda.graph_pool_handle()
+            self.stream = torch.cuda.Stream()
+
+
 class Graph:
     """A callable without arguments, captured where the device allows it.
 
@@ -37,14 +49,14 @@ class Graph:
         step: Callable[[], None],
         buffers: Callable[[], Mapping[str, Tensor]],
         device: torch.device,
-        pool: Any = None,
+        pool: Pool | None = None,
     ):
-        """``buffers`` names every buffer that ``step`` reads or writes, each time anew; ``pool`` is a memory pool
-        (``torch.cuda.graph_pool_handle()``) that graphs which never run at the same time may share."""
+        """``buffers`` names every buffer that ``step`` reads or writes, each time anew; graphs that never run at the
+        same time may share a ``pool``."""
         self._step = step
         self._buffers = buffers
         self._captured_at = _describe(buffers())
-        self._graph = _capture(step, pool) if graphs_enabled(device) else None
+        self._graph = _capture(step, device, pool or Pool(device)) if graphs_enabled(device) else None
 
     @property
     def is_captured(self) -> bool:
@@ -72,15 +84,17 @@ def _describe(buffers: Mapping[str, Tensor]) -> dict[str, tuple[int, tuple[int, 
     return {name: (t.data_ptr(), tuple(t.shape), t.stride(), t.dtype) for name, t in buffers.items()}
 
 
-def _capture(step: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(WARMUP_RUNS):
+def _capture(step: Callable[[], None], device: torch.device, pool: Pool) -> torch.cuda.CUDAGraph:
+    # In inference mode throughout: torch.compile's own graphs, run in it before, leave tensors that may be written in
+    # it only (pytorch issue 166792).
+    with torch.inference_mode(), torch.cuda.device(device):
+        pool.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(pool.stream):
+            for _ in range(WARMUP_RUNS):
+                step()
+        torch.cuda.current_stream().wait_stream(pool.stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on with CUDA work of their own meanwhile.
+        with torch.cuda.graph(graph, pool=pool.memory, stream=pool.stream, capture_error_mode="thread_local"):
             step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on with CUDA work of their own meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        step()
     return graph

@@ -11,6 +11,9 @@ from csm.config import CSM_1B
 TINY = ["--model", "tiny", "--device", "cpu", "--quiet", "--frames", "2", "--max-seconds", "0.16"]
 
 
+SETUP = bench.load(bench.parse_arguments(TINY))
+
+
 def run(capsys, *args):
     assert bench.main([*args]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -39,13 +42,27 @@ def test_the_last_line_is_json(capsys, tmp_path):
 
 def test_what_does_not_pass_its_check_is_not_timed(capsys, monkeypatch):
     def wrong(setup, batch):
-        step = bench.eager(setup, batch)
-        return lambda: step() ^ 1
+        speak = bench.eager(setup, batch)
+        return lambda frames: [(ms, codes ^ 1) for ms, codes in speak(frames)]
 
-    monkeypatch.setattr(bench, "configurations", lambda names, device: {"eager": bench.eager, "wrong": wrong})
+    def broken(setup, batch):
+        raise RuntimeError("not on this machine")
+
+    monkeypatch.setattr(
+        bench, "configurations", lambda names, device: {"eager": bench.eager, "wrong": wrong, "broken": broken}
+    )
     _, result = run(capsys, *TINY)
     assert [row["name"] for row in result["rows"]] == ["eager"]
-    assert result["refused"] == ["wrong, batch 1: not timed, its codes differ from frame 0 on"]
+    assert result["refused"] == [
+        "wrong, batch 1: not timed, its codes differ from frame 0 on",
+        "broken, batch 1: not timed, RuntimeError: not on this machine",
+    ]
+
+
+def test_a_speakers_frames_are_its_own(capsys):
+    """Each frame's codes are kept, not the buffer that the last frame stands in."""
+    codes = [codes_BK for _, codes_BK in bench.eager(bench.small_setup(SETUP), 1)(4)]
+    assert len({tuple(frame.flatten().tolist()) for frame in codes}) == 4
 
 
 def test_count(capsys):

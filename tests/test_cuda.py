@@ -21,10 +21,11 @@ REQUESTS = [
 @pytest.fixture(scope="module", autouse=True)
 def exact_float32():
     """No TF32: the CPU's codes are to come out."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = False, False, True
     yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = before
 
 
 def generator(dtype=torch.float32, batches=(1, 2, 4)):
@@ -135,3 +136,20 @@ def test_the_step_waits_for_nothing(plain):
         decode_frame(plain.model, state)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_codec_and_the_step_do_not_disturb_each_other(captured):
+    """They run at the same time: many frames of a full batch, twice, bit for bit."""
+    requests = [dict(text=f"Number {i}.", seed=i, max_audio_length_ms=16_000) for i in range(4)]
+    first, again = captured.generate_batch(requests), captured.generate_batch(requests)
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_abandoned_batch_does_not_disturb_the_next_request(captured):
+    expected = captured.generate(**REQUESTS[0])
+    for _ in range(20):
+        frames = captured._run([captured._request(text="Something else.", seed=9)] * 4, audio=True)
+        next(frames)
+        frames.close()
+        assert torch.equal(captured.generate(**REQUESTS[0]), expected)

@@ -204,6 +204,13 @@ def test_what_comes_back_may_be_changed(tiny):
         tensor += 1
 
 
+def test_a_first_call_in_inference_mode_leaves_nothing_behind():
+    generator = Generator.from_pretrained("tiny", device="cpu")
+    with torch.inference_mode():
+        first = speak(generator, milliseconds=240, seed=1)
+    assert torch.equal(speak(generator, milliseconds=240, seed=1), first)
+
+
 def test_numpy_is_welcome(tiny):
     audio = np.random.default_rng(0).normal(size=9600).astype(np.float32) / 5
     codes = tiny.encode(torch.from_numpy(audio))
