@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import requests
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -59,24 +59,36 @@ def fetch_checkpoint(repo: str, revision: str | None) -> Path:
 
     Raises UnavailableError, which says what to do.
     """
-    config = fetch(repo, "config.json", revision)
-    fetch(repo, "tokenizer.json", revision)
+    offline = not hub_answers()
+    config = fetch(repo, "config.json", revision, offline)
+    fetch(repo, "tokenizer.json", revision, offline)
     for name in WEIGHTS:
         try:
-            path = _fetch(repo, name, revision)
+            path = _fetch(repo, name, revision, offline)
         except EntryNotFoundError:  # not offered; or offline and not in the cache, where a later one may be
             continue
         if path.suffix == ".json":
             for shard in shard_names(path):
-                fetch(repo, shard, revision)
+                fetch(repo, shard, revision, offline)
         return config.parent
     raise UnavailableError(f"{repo}: no weights there or in the cache; looked for {', '.join(WEIGHTS)}. {OTHERWISE}")
 
 
-def fetch(repo: str, name: str, revision: str | None) -> Path:
-    """One file of a repository. Raises UnavailableError, which says what to do."""
+def hub_answers() -> bool:
+    """Whether the hub can be reached. Its client would try for 20 seconds for each file, cached or not."""
+    if constants.HF_HUB_OFFLINE:
+        return False
     try:
-        return _fetch(repo, name, revision)
+        requests.head(constants.ENDPOINT, timeout=5)
+    except requests.RequestException:
+        return False
+    return True
+
+
+def fetch(repo: str, name: str, revision: str | None, offline: bool | None = None) -> Path:
+    """One file of a repository, from the cache alone if ``offline``. Raises UnavailableError, which says what to do."""
+    try:
+        return _fetch(repo, name, revision, not hub_answers() if offline is None else offline)
     except LocalEntryNotFoundError as error:
         raise UnavailableError(
             f"{repo}: {name} is not in the cache and the hub cannot be reached; connect once, or give a folder. "
@@ -86,10 +98,10 @@ def fetch(repo: str, name: str, revision: str | None) -> Path:
         raise UnavailableError(f"{repo}: the repository has no {name}") from error
 
 
-def _fetch(repo: str, name: str, revision: str | None) -> Path:
+def _fetch(repo: str, name: str, revision: str | None, offline: bool) -> Path:
     """``fetch``, with a file that is not to be had left as EntryNotFoundError."""
     try:
-        return Path(hf_hub_download(repo, name, revision=revision))
+        return Path(hf_hub_download(repo, name, revision=revision, local_files_only=offline))
     except EntryNotFoundError:
         raise
     except GatedRepoError as error:
