@@ -24,6 +24,15 @@ def tiny():
     return Generator.from_pretrained("tiny", device="cpu")
 
 
+# config.json of sesame/csm-1b in its first form.
+OLD_CONFIG = {
+    "backbone_flavor": "llama-1B",
+    "decoder_flavor": "llama-100M",
+    "text_vocab_size": 128_256,
+    "audio_vocab_size": 2051,
+    "audio_num_codebooks": 32,
+}
+
 SESAME_CONFIG = CSMConfig(
     backbone=TransformerConfig(
         num_layers=3, dim=48, num_heads=6, num_kv_heads=2, head_dim=8, hidden_dim=80, max_positions=2048

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import SESAME_CONFIG, tensors_of, write_sesame
+from conftest import OLD_CONFIG, SESAME_CONFIG, tensors_of, write_sesame
 from csm import CheckpointError, Generator
 from csm.config import CSM_1B, LLAMA_1B, LLAMA_100M, MIMI, RopeScaling
 from csm.weights import open_checkpoint
@@ -22,14 +22,6 @@ from csm.weights.config_json import read_config, write_hf_config
 from csm.weights.layouts import export, hf_table, mimi_table, sesame_table, target_shapes
 from csm.weights.make_tiny import CODEC, CONFIG, random_state
 from oracle import Shape, random_model, save
-
-OLD_CONFIG = {
-    "backbone_flavor": "llama-1B",
-    "decoder_flavor": "llama-100M",
-    "text_vocab_size": 128_256,
-    "audio_vocab_size": 2051,
-    "audio_num_codebooks": 32,
-}
 
 
 @pytest.fixture(scope="module")

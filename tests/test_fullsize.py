@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from conftest import OLD_CONFIG
 from csm.config import CSM_1B, MIMI
 from csm.weights.checkpoint import MIMI_FILE
 from csm.weights.config_json import write_hf_config
@@ -27,13 +28,6 @@ FRAMES = 10
 ROUNDS = 3
 
 SIZE = {torch.bfloat16: 2, torch.float32: 4}
-OLD_CONFIG = {
-    "backbone_flavor": "llama-1B",
-    "decoder_flavor": "llama-100M",
-    "text_vocab_size": 128_256,
-    "audio_vocab_size": 2051,
-    "audio_num_codebooks": 32,
-}
 
 
 @pytest.fixture(scope="module")
