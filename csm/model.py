@@ -43,7 +43,7 @@ class RoPE(nn.Module):
         super().__init__()
         frequency_p = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         angle_Sp = torch.arange(config.max_positions, dtype=torch.float64, device="cpu")[:, None] * frequency_p
-        turn_Sp2 = torch.stack((angle_Sp.cos(), angle_Sp.sin()), dim=-1).to(device or "cpu", torch.float32)
+        turn_Sp2 = torch.stack((angle_Sp.cos(), angle_Sp.sin()), dim=-1).float().to(device or "cpu")
         self.register_buffer("turn_Sp2", turn_Sp2, persistent=False)
 
 
