@@ -19,6 +19,7 @@ LAYERS = [
     {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt"},
     {"csm.model"},
     {"csm.frame"},
+    {"csm.prefill"},
     {"csm.engine"},
     {"csm.generator"},
     {"csm"},
