@@ -182,8 +182,9 @@ def transformers_model(setup: Setup) -> Any:
         model = CsmForConditionalGeneration(CsmConfig(**values))
     tensors = dict(export(setup.weights, hf_table(setup.config)))
     model.load_state_dict(tensors, strict=False, assign=True)
-    for part in (model.backbone_model, model.depth_decoder.model):  # buffers that no checkpoint holds
-        part.rotary_emb = type(part.rotary_emb)(part.config, setup.device)
+    with setup.device:
+        for part in (model.backbone_model, model.depth_decoder.model):  # buffers that no checkpoint holds
+            part.rotary_emb = type(part.rotary_emb)(part.config)
     offsets = torch.arange(setup.config.num_codebooks, device=setup.device) * setup.config.audio_vocab_size
     model.backbone_model.embed_tokens.audio_tokens_offsets = offsets
     return model.eval()
