@@ -36,6 +36,8 @@ from csm.frame import FrameState, decode_frame
 from csm.graph import Graph, graphs_enabled
 from csm.kernels.launch import launches
 from csm.kernels.report import FAMILIES, Compiled, distinct, examine
+from csm.kernels.shapes import TABLE, tuned_shapes
+from csm.kernels.tune import products, tune
 from csm.model import CSM
 from csm.prefill import Prefill
 from csm.prompt import text_rows
@@ -109,16 +111,20 @@ def prompt_rows(config: CSMConfig) -> tuple[Tensor, Tensor]:
     return text_rows(ids, config.num_codebooks)[:2]
 
 
-def stepping(setup: Setup, batch: int, make_step: Callable[[CSM, FrameState], Callable[[], None]]) -> Speaker:
-    """A speaker around a step over buffers of its own."""
+def stepping(
+    setup: Setup, batch: int, make_step: Callable[[CSM, FrameState], Callable[[], None]], ops: str = "reference"
+) -> Speaker:
+    """A speaker around a step over buffers of its own, with PyTorch's ops or the kernels."""
     model = CSM.from_state_dict(setup.config, setup.weights, setup.device)
     state = FrameState.allocate(model.config, batch, model.device, model.dtype)
-    prefill, step = Prefill(model), make_step(model, state)
+    with forced_ops(ops):
+        prefill, step = Prefill(model), make_step(model, state)
 
     def speak(frames: int) -> list[tuple[float, Tensor]]:
-        for slot in range(batch):
-            prefill.start(state, slot, *prompt_rows(model.config), SamplingParams(temperature=0))
-        return [(milliseconds(step, setup.device), state.codes_BK.clone()) for _ in range(frames)]
+        with forced_ops(ops):
+            for slot in range(batch):
+                prefill.start(state, slot, *prompt_rows(model.config), SamplingParams(temperature=0))
+            return [(milliseconds(step, setup.device), state.codes_BK.clone()) for _ in range(frames)]
 
     return speak
 
@@ -161,16 +167,20 @@ def compiled(mode: str) -> Make:
     return lambda setup, batch: stepping(setup, batch, make_step)
 
 
-def graph(setup: Setup, batch: int) -> Speaker:
-    """The plain step, captured whole."""
-    if not graphs_enabled(setup.device):
-        raise CSMError(f"no graph is captured here: on {setup.device}, or CSM_NO_GRAPH is set")
+def graph(ops: str) -> Make:
+    """The step, captured whole."""
 
-    def make_step(model: CSM, state: FrameState) -> Callable[[], None]:
-        step = lambda: decode_frame(model, state, bench_span(state))  # noqa: E731
-        return Graph(step, state.buffers, setup.device).replay
+    def make(setup: Setup, batch: int) -> Speaker:
+        if not graphs_enabled(setup.device):
+            raise CSMError(f"no graph is captured here: on {setup.device}, or CSM_NO_GRAPH is set")
 
-    return stepping(setup, batch, make_step)
+        def make_step(model: CSM, state: FrameState) -> Callable[[], None]:
+            step = lambda: decode_frame(model, state, bench_span(state))  # noqa: E731
+            return Graph(step, state.buffers, setup.device).replay
+
+        return stepping(setup, batch, make_step, ops)
+
+    return make
 
 
 def transformers_model(setup: Setup) -> Any:
@@ -241,7 +251,8 @@ def configurations(names: list[str], device: torch.device) -> dict[str, Make]:
         "eager": eager,
         "compile": compiled("default"),
         "compile, reduce-overhead": compiled("reduce-overhead"),
-        "graph": graph,
+        "graph, PyTorch ops": graph("reference"),
+        "graph, kernels": graph("triton"),
         "transformers": transformers(static_cache=False),
         "transformers, static cache": transformers(static_cache=True),
     }
@@ -250,7 +261,7 @@ def configurations(names: list[str], device: torch.device) -> dict[str, Make]:
         if unknown:
             raise CSMError(f"no row is called {unknown[0]!r}; there are {', '.join(every)}")
         return {name: every[name] for name in names}
-    here = ["eager"] + (["graph"] if graphs_enabled(device) else [])
+    here = ["eager"] + (["graph, PyTorch ops", "graph, kernels"] if graphs_enabled(device) else [])
     if importlib.util.find_spec("transformers"):
         here += ["transformers"] + (["transformers, static cache"] if device.type == "cuda" else [])
     here += ["compile", "compile, reduce-overhead"] if device.type == "cuda" else []
@@ -424,6 +435,32 @@ def compiled_kernels(config: CSMConfig, batches: list[int], dtype: torch.dtype, 
         return list(tqdm(done, total=len(jobs), unit="kernel", disable=quiet, leave=False))
 
 
+def graph_seconds(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds of a step, captured: the median of several replays."""
+    captured = Graph(step, dict, device)
+    times = [milliseconds(captured.replay, device) for _ in range(12)]
+    return statistics.median(times[2:]) / 1000
+
+
+def tuning(config: CSMConfig, batches: list[int], dtype: torch.dtype, quiet: bool) -> tuple[str, dict[str, Any]]:
+    """Measure launch shapes for this GPU and write them into the table that the kernels read."""
+    device = torch.device("cuda")
+    if not graphs_enabled(device) or not torch.cuda.is_available():
+        raise CSMError("--tune measures on a GPU, and there is none here")
+    with forced_ops("triton"), launches() as seen:
+        for batch in batches:
+            shadow_step(config, batch, dtype)()
+    with torch.inference_mode():
+        best = tune(products(seen), device, graph_seconds, quiet)
+    table_of = tuned_shapes()
+    TABLE.write_text(json.dumps(table_of, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    rows = [
+        {"product": key, "shape": str(entry), "microseconds": 1e6 * least, "by_rule": 1e6 * rule}
+        for key, (entry, least, rule) in best.items()
+    ]
+    return table(rows), {"tuned": rows}
+
+
 def profile(setup: Setup) -> list[dict[str, Any]]:
     """Time of the ops of the prompt and one eager frame, the largest first."""
     from torch.profiler import ProfilerActivity
@@ -542,7 +579,11 @@ def load(args: argparse.Namespace) -> Setup:
 def measured_rows(setup: Setup, args: argparse.Namespace, bandwidth: float) -> tuple[list[Row], list[str]]:
     """The rows that passed their check, and what is to be said of those that did not."""
     rows, refused = [], []
-    own = ("eager", "graph")  # of the others, which compile for each batch anew, only the first
+    own = (
+        "eager",
+        "graph, PyTorch ops",
+        "graph, kernels",
+    )  # of the others, which compile for each batch anew, only the first
     jobs = [
         (name, make, batch)
         for name, make in configurations(args.rows, setup.device).items()
@@ -619,6 +660,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-seconds", type=float, default=4.0, help="most audio of each of the ten sentences")
     parser.add_argument("--count", action="store_true", help="count what a frame launches, and stop")
     parser.add_argument("--kernels", action="store_true", help="compile a frame's kernels for several GPUs, and stop")
+    parser.add_argument("--tune", action="store_true", help="measure launch shapes for this GPU, write them, and stop")
     parser.add_argument("--profile", action="store_true", help="add a table of the ops of a frame")
     parser.add_argument("--out", type=Path, help="a folder for bench.md, bench.json and bench.png")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -631,10 +673,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        if args.count or args.kernels:
+        if args.count or args.kernels or args.tune:
             config = open_checkpoint(args.model).config if args.model else CSM_1B
         if args.count:
             text, result = count_report(config)
+        elif args.tune:
+            text, result = tuning(config, args.batch, DTYPES[args.dtype or "bfloat16"], args.quiet)
         elif args.kernels:
             kernels = compiled_kernels(config, args.batch, DTYPES[args.dtype or "bfloat16"], args.quiet)
             rows = [kernel._asdict() for kernel in kernels]

@@ -34,7 +34,7 @@ def linear_add_rows(
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_NK = weight_tile(weight_ptr, n_N, N, K, BLOCK_K)
     wait_for_inputs(PDL)
-    for row in tl.static_range(ROWS):
+    for row in tl.range(ROWS, loop_unroll_factor=2):
         x_K = load_row(x_ptr + row * x_stride, K, BLOCK_K).to(tl.float32)
         residual_N = tl.load(residual_ptr + row * residual_stride + n_N, mask=n_N < N, other=0.0).to(tl.float32)
         out_N = residual_N + product(weight_NK, x_K)

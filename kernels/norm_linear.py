@@ -44,7 +44,7 @@ def norm_linear_rows(
     weight_NK = weight_tile(weight_ptr, n_N, N, K, BLOCK_K)
     norm_K = load_row(norm_ptr, K, BLOCK_K)
     wait_for_inputs(PDL)
-    for row in tl.static_range(ROWS):
+    for row in tl.range(ROWS, loop_unroll_factor=2):
         x_K = normed_row(load_row(x_ptr + row * x_stride, K, BLOCK_K), norm_K, K, EPS)
         tl.store(out_ptr + row * N + n_N, product(weight_NK, x_K).to(x_ptr.dtype.element_ty), mask=n_N < N)
 

@@ -97,7 +97,7 @@ def norm_rope_cache_rows(
     weight_NK = weight_tile(weight_ptr, n_N, (H + 2 * G) * d, K, BLOCK_K)
     norm_K = load_row(norm_ptr, K, BLOCK_K)
     wait_for_inputs(PDL)
-    for row in tl.static_range(ROWS):
+    for row in tl.range(ROWS, loop_unroll_factor=2):
         x_K = normed_row(load_row(x_ptr + row * x_stride, K, BLOCK_K), norm_K, K, EPS)
         qkv_N = product(weight_NK, x_K).to(x_ptr.dtype.element_ty).to(tl.float32)
         at = row // T * position_stride + row % T

@@ -74,11 +74,11 @@ def by_rule(op: str, n: int, k: int, size: int, m: int) -> LaunchShape:
     parts, block_k = PARTS.get(op, 1), power_of_two(k)
     if m:
         block_n = 32 if n // parts >= 32 * LEAST_PROGRAMS // 2 else 16
-        return LaunchShape(4, {"M": m, "BLOCK_N": block_n, "BLOCK_K": 256 // size if m < 64 else 128 // size})
+        return LaunchShape(4, {"M": m, "BLOCK_N": block_n, "BLOCK_K": 32 if size == 4 else 128 if m < 64 else 64})
     block_n = power_of_two(max(1, TILE_BYTES // (parts * block_k * size)))
     while block_n > 2 and n // parts < block_n * (LEAST_PROGRAMS // 2 if op in ALONE else LEAST_PROGRAMS):
         block_n //= 2
     block_n = max(2, block_n)  # the rotary embedding turns neighbours
     elements = parts * block_n * block_k
-    num_warps = 16 if op in ALONE or elements >= 1 << 14 else 8 if elements > 1 << 13 else 4
+    num_warps = 16 if op in ALONE or elements >= 1 << 14 else 8 if elements > 1 << 13 or (size == 4 and k > 1024) else 4
     return LaunchShape(num_warps, {"BLOCK_N": block_n, "BLOCK_K": block_k})

@@ -118,7 +118,7 @@ def test_bytes_of_a_frame():
     assert round(bench.frame_bytes(CSM_1B, torch.bfloat16) / 1e9, 2) == 8.98
 
 
-@pytest.mark.parametrize("args", [["--rows", "abacus"], ["--rows", "graph"], ["--model", "nowhere"]])
+@pytest.mark.parametrize("args", [["--rows", "abacus"], ["--rows", "graph, kernels"], ["--model", "nowhere"]])
 def test_bad_inputs(capsys, args):
     assert bench.main([*TINY, *args]) == 2
     assert capsys.readouterr().err.startswith("bench.py: error: ")

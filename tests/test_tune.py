@@ -1,0 +1,81 @@
+"""Tuning: which products a frame has, what is tried, what is kept. The clock is the test's own."""
+
+import math
+
+import pytest
+import torch
+
+import bench
+from csm.config import CSM_1B
+from csm.kernels import shapes, tune
+from csm.kernels.launch import launches
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def empty_table(monkeypatch):
+    monkeypatch.setenv("CSM_OPS", "triton")
+    monkeypatch.setattr(tune, "POOL_BYTES", 1)
+    shapes.tuned_shapes.cache_clear()
+    yield
+    shapes.tuned_shapes.cache_clear()
+    shapes._launch_shape.cache_clear()
+
+
+def products_of(config, batch):
+    with launches() as seen:
+        bench.shadow_step(config, batch, torch.bfloat16)()
+    return tune.products(seen)
+
+
+def test_products_of_a_frame():
+    keys = [product.key for product in products_of(CSM_1B, 1)]
+    assert len(set(keys)) == len(keys)
+    assert {
+        "norm_rope_cache 3072x2048 bfloat16 rows",
+        "norm_rope_cache 1536x1024 bfloat16 rows",
+        "norm_swiglu 16384x1024 bfloat16 rows",
+        "linear_add 1024x8192 bfloat16 rows",
+        "attention_linear_add 1024x1024 bfloat16 rows",
+        "norm_linear 2048x1024 bfloat16 rows",
+    } <= set(keys)
+    assert "norm_swiglu 16384x2048 bfloat16 dots 32" in {product.key for product in products_of(CSM_1B, 32)}
+
+
+@pytest.mark.parametrize("batch", [1, 12])
+def test_the_best_of_what_was_tried_is_kept(tiny, batch):
+    """And the calls that are timed run, in the interpreter, with the shape that won."""
+    for product in products_of(tiny.config, batch):
+        entries = [{}, *tune.candidates(product)]
+        wanted = entries[-1]
+
+        def seconds(step, device, product=product, wanted=wanted):
+            return 0.0 if shapes.tuned_shapes()["cpu"].get(product.key, {}) == wanted else 1.0
+
+        best = tune.tune([product], CPU, seconds, quiet=True)
+        assert best == {product.key: (wanted, 0.0, 1.0)}
+        shape = shapes.launch_shape(
+            product.op, torch.empty(product.n, product.k, dtype=product.dtype), math.prod(product.rows)
+        )
+        assert shape.options.items() >= wanted.items()
+        with launches() as seen:
+            tune.calls(product, CPU)()
+        assert {launch.constants["BLOCK_N"] for launch in seen if "BLOCK_N" in launch.constants} >= {wanted["BLOCK_N"]}
+
+
+def test_pytorchs_own_product_may_win():
+    weight = torch.empty(64, 64)
+    shapes.tuned_shapes().setdefault("cpu", {})[shapes.key("linear_add", 64, 64, "float32", 0)] = {"pytorch": 1}
+    shapes._launch_shape.cache_clear()
+    assert shapes.launch_shape("linear_add", weight, 1) is None
+    assert shapes.launch_shape("linear_add", weight, 9) is not None
+
+
+def test_without_a_gpu_nothing_is_tuned(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    before = shapes.TABLE.read_bytes()
+    assert bench.main(["--tune", "--quiet"]) == 2
+    assert "GPU" in capsys.readouterr().err
+    assert shapes.TABLE.read_bytes() == before
