@@ -52,11 +52,11 @@ def started(model, batch):
     return state, lambda: restart(model, state)
 
 
-def restart(model, state):
+def restart(model, state, temperature=0.9):
     prefill = Prefill(model)
     for slot in range(state.batch):
         row_TC, mask_TC, _ = text_rows([256, *b"[0]Hello.", 257], model.config.num_codebooks)
-        prefill.start(state, slot, row_TC, mask_TC, SamplingParams(seed=slot + 7))
+        prefill.start(state, slot, row_TC, mask_TC, SamplingParams(temperature, seed=slot + 7))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -86,6 +86,38 @@ def test_captured_passes_equal_eager_bit_for_bit(plain, num_rows):
         prefill.start(state, 1, *rows, params)
     for name, buffer in states[0].buffers().items():
         assert torch.equal(buffer, states[1].buffers()[name]), name
+
+
+@pytest.mark.parametrize("batch", [1, 2, 12])
+def test_kernels_speak_the_references_codes(plain, monkeypatch, batch):
+    """Greedy, float32, 200 frames; the kernels' graph beside PyTorch's ops."""
+    model, frames = plain.model, []
+    for ops in ("reference", "triton"):
+        monkeypatch.setenv("CSM_OPS", ops)
+        state, _ = started(model, batch)
+        graph = Graph(lambda state=state: decode_frame(model, state, 512), state.buffers, model.device)
+        restart(model, state, temperature=0)
+        spoken = []
+        for _ in range(200):
+            graph.replay()
+            spoken.append(state.codes_BK.clone())
+        frames.append(torch.stack(spoken))
+    assert torch.equal(*frames)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dependent_launch_changes_no_bit(plain, monkeypatch, dtype):
+    model = plain.model if dtype == torch.float32 else generator(dtype, batches=()).model
+    caches = []
+    for pdl in ("0", "1"):
+        monkeypatch.setenv("CSM_PDL", pdl)
+        state, restart_state = started(model, 1)
+        graph = Graph(lambda state=state: decode_frame(model, state, 256), state.buffers, model.device)
+        restart_state()
+        for _ in range(100):
+            graph.replay()
+        caches.append((state.codes_BK.clone(), state.backbone_cache.k_LBGSd.clone()))
+    assert torch.equal(caches[0][0], caches[1][0]) and torch.equal(caches[0][1], caches[1][1])
 
 
 def test_captured_twice_gives_the_same(captured):
