@@ -71,12 +71,8 @@ def adapted_layers(config: CSMConfig, lora: LoraConfig) -> list[Layer]:
     for part in (part for part in PARTS if part in lora.parts):
         transformer: TransformerConfig = getattr(config, part)
         for index in range(transformer.num_layers):
-            layers += [layer for layer in _block(f"{part}.layers.{index}", transformer) if _target(layer) in lora.targets]
-    return layers
-
-
-def _target(layer: Layer) -> str:
-    return layer.name.rsplit(".", 1)[1]
+            layers += _block(f"{part}.layers.{index}", transformer)
+    return [layer for layer in layers if layer.name.rsplit(".", 1)[1] in lora.targets]
 
 
 def _block(block: str, config: TransformerConfig) -> list[Layer]:

@@ -1,23 +1,16 @@
-"""The loss and its gradients: against HF Transformers, against the cached inference path, against finite differences."""
-
-import dataclasses
+"""The loss: against HF Transformers, the cached inference path, finite differences, and itself over many draws."""
 
 import pytest
 import torch
+from test_hf_oracle import SHAPES
 
 from csm import Generator
-from csm.config import CSMConfig, TransformerConfig
 from csm.finetune.batches import Example, Turn, collate
 from csm.finetune.loss import Trainee, combine, count
 from csm.frame import FrameState, decode_frame, prefill
-from csm.lora import Lora, LoraConfig
-from csm.model import CSM
 from csm.prompt import audio_rows, text_rows
 from csm.sampling import SamplingParams
-from csm.weights.layouts import hf_table
-from csm.weights.make_tiny import random_state
-from oracle import AUDIO_EOS_TOKEN, AUDIO_TOKEN, Shape, hf_inputs, random_model, save
-from test_hf_oracle import SHAPES
+from oracle import AUDIO_EOS_TOKEN, AUDIO_TOKEN, hf_inputs, random_model, save
 
 WORDS = ["Good morning to you.", "And to you!", "How are you?"]
 SPEAKERS = [0, 1, 0]
@@ -107,11 +100,11 @@ def cached_logits(model, rows, num_text):
     config = model.config
     state = FrameState.allocate(config, 1, model.device, model.dtype)
     expected = [[] for _ in range(config.num_codebooks)]
-    drawn = []
+    drawn, forced = [], []
 
     def draw(logits_BV, *_):  # in the place of sampling: what the step would draw from, and the code that is forced
         expected[len(drawn)].append(logits_BV[0])
-        drawn.append(codes_K[len(drawn)].view(1))
+        drawn.append(forced[-1][len(drawn)].view(1))
         return drawn[-1]
 
     row_TC, mask_TC = rows
@@ -120,5 +113,6 @@ def cached_logits(model, rows, num_text):
         prefill(model, state, 0, row_TC[:num_text], mask_TC[:num_text], SamplingParams(0, 1, 0))
         for codes_K in row_TC[num_text:, :-1]:
             drawn.clear()
+            forced.append(codes_K)
             decode_frame(model, state)
     return [torch.stack(logits) for logits in expected]

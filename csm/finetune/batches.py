@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,9 +45,7 @@ class Example:
         return sum(turn.num_positions for turn in self.turns)
 
 
-def conversation_examples(
-    turns: Sequence[Turn], context: int, mask_context: bool, max_positions: int
-) -> list[Example]:
+def conversation_examples(turns: Sequence[Turn], context: int, mask_context: bool, max_positions: int) -> list[Example]:
     """Sequences of up to ``context`` turns and one more, in order, each within ``max_positions``.
 
     With ``mask_context`` every turn is the last of one sequence, and alone counts there. Without, all turns of a
@@ -92,7 +90,8 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``."""
-        return Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
+        moved: list[Any] = [x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self]
+        return Batch(*moved)
 
 
 def draw_frames(num_frames: int, share: float, key: str) -> tuple[list[int], float]:
@@ -107,7 +106,7 @@ def draw_frames(num_frames: int, share: float, key: str) -> tuple[list[int], flo
 
 
 def collate(examples: Sequence[Example], keys: Sequence[str], depth_share: float, counts: bool = True) -> Batch:
-    """A batch of examples. ``keys`` seed what is drawn in each; ``depth_share`` is the depth decoder's of the frames."""
+    """A batch of examples. ``keys`` seed what is drawn in each: ``depth_share`` of its trained frames."""
     num_positions = max(example.num_positions for example in examples)
     tokens: list[int] = []
     token_at: list[Tensor] = []
@@ -138,7 +137,7 @@ def collate(examples: Sequence[Example], keys: Sequence[str], depth_share: float
 def plan_epoch(lengths: Sequence[int], batch_size: int, batch_rows: int, seed: int, epoch: int) -> list[list[int]]:
     """Indices of every example once, in batches of like length, in random order.
 
-    A batch has at most ``batch_size`` sequences, and unless it is of one, at most ``batch_rows`` positions with padding.
+    A batch has at most ``batch_size`` sequences, and unless it is of one, at most ``batch_rows`` positions, padded.
     """
     rng = random.Random(f"order/{seed}/{epoch}")
     order = list(range(len(lengths)))

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from csm.config import TransformerConfig
 from csm.kernels.norm_linear import rms_norm
 from csm.kernels.rope_cache import rotate_pairs
 from csm.lora import Lora
-from csm.model import Transformer
+from csm.model import Block, Transformer
 
 
 def hidden_states(
@@ -32,6 +32,7 @@ def hidden_states(
     """
     turn_1Tp = torch.view_as_complex(transformer.rope.turn_Sp2[: x_BTD.shape[1]]).unsqueeze(0)
     for index, layer in enumerate(transformer.layers):
+        assert isinstance(layer, Block)
         arguments = (layer, transformer.config, x_BTD, turn_1Tp, f"{part}.layers.{index}", lora)
         x_BTD = checkpoint(_block, *arguments, use_reentrant=False) if checkpointing else _block(*arguments)
     return x_BTD
@@ -43,7 +44,7 @@ def final_norm(transformer: Transformer, x: Tensor) -> Tensor:
 
 
 def _block(
-    layer: nn.Module, config: TransformerConfig, x_BTD: Tensor, turn_1Tp: Tensor, name: str, lora: Lora | None
+    layer: Block, config: TransformerConfig, x_BTD: Tensor, turn_1Tp: Tensor, name: str, lora: Lora | None
 ) -> Tensor:
     attention, mlp = layer.attention, layer.mlp
     normed_BTD = rms_norm(x_BTD, attention.norm, config.norm_eps)

@@ -1,8 +1,8 @@
 """What is minimised: the cross-entropy of every codebook, teacher-forced.
 
 Codebook 0 is predicted by the backbone at the position before a frame, for every trained frame, the frame of zeros that
-ends a turn included. The other codebooks are predicted by the depth decoder, for a random subset of those frames. Text is
-read and never predicted. Each of the two is a mean over its own count. With all frames drawn this is the loss of HF
+ends a turn included. The other codebooks are predicted by the depth decoder, for a random subset of those frames. Text
+is read and never predicted. Each of the two is a mean over its own count. With all frames drawn this is the loss of HF
 Transformers' CsmForConditionalGeneration.
 
 Shapes as in ``csm.finetune.batches``; D backbone dim, V audio vocabulary.
