@@ -24,6 +24,16 @@ from csm.model import CSM
 from micro import MICRO, SENTENCES, random_examples, write_config, write_data
 
 CPU = torch.device("cpu")
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads gain nothing on matrices this small, and lose much where other work has the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +140,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, config, tmp_path,
     arguments = ["--data", data, "--model", "tiny", "--config", config, "--out", killed, "--steps", 14, *options]
     command = [sys.executable, "-m", "csm", "finetune", *map(str, arguments), "--device", "cpu", "--quiet"]
     log = killed / "train.csv"
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env=ONE_THREAD)
     kill_at = 4 + int.from_bytes(os.urandom(1), "little") % 6
     while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) > kill_at):
         time.sleep(0.002)
@@ -165,7 +175,7 @@ def test_sigterm_saves_and_says_so(data, config, tmp_path, capsys):
     out = tmp_path / "run"
     arguments = ["--data", data, "--model", "tiny", "--config", config, "--out", out, "--steps", 10_000, *WHOLE]
     command = [sys.executable, "-m", "csm", "finetune", *map(str, arguments), "--device", "cpu", "--quiet"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
     log = out / "train.csv"
     while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) > 3):
         time.sleep(0.01)
@@ -178,12 +188,12 @@ def test_sigterm_saves_and_says_so(data, config, tmp_path, capsys):
 
 def test_two_processes_on_half_batches_equal_one(data, config, tmp_path):
     """torchrun with gloo: the same batches, shared out. Batches of odd size, so that the shares differ."""
-    options = [*WHOLE, "--batch-size", 3, "--accumulate", 2, "--depth-share", 0.3, "--seed", 3]
+    options = [*WHOLE, "--batch-size", 3, "--accumulate", 2, "--depth-share", 0.3, "--seed", 3, "--precision", "float64"]
     one = finetune(data, config, tmp_path / "one", *options, steps=8)
     arguments = ["--data", data, "--model", "tiny", "--config", config, "--out", tmp_path / "two", "--steps", 8]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "csm"]
     command += ["finetune", *map(str, [*arguments, *options]), "--device", "cpu", "--quiet"]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, env=ONE_THREAD, timeout=120)
     largest = 0.0
     for name in ("train.csv", "valid.csv"):
         ours, theirs = rows(tmp_path / "two" / name), rows(one / name)
