@@ -2,16 +2,21 @@
 
 import pytest
 import torch
+from micro import random_examples
 from test_hf_oracle import SHAPES
 
+from conftest import SESAME_CONFIG
 from csm import Generator
-from csm.finetune.batches import Example, Turn, collate
+from csm.finetune.batches import Example, Turn, collate, draw_frames
+from csm.finetune.initial import initial_state
 from csm.finetune.loss import Trainee, combine, count
 from csm.frame import FrameState, decode_frame, prefill
+from csm.model import CSM
 from csm.prompt import audio_rows, text_rows
 from csm.sampling import SamplingParams
 from oracle import AUDIO_EOS_TOKEN, AUDIO_TOKEN, hf_inputs, random_model, save
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = ["Good morning to you.", "And to you!", "How are you?"]
 SPEAKERS = [0, 1, 0]
 FRAMES = [16, 10, 13]
@@ -116,3 +121,40 @@ def cached_logits(model, rows, num_text):
             forced.append(codes_K)
             decode_frame(model, state)
     return [torch.stack(logits) for logits in expected]
+
+
+def test_a_share_of_the_frames_stands_for_all():
+    """The loss with 1/16 of the frames, over many draws: within four standard errors of the loss with all of them."""
+    config = SESAME_CONFIG
+    model = CSM.from_state_dict(config, initial_state(config, seed=1), torch.device("cpu"))
+    with torch.no_grad():
+        model.depth_heads.mul_(40)  # codes far from equally likely: frames must differ, or any would do
+    trainee = Trainee(model)
+    examples = random_examples(6, config, frames=(5, 60), turns=(1, 1))
+    draws = 400
+    with torch.no_grad():
+        whole = collate(examples, [""] * 6, depth_share=1.0)
+        full = trainee(whole).depth_J.sum() / count(whole).depth_codes
+        values = []
+        for draw in range(draws):
+            batch = collate(examples, [f"{draw}/{index}" for index in range(6)], depth_share=1 / 16)
+            assert count(batch) == count(whole)
+            assert batch.weight_S.sum().item() == pytest.approx(count(batch).frames)
+            values.append(trainee(batch).depth_J.sum() / count(batch).depth_codes)
+    values = torch.stack(values).double()
+    error = values.std() / draws**0.5
+    print(f"\nall frames {full:.4f}; 1/16, mean of {draws} draws {values.mean():.4f}, standard error {error:.4f}")
+    assert values.std() > 0.02 * full
+    assert abs(values.mean() - full) < 4 * error
+
+
+def test_every_frame_is_drawn_as_often_as_any_other():
+    for num_frames, share, expected in ((3, 1 / 16, 1), (40, 1 / 16, 2), (7, 0.5, 4), (5, 1.0, 5)):
+        hits = torch.zeros(num_frames)
+        for draw in range(2000):
+            chosen, weight = draw_frames(num_frames, share, f"{draw}")
+            assert len(set(chosen)) == len(chosen) == expected and weight == num_frames / expected
+            hits[chosen] += 1
+        probability = expected / num_frames
+        spread = (2000 * probability * (1 - probability)) ** 0.5
+        assert (hits - 2000 * probability).abs().max() <= 5 * spread

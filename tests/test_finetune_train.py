@@ -1,7 +1,6 @@
 """The loop: gradients, overfitting, killed runs, two processes, averages, schedules, what a run leaves behind."""
 
 import csv
-import json
 import os
 import signal
 import subprocess
@@ -10,30 +9,20 @@ import time
 
 import pytest
 import torch
+from micro import MICRO, SENTENCES, random_examples, write_config, write_data
 from safetensors.torch import load_file
 
-from csm import CheckpointError, CSMError, Generator, read_audio
+from csm import Generator, read_audio
 from csm.__main__ import main
 from csm.finetune.batches import collate
 from csm.finetune.initial import initial_state
 from csm.finetune.loss import Trainee, combine, count
-from csm.finetune.options import TrainOptions
-from csm.finetune.train import Trainer
 from csm.lora import Lora, LoraConfig
 from csm.model import CSM
-from micro import MICRO, SENTENCES, random_examples, write_config, write_data
 
 CPU = torch.device("cpu")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads gain nothing on matrices this small, and lose much where other work has the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +177,19 @@ def test_sigterm_saves_and_says_so(data, config, tmp_path, capsys):
 
 def test_two_processes_on_half_batches_equal_one(data, config, tmp_path):
     """torchrun with gloo: the same batches, shared out. Batches of odd size, so that the shares differ."""
-    options = [*WHOLE, "--batch-size", 3, "--accumulate", 2, "--depth-share", 0.3, "--seed", 3, "--precision", "float64"]
+    options = [
+        *WHOLE,
+        "--batch-size",
+        3,
+        "--accumulate",
+        2,
+        "--depth-share",
+        0.3,
+        "--seed",
+        3,
+        "--precision",
+        "float64",
+    ]
     one = finetune(data, config, tmp_path / "one", *options, steps=8)
     arguments = ["--data", data, "--model", "tiny", "--config", config, "--out", tmp_path / "two", "--steps", 8]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "csm"]
