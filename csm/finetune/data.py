@@ -14,7 +14,7 @@ from pathlib import Path
 from csm.config import CSMConfig
 from csm.finetune.batches import Example, Turn, conversation_examples
 from csm.finetune.codes import CodecSource, CodeStore, encode_missing
-from csm.finetune.manifest import Clip, DataError, check_clips, check_recording, read_manifest
+from csm.finetune.manifest import Clip, DataError, Manifest, check_clips, check_recording, read_manifest
 from csm.prompt import TextTokenizer
 
 
@@ -44,23 +44,20 @@ def load_corpus(
     options: DataOptions, source: CodecSource, tokenizer: TextTokenizer, config: CSMConfig, progress: bool = True
 ) -> Corpus:
     """Examples of all the data, validated and encoded. Raises DataError, which names every bad line."""
-    manifests = [options.data, *([options.valid] if options.valid else [])]
-    clips = {path: read_manifest(path) for path in manifests}
+    manifests = [read_manifest(path) for path in (options.data, options.valid) if path is not None]
     store = CodeStore(options.codes, source)
-    for path in manifests:
-        check(path, clips[path], store, tokenizer, config, progress)
-    for path in manifests:
-        encode_missing(store, clips[path], options.jobs, progress)
-    train = conversations(clips[options.data])
-    valid = conversations(clips[options.valid]) if options.valid else hold_out(train, options.valid_share)
+    for manifest in manifests:
+        check(manifest, store, tokenizer, config, progress)
+    for manifest in manifests:
+        encode_missing(store, manifest.clips, options.jobs, progress)
+    train = conversations(manifests[0].clips)
+    valid = conversations(manifests[1].clips) if options.valid else hold_out(train, options.valid_share)
     texts = [(clip.speaker, clip.text) for clip in (valid or train)[0][:1] + (valid or train)[-1][:1]]
     sets = [_examples(part, store, tokenizer, config, options) for part in (train, valid)]
     return Corpus(sets[0], sets[1], list(dict.fromkeys(texts)))
 
 
-def check(
-    path: Path, clips: Sequence[Clip], store: CodeStore, tokenizer: TextTokenizer, config: CSMConfig, progress: bool
-) -> None:
+def check(manifest: Manifest, store: CodeStore, tokenizer: TextTokenizer, config: CSMConfig, progress: bool) -> None:
     """Check every text, and every recording that has no codes yet, against the model. Raises DataError."""
     limit, frame_rate = config.backbone.max_positions, store.frame_rate
 
@@ -71,7 +68,7 @@ def check(
         if needed > limit:
             raise DataError(f"text and audio take {needed} positions, and the model has {limit}")
 
-    check_clips(path, clips, examine, progress)
+    check_clips(manifest, examine, progress)
 
 
 def conversations(clips: Sequence[Clip]) -> list[list[Clip]]:

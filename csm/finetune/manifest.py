@@ -35,9 +35,9 @@ class DataError(CSMError):
 
 @dataclass(frozen=True)
 class Clip:
-    """One spoken turn. ``where`` names its line for people; ``conversation`` is unique to a clip that has none."""
+    """One spoken turn, of line ``line``. ``conversation`` is unique to a clip that has none."""
 
-    where: str
+    line: int
     audio: Path
     text: str
     speaker: int
@@ -51,10 +51,30 @@ class Clip:
         return f"{self.audio.resolve()}|{status.st_size}|{status.st_mtime_ns}"
 
 
-def read_manifest(data: Path) -> list[Clip]:
-    """The clips of a manifest, of a folder with ``manifest.jsonl`` in it, or of an LJSpeech folder, in order.
+@dataclass(frozen=True)
+class Manifest:
+    """The clips of the lines that can be read, in order, and what is wrong with the others, by line."""
 
-    Checks what can be checked without the recordings. Raises DataError, which names every bad line.
+    path: Path
+    clips: list[Clip]
+    problems: list[tuple[int, str]]
+
+    def refuse(self, more: Sequence[tuple[int, str]] = ()) -> None:
+        """Raise DataError with all problems and ``more``, if there are any, or if there are no clips."""
+        problems = sorted([*self.problems, *more])
+        lines = [f"{self.path.name}:{line}: {what}" for line, what in problems[:MAX_REPORTED]]
+        if len(problems) > MAX_REPORTED:
+            lines.append(f"... and {len(problems) - MAX_REPORTED} more")
+        if lines:
+            raise DataError(f"{self.path}: {len(problems)} problems; nothing was trained:\n" + "\n".join(lines))
+        if not self.clips:
+            raise DataError(f"{self.path}: there is no line in it")
+
+
+def read_manifest(data: Path) -> Manifest:
+    """A manifest, that of a folder with ``manifest.jsonl`` in it, or an LJSpeech folder's.
+
+    What can be checked without the recordings has been. Raises DataError where there is no manifest at all.
     """
     if data.is_dir():
         found = [path for path in (data / "manifest.jsonl", data / "metadata.csv") if path.is_file()]
@@ -63,47 +83,24 @@ def read_manifest(data: Path) -> list[Clip]:
         data = found[0]
     if not data.is_file():
         raise DataError(f"{data}: no such file or folder")
-    try:
-        lines = data.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(f"{data}: cannot be read: {error.strerror}") from error
     parse = _parse_ljspeech if data.suffix == ".csv" else _parse_json
-    clips, problems = _parse_lines(data, lines, parse)
-    problems += _duplicates(clips)
-    report(data, problems)
-    if not clips:
-        raise DataError(f"{data}: there is no line in it")
-    return clips
-
-
-def report(data: Path, problems: Sequence[str]) -> None:
-    """Raise DataError with all of ``problems``, if there are any."""
-    if problems:
-        more = len(problems) - MAX_REPORTED
-        shown = [*problems[:MAX_REPORTED], *([f"... and {more} more"] if more > 0 else [])]
-        raise DataError(f"{data}: {len(problems)} problems; nothing was trained:\n" + "\n".join(shown))
-
-
-def _parse_lines(
-    data: Path, lines: Sequence[bytes], parse: Callable[[str, Path, str], Clip]
-) -> tuple[list[Clip], list[str]]:
-    clips, problems = [], []
-    for number, raw in enumerate(lines, start=1):
-        where = f"{data.name}:{number}"
+    clips: list[Clip] = []
+    problems: list[tuple[int, str]] = []
+    for line, raw in enumerate(data.read_bytes().split(b"\n"), start=1):
         try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r")
-            if line.strip():
-                clips.append(parse(line, data.parent, where))
+            text = raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip("\r")
+            if text.strip():
+                clips.append(parse(text, data.parent, line))
         except UnicodeDecodeError:
-            problems.append(f"{where}: not UTF-8")
+            problems.append((line, "not UTF-8"))
         except DataError as error:
-            problems.append(f"{where}: {error}")
-    return clips, problems
+            problems.append((line, str(error)))
+    return Manifest(data, clips, [*problems, *_duplicates(clips)])
 
 
-def _parse_json(line: str, folder: Path, where: str) -> Clip:
+def _parse_json(text: str, folder: Path, line: int) -> Clip:
     try:
-        values = json.loads(line)
+        values = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -116,9 +113,9 @@ def _parse_json(line: str, folder: Path, where: str) -> Clip:
         raise DataError("conversation and order go together")
     if conversation is not None and not isinstance(conversation, (str, int)):
         raise DataError(f"conversation must be a name or a number, not {conversation!r}")
-    name = f"alone {where}" if conversation is None else f"named {conversation}"
+    name = f"alone {line}" if conversation is None else f"named {conversation}"
     order = _whole_of(values, "order")
-    return Clip(where, folder / audio, _text_of(values, "text"), _whole_of(values, "speaker"), name, order)
+    return Clip(line, folder / audio, _text_of(values, "text"), _whole_of(values, "speaker"), name, order)
 
 
 def _text_of(values: dict[str, Any], key: str) -> str:
@@ -139,43 +136,41 @@ def _whole_of(values: dict[str, Any], key: str) -> int:
     return value
 
 
-def _parse_ljspeech(line: str, folder: Path, where: str) -> Clip:
-    fields = line.split("|")
+def _parse_ljspeech(text: str, folder: Path, line: int) -> Clip:
+    fields = text.split("|")
     if len(fields) not in (2, 3) or not fields[0].strip():
         raise DataError(f"{len(fields)} fields; LJSpeech has id|text or id|text|normalised text")
     if not fields[-1].strip():
         raise DataError("text is empty")
-    return Clip(where, folder / "wavs" / f"{fields[0].strip()}.wav", fields[-1].strip(), 0, f"alone {where}", 0)
+    return Clip(line, folder / "wavs" / f"{fields[0].strip()}.wav", fields[-1].strip(), 0, f"alone {line}", 0)
 
 
-def _duplicates(clips: Sequence[Clip]) -> Iterator[str]:
-    seen: dict[object, str] = {}
+def _duplicates(clips: Sequence[Clip]) -> Iterator[tuple[int, str]]:
+    seen: dict[object, int] = {}
     for clip in clips:
-        for what, value in (
-            ("audio", (os.path.normpath(clip.audio), clip.text)),
-            ("order", (clip.conversation, clip.order)),
-        ):
-            first = seen.setdefault((what, value), clip.where)
-            if first != clip.where:
-                named = "recording and text are" if what == "audio" else f"order {clip.order} of its conversation is"
-                yield f"{clip.where}: duplicate: its {named} those of {first}"
-                break
+        recording = ("recording", os.path.normpath(clip.audio), clip.text)
+        first = seen.setdefault(recording, clip.line)
+        if first != clip.line:
+            yield clip.line, f"duplicate: recording and text are those of line {first}"
+        first = seen.setdefault(("order", clip.conversation, clip.order), clip.line)
+        if first != clip.line:
+            yield clip.line, f"duplicate: order {clip.order} of its conversation is line {first}'s"
 
 
-def check_clips(data: Path, clips: Sequence[Clip], examine: Callable[[Clip], None], progress: bool = True) -> None:
-    """Call ``examine``, which raises CSMError for a bad one, with each clip. Raises DataError with all it said."""
+def check_clips(manifest: Manifest, examine: Callable[[Clip], None], progress: bool = True) -> None:
+    """Call ``examine``, which raises CSMError for a bad one, with each clip. Raises DataError with every problem."""
 
-    def problem(clip: Clip) -> str | None:
+    def problem(clip: Clip) -> tuple[int, str] | None:
         try:
             examine(clip)
         except CSMError as error:
-            return f"{clip.where}: {' '.join(str(error).split())}"
+            return clip.line, " ".join(str(error).split())
         return None
 
+    clips, disable = manifest.clips, None if progress else True
     with ThreadPoolExecutor(JOBS) as pool:
-        found = pool.map(problem, clips)
-        bar = tqdm(found, desc="checking recordings", total=len(clips), unit="clip", disable=None if progress else True)
-        report(data, [line for line in bar if line is not None])
+        found = tqdm(pool.map(problem, clips), "checking recordings", len(clips), unit="clip", disable=disable)
+        manifest.refuse([one for one in found if one is not None])
 
 
 def check_recording(path: Path) -> float:

@@ -205,7 +205,8 @@ class Trainer:
         loss = losses[0] + self.options.depth_weight * sum(losses[1:]) / len(losses[1:])
         if log is not None:
             log.add({"step": self.place.step, "loss": loss} | {f"codebook{k}": v for k, v in enumerate(losses)})
-            bar.write(f"step {self.place.step}: held-out loss {loss:.4f}, codebook 0 {losses[0]:.4f}")
+            if self.progress:
+                bar.write(f"step {self.place.step}: held-out loss {loss:.4f}, codebook 0 {losses[0]:.4f}")
             draw_curves(self.folder / "train.csv", log.path, self.folder / "curves.png")
 
     @contextmanager
