@@ -7,6 +7,7 @@ import sys
 from typing import NoReturn
 
 from csm.errors import CSMError
+from csm.evaluate import command as evaluate
 from csm.finetune import command as finetune
 
 
@@ -18,7 +19,10 @@ class Parser(argparse.ArgumentParser):
 
 
 # Name, what it does, and the module with its add_arguments and run.
-COMMANDS = (("finetune", "train a model, whole or by adapters, on recordings", finetune),)
+COMMANDS = (
+    ("finetune", "train a model, whole or by adapters, on recordings", finetune),
+    ("eval", "measure what a model says: word error rate, length, voice", evaluate),
+)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -23,6 +23,7 @@ LAYERS = [
     {"csm.engine"},
     {"csm.generator"},
     {"csm.finetune"},
+    {"csm.evaluate"},
     {"csm"},
     {"csm.__main__"},
 ]
@@ -34,7 +35,13 @@ def package_of(name):
     return ".".join(name.split(".")[:2])
 
 
-FOLDERS = {"csm": "csm", "csm/finetune": "csm.finetune", "kernels": "csm.kernels", "weights": "csm.weights"}
+FOLDERS = {
+    "csm": "csm",
+    "csm/evaluate": "csm.evaluate",
+    "csm/finetune": "csm.finetune",
+    "kernels": "csm.kernels",
+    "weights": "csm.weights",
+}
 
 
 def modules():
