@@ -14,6 +14,7 @@ from csm.audio import to_mono
 from csm.errors import CSMError
 
 RATE = 16_000  # of both
+DETECTOR_OFF = {"vad_threshold": "0.0"}
 SILENCE_SECONDS = 0.5  # before and after: speech that begins at once loses its first word or gains a "you"
 
 
@@ -28,15 +29,16 @@ def _package(name: str) -> ModuleType:
 
 
 class Recogniser:
-    """Moonshine tiny (English), from moonshine-voice. Its voice activity detector is off: what it keeps of one recording
-    changes what it cuts from the next, and a piece of silence that it takes for speech is heard as "you"."""
+    """Moonshine tiny (English), from moonshine-voice.
+
+    Its voice activity detector is off: what it remembers of one recording changes where it cuts the next, and a piece of
+    silence that it takes for speech is heard as "you".
+    """
 
     def __init__(self) -> None:
         moonshine = _package("moonshine_voice")
         model = Path(moonshine.get_assets_path()) / "tiny-en"
-        self._transcriber = moonshine.Transcriber(
-            str(model), moonshine.ModelArch.TINY, options={"vad_threshold": "0.0"}
-        )
+        self._transcriber = moonshine.Transcriber(str(model), moonshine.ModelArch.TINY, options=DETECTOR_OFF)
 
     def hear(self, audio: Tensor, sample_rate: int) -> str:
         """The words in (samples,) or (channels, samples); none in no samples."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from csm.audio import WavWriter, read_audio
+from csm.errors import CSMError, RoomWarning
 from csm.evaluate.listen import Recogniser, SpeakerEncoder, similarity
 from csm.evaluate.words import word_errors
 from csm.generator import Generator
@@ -149,7 +151,13 @@ def _speak(generator: Generator, jobs: Sequence[tuple[Sentence, int]], how: Spea
         for sentence, seed in jobs
     ]
     frame_seconds = generator.codec.frame_size / generator.sample_rate
-    for codes_TK in generator.generate_codes_batch(requests):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RoomWarning)  # what ends for want of positions has not ended by itself
+        try:
+            spoken = generator.generate_codes_batch(requests)
+        except RoomWarning as warning:
+            raise CSMError(f"{warning}: give a smaller --max-seconds") from warning
+    for codes_TK in spoken:
         ended = (codes_TK.shape[0] + 1) * frame_seconds <= how.max_seconds + 1e-6
         yield (generator.decode(codes_TK) if len(codes_TK) else torch.zeros(0)), ended
 
@@ -161,5 +169,5 @@ def _write(path: Path, audio: Tensor, sample_rate: int) -> None:
         wav.write(audio)
 
 
-def _bar(items: Sequence, what: str, progress: bool) -> tqdm:  # type: ignore[type-arg]
+def _bar(items: Sequence, what: str, progress: bool) -> tqdm:
     return tqdm(items, desc=what, disable=None if progress else True)

@@ -1,4 +1,4 @@
-"""Word error rate: the words that are wrong, missing or too many, against the words there are, however they are spelt."""
+"""Word error rate: words that are wrong, missing or too many, over the words there are, however they are spelt."""
 
 from __future__ import annotations
 
