@@ -31,8 +31,8 @@ def _package(name: str) -> ModuleType:
 class Recogniser:
     """Moonshine tiny (English), from moonshine-voice.
 
-    Its voice activity detector is off: what it remembers of one recording changes where it cuts the next, and a piece of
-    silence that it takes for speech is heard as "you".
+    Its voice activity detector is off: what it remembers of one recording changes where it cuts the next, and a piece
+    of silence that it takes for speech is heard as "you".
     """
 
     def __init__(self) -> None:

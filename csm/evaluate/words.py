@@ -16,7 +16,9 @@ SPELT = {
     "etc": "et cetera",
     "ok": "okay",
 }
-SIGNS = {"&": " and ", "%": " percent ", "+": " plus ", "@": " at ", "$": " dollars ", "£": " pounds ", "€": " euros "}
+SIGNS = {"&": " and ", "%": " percent ", "+": " plus ", "@": " at "}
+COINS = {"$": "dollars", "£": "pounds", "€": "euros"}
+MONEY = re.compile(r"([$£€])\s*(\d[\d,]*(?:\.\d+)?)")
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:st|nd|rd|th)?")
 
 
@@ -24,6 +26,7 @@ def normalise(text: str) -> str:
     """English as it is said: lower case, no punctuation or accents, numbers and a few abbreviations in words."""
     text = unicodedata.normalize("NFKD", text).lower()
     text = "".join(char for char in text if not unicodedata.combining(char))
+    text = MONEY.sub(lambda match: f"{match[2]} {COINS[match[1]]}", text)
     text = NUMBER.sub(_said, text)
     for sign, word in SIGNS.items():
         text = text.replace(sign, word)
