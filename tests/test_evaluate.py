@@ -19,7 +19,7 @@ from csm.evaluate.words import normalise, word_errors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_words = pytest.mark.skipif(
-    not (find_spec("jiwer") and find_spec("num2words")), reason="the extra eval is missing"
+    not all(find_spec(name) for name in ("jiwer", "num2words")), reason="the extra eval is missing"
 )
 needs_ears = pytest.mark.skipif(
     not all(find_spec(name) for name in ("moonshine_voice", "resemblyzer", "jiwer", "num2words")),
@@ -38,11 +38,8 @@ SENTENCES = (
     ("written", "said"),
     [
         ("The Cat's whiskers -- 3 of them!", "the cats whiskers three of them"),
-        ("Dr. Smith paid $5, i.e. 20% more…", "doctor smith paid dollars five i e twenty percent more"),
-        (
-            "On the 21st of May, 1,234 naïve cafés",
-            "on the twenty first of may one thousand two hundred and thirty four naive cafes",
-        ),
+        ("Dr. Smith paid $5, i.e. 20% more…", "doctor smith paid five dollars i e twenty percent more"),
+        ("On the 21st, 1,204 naïve cafés", "on the twenty first one thousand two hundred and four naive cafes"),
         ("well-known; “quoted” don’t", "well known quoted dont"),
         ("3.5 & 7", "three point five and seven"),
         ("?!", ""),
@@ -87,10 +84,10 @@ def test_a_summary_is_over_words_not_over_sentences():
     assert (values["ended"], values["length_ratio"], values["seconds"]) == (0.75, 1.2, 6.0)
     assert values["similar"] == pytest.approx(0.6)
     text = table({"speech": values, "recordings": summary([Heard("a", "a", 0, 9, 2.0)])}).splitlines()
-    assert (
-        text[0]
-        == "| | utterances | word error rate | its spread over seeds | length ratio | ended by itself | same voice | seconds |"
+    columns = (
+        "utterances | word error rate | its spread over seeds | length ratio | ended by itself | same voice | seconds"
     )
+    assert text[0] == f"| | {columns} |"
     assert text[2] == "| speech | 4 | 5.0% | 7.1% | 1.20 | 75.0% | 0.60 | 6.0 |"
     assert text[3] == "| recordings | 1 | 0.0% |  |  |  |  | 2.0 |"
 
@@ -117,19 +114,8 @@ def evaluate(*arguments):
 @needs_ears
 def test_recordings_codec_and_speech_in_one_table(spoken, tmp_path, capsys):
     """The recogniser hears recordings nearly as written, and nothing in what random weights make of them."""
-    options = [
-        "--recordings",
-        "--codec",
-        "--model",
-        "tiny",
-        "--seeds",
-        2,
-        "--max-seconds",
-        1,
-        "--keep-audio",
-        "--limit",
-        3,
-    ]
+    options = ["--recordings", "--codec", "--model", "tiny", "--seeds", 2, "--limit", 3, "--max-seconds", 1]
+    options.append("--keep-audio")
     assert evaluate("--data", spoken, "--out", tmp_path / "eval", *options) == 0
     text = capsys.readouterr().out
     print("\n" + text)

@@ -10,7 +10,6 @@ import sphn
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from micro import random_examples, write_config, write_data
 
 from csm import Generator, read_audio
 from csm.__main__ import main
@@ -21,6 +20,7 @@ from csm.finetune.manifest import read_manifest
 from csm.prompt import TextTokenizer
 from csm.weights import open_checkpoint
 from csm.weights.make_tiny import CONFIG
+from micro import random_examples, write_config, write_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from micro import random_examples
 from test_hf_oracle import SHAPES
 
 from conftest import SESAME_CONFIG
@@ -14,6 +13,7 @@ from csm.frame import FrameState, decode_frame, prefill
 from csm.model import CSM
 from csm.prompt import audio_rows, text_rows
 from csm.sampling import SamplingParams
+from micro import random_examples
 from oracle import AUDIO_EOS_TOKEN, AUDIO_TOKEN, hf_inputs, random_model, save
 
 pytestmark = pytest.mark.usefixtures("one_thread")
