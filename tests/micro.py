@@ -54,7 +54,7 @@ def write_data(folder, sentences=SENTENCES, seconds=(0.4, 0.8)):
     return folder
 
 
-def random_examples(count, config=MICRO, seed=0, turns=(1, 2), frames=(3, 9)):
+def random_examples(count, config=MICRO, seed=0, turns=(1, 2), text=(3, 8), frames=(3, 9)):
     """Conversations of random ids and codes."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -62,8 +62,8 @@ def random_examples(count, config=MICRO, seed=0, turns=(1, 2), frames=(3, 9)):
         return int(torch.randint(low, high, (), generator=generator))
 
     def turn():
-        text = torch.randint(config.text_vocab_size, (whole(3, 8),), generator=generator).tolist()
+        ids = torch.randint(config.text_vocab_size, (whole(*text),), generator=generator).tolist()
         codes = torch.randint(config.codebook_size, (whole(*frames), config.num_codebooks), generator=generator)
-        return Turn(text, codes.to(torch.int16))
+        return Turn(ids, codes.to(torch.int16))
 
     return [Example(tuple(turn() for _ in range(whole(turns[0], turns[1] + 1)))) for _ in range(count)]
