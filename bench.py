@@ -30,9 +30,10 @@ from tqdm import tqdm
 from csm import DEFAULT_MODEL, CSMError, Generator
 from csm.codec import Codec
 from csm.config import CSM_1B, MIMI, CodecConfig, CSMConfig
-from csm.frame import FrameState, decode_frame, prefill, span_of
+from csm.frame import FrameState, decode_frame
 from csm.graph import Graph, graphs_enabled
 from csm.model import CSM
+from csm.prefill import Prefill
 from csm.prompt import text_rows
 from csm.sampling import SamplingParams
 from csm.weights import open_checkpoint, read_model
@@ -108,11 +109,11 @@ def stepping(setup: Setup, batch: int, make_step: Callable[[CSM, FrameState], Ca
     """A speaker around a step over buffers of its own."""
     model = CSM.from_state_dict(setup.config, setup.weights, setup.device)
     state = FrameState.allocate(model.config, batch, model.device, model.dtype)
-    step = make_step(model, state)
+    prefill, step = Prefill(model), make_step(model, state)
 
     def speak(frames: int) -> list[tuple[float, Tensor]]:
         for slot in range(batch):
-            prefill(model, state, slot, *prompt_rows(model.config), SamplingParams(temperature=0))
+            prefill.start(state, slot, *prompt_rows(model.config), SamplingParams(temperature=0))
         return [(milliseconds(step, setup.device), state.codes_BK.clone()) for _ in range(frames)]
 
     return speak
@@ -128,7 +129,7 @@ def milliseconds(step: Callable[[], None], device: torch.device) -> float:
 
 def bench_span(state: FrameState) -> int:
     """A span that holds the prompt and every frame that is timed."""
-    return span_of(PROMPT_ROWS + MAX_FRAMES, state)
+    return state.backbone_cache.span_of(PROMPT_ROWS + MAX_FRAMES)
 
 
 def eager(setup: Setup, batch: int) -> Speaker:
@@ -181,8 +182,9 @@ def transformers_model(setup: Setup) -> Any:
         model = CsmForConditionalGeneration(CsmConfig(**values))
     tensors = dict(export(setup.weights, hf_table(setup.config)))
     model.load_state_dict(tensors, strict=False, assign=True)
-    for part in (model.backbone_model, model.depth_decoder.model):  # buffers that no checkpoint holds
-        part.rotary_emb = type(part.rotary_emb)(part.config, setup.device)
+    with setup.device:
+        for part in (model.backbone_model, model.depth_decoder.model):  # buffers that no checkpoint holds
+            part.rotary_emb = type(part.rotary_emb)(part.config)
     offsets = torch.arange(setup.config.num_codebooks, device=setup.device) * setup.config.audio_vocab_size
     model.backbone_model.embed_tokens.audio_tokens_offsets = offsets
     return model.eval()
@@ -382,7 +384,7 @@ def count_launches(config: CSMConfig) -> Counter[str]:
     model = CSM.from_state_dict(config, weights, meta)
     state = FrameState.allocate(config, 1, meta, torch.bfloat16)
     with Counting() as counting:
-        decode_frame(model, state, state.spans[0])
+        decode_frame(model, state, state.backbone_cache.spans[0])
     return counting.ops
 
 

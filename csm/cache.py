@@ -16,6 +16,8 @@ from torch import Tensor
 
 from csm.config import TransformerConfig
 
+MIN_SPAN = 256  # spans are this times a power of two: few enough to capture a graph for each
+
 
 @dataclass(frozen=True, eq=False)
 class KVCache:
@@ -43,6 +45,16 @@ class KVCache:
     @property
     def max_positions(self) -> int:
         return self.k_LBGSd.shape[3]
+
+    @property
+    def spans(self) -> list[int]:
+        """How much of the cache a pass may be asked to look at, ascending; the last is the whole."""
+        doubled = (MIN_SPAN << n for n in range(self.max_positions.bit_length()))
+        return [*(span for span in doubled if span < self.max_positions), self.max_positions]
+
+    def span_of(self, num_positions: int) -> int:
+        """The least span that holds so many positions."""
+        return next((span for span in self.spans if span >= num_positions), self.max_positions)
 
     def slots(self, first: int, last: int) -> KVCache:
         """The cache of the slots ``first`` to ``last``, which is left out: views of the same memory."""

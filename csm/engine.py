@@ -20,9 +20,10 @@ from torch import Tensor
 
 from csm.cache import PrefixCache
 from csm.codec import Codec, StreamDecoder
-from csm.frame import FrameState, decode_frame, prefill, span_of
+from csm.frame import FrameState, decode_frame
 from csm.graph import Graph, Pool, graphs_enabled
 from csm.model import CSM
+from csm.prefill import Prefill
 from csm.sampling import SamplingParams
 
 
@@ -88,7 +89,7 @@ class Lane:
             weights = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
             return {**weights, **self.state.buffers()}
 
-        for span in self.state.spans:
+        for span in self.state.backbone_cache.spans:
             step: Callable[[], None] = lambda span=span: decode_frame(self.model, self.state, span)  # type: ignore[misc] # noqa: E731
             self.graphs[span] = Graph(step, buffers, self.device, frame_pool)
         if self.decoder is not None:
@@ -155,20 +156,21 @@ class Engine:
         self.model = model
         self.max_batch = max_batch
         self._codec = codec
-        self._prefixes = prefixes
         with torch.inference_mode(False):  # buffers that any later call may write, whatever mode this one is in
             self._state = FrameState.allocate(model.config, max_batch, model.device, model.dtype)
+            self._prefill = Prefill(model, prefixes)
         self._lanes: dict[tuple[int, bool], Lane] = {}
         self._codec_stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         self.captured: list[int] = []  # batch sizes
 
     def capture(self, batches: Sequence[int]) -> None:
-        """Capture a lane of each of these batch sizes, with its codec. Not in the middle of a request."""
+        """Capture the prompts' passes, and a lane of each of these batch sizes. Not in the middle of a request."""
         if not graphs_enabled(self.model.device):
             return
         frame_pool, codec_pool = Pool(self.model.device), Pool(self.model.device)
         for batch in sorted(set(batches), reverse=True):  # the largest first: the smaller ones fit its memory
             self._lane(batch, audio=True).capture(frame_pool, codec_pool)
+        self._prefill.capture(frame_pool)
         self.captured = sorted(set(batches))
 
     def run(self, requests: Sequence[Request], audio: bool) -> Iterator[Frame]:
@@ -187,7 +189,8 @@ class Engine:
         with _on(self.model.device):
             lane.restart(audio)
             for slot, request in enumerate(requests):
-                self._admit(lane.state, slot, request)
+                row_TC, mask_TC, turn_ends, params, _ = request
+                self._prefill.start(lane.state, slot, row_TC, mask_TC, params, turn_ends)
         live = {slot: request.max_frames for slot, request in enumerate(requests)}
         longest = max(request.row_TC.shape[0] for request in requests)
         for spoken, output in enumerate(self._steps(lane, longest, max(live.values()), audio), start=1):
@@ -209,19 +212,11 @@ class Engine:
         for step in range(count):
             output = lane.outputs[step % 2]
             with _on(lane.device):
-                lane.launch(span_of(longest + step, lane.state), output, audio)
+                lane.launch(lane.state.backbone_cache.span_of(longest + step), output, audio)
             launched.append(output)
             if len(launched) > ahead:
                 yield launched.popleft()
         yield from launched
-
-    def _admit(self, state: FrameState, slot: int, request: Request) -> None:
-        """Prefill a slot, from the longest run of context turns that is cached, and cache what is new."""
-        cache = state.backbone_cache.slots(slot, slot + 1)
-        start = self._prefixes.load(request.row_TC, request.turn_ends, cache)
-        prefill(self.model, state, slot, request.row_TC, request.mask_TC, request.params, start, request.turn_ends)
-        if request.turn_ends and start < request.turn_ends[-1]:
-            self._prefixes.store(request.row_TC, request.turn_ends[-1], cache)
 
     def _lane(self, batch: int, audio: bool) -> Lane:
         if (batch, audio) not in self._lanes:

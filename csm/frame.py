@@ -1,16 +1,15 @@
 """One frame: every buffer that the step touches, and the step itself.
 
-A slot holds one *pending row*: the row of codes or text that the backbone has not read yet. ``prefill`` writes the
+A slot holds one *pending row*: the row of codes or text that the backbone has not read yet. ``csm.prefill`` writes the
 keys and values of a prompt up to its last row, which it leaves pending; ``decode_frame`` reads the pending row of every
 slot, writes a frame of codes, and makes that frame the next pending row. So a prompt and a frame of speech are the same
 thing to the step, and a first frame needs nothing of its own.
 
-Shapes: B slots, T rows, C columns of a row (K codebooks, then text), K codebooks, V ids, D dim.
+Shapes: B slots, C columns of a row (K codebooks, then text), K codebooks, V ids, D dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,10 +19,7 @@ from torch import Tensor
 from csm.cache import KVCache
 from csm.config import CSMConfig
 from csm.model import CSM
-from csm.sampling import SamplingParams, gumbel_noise, sample, tempered
-
-MIN_SPAN = 256  # spans of the cache are this times a power of two: few enough to capture a graph for each
-PREFILL_ROWS = 256  # rows a pass: bounds the memory of the 33 embeddings of each row
+from csm.sampling import gumbel_noise, sample, tempered
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +71,6 @@ class FrameState:
     def batch(self) -> int:
         return self.row_BC.shape[0]
 
-    @property
-    def spans(self) -> list[int]:
-        """The spans that a step may be asked for, ascending; the last is the whole cache."""
-        longest = self.backbone_cache.max_positions
-        doubled = (MIN_SPAN << n for n in range(longest.bit_length()))
-        return [*(span for span in doubled if span < longest), longest]
-
     def narrow(self, batch: int) -> FrameState:
         """The first ``batch`` slots, in the same memory."""
         parts: dict[str, Any] = {}
@@ -100,52 +89,6 @@ class FrameState:
             else:
                 named[field.name] = value
         return named
-
-
-@torch.inference_mode()
-def prefill(
-    model: CSM,
-    state: FrameState,
-    slot: int,
-    row_TC: Tensor,
-    mask_TC: Tensor,
-    params: SamplingParams,
-    start: int = 0,
-    turn_ends: Sequence[int] = (),
-) -> None:
-    """Start a request in ``slot``: write the keys and values of rows 0..T-2 and leave the last row pending.
-
-    ``row_TC`` (T, K + 1) int64 and ``mask_TC`` bool, of T >= 1 rows that fit the cache. The keys and values of the rows
-    before ``start`` are there already. No pass straddles the end of a turn: see ``csm.cache.PrefixCache``.
-    """
-    num_rows = row_TC.shape[0]
-    cache = state.backbone_cache.slots(slot, slot + 1)
-    assert 1 <= num_rows <= cache.max_positions
-    row_TC, mask_TC = row_TC.to(state.row_BC.device), mask_TC.to(state.row_BC.device)
-    for first, last in _passes(start, num_rows - 1, turn_ends):
-        x_1TD = model.embed_rows(row_TC[None, first:last], mask_TC[None, first:last])
-        position_1T = torch.arange(first, last, device=x_1TD.device).unsqueeze(0)
-        model.backbone(x_1TD, cache, model.backbone.places(position_1T, span=last))
-    state.row_BC[slot] = row_TC[-1]
-    state.mask_BC[slot] = mask_TC[-1]
-    state.position_B[slot] = num_rows - 1
-    state.frame_B[slot] = 0
-    state.seed_B[slot] = int(params.seed)
-    state.temperature_B[slot] = float(params.temperature)
-    state.top_k_B[slot] = min(int(params.top_k), model.config.codebook_size)
-
-
-def _passes(start: int, stop: int, turn_ends: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Cut the rows from ``start`` to ``stop`` at the ends of turns, and each turn into passes."""
-    for turn_end in [*(end for end in turn_ends if start < end < stop), stop]:
-        for first in range(start, turn_end, PREFILL_ROWS):
-            yield first, min(first + PREFILL_ROWS, turn_end)
-        start = turn_end
-
-
-def span_of(num_positions: int, state: FrameState) -> int:
-    """The least span that holds so many positions."""
-    return next((span for span in state.spans if span >= num_positions), state.backbone_cache.max_positions)
 
 
 @torch.inference_mode()

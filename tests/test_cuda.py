@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from csm import Generator, Segment
-from csm.frame import FrameState, decode_frame, prefill
-from csm.graph import Graph
+from csm.frame import FrameState, decode_frame
+from csm.graph import Graph, Pool
+from csm.prefill import Prefill
 from csm.prompt import text_rows
 from csm.sampling import SamplingParams, gumbel_noise
 
@@ -51,9 +52,10 @@ def started(model, batch):
 
 
 def restart(model, state):
+    prefill = Prefill(model)
     for slot in range(state.batch):
         row_TC, mask_TC, _ = text_rows([256, *b"[0]Hello.", 257], model.config.num_codebooks)
-        prefill(model, state, slot, row_TC, mask_TC, SamplingParams(seed=slot + 7))
+        prefill.start(state, slot, row_TC, mask_TC, SamplingParams(seed=slot + 7))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -70,6 +72,19 @@ def test_graph_equals_eager_bit_for_bit(plain, dtype, batch):
         graph.replay()
         assert torch.equal(graphed.codes_BK, eager.codes_BK)
     assert torch.equal(graphed.backbone_cache.k_LBGSd, eager.backbone_cache.k_LBGSd)
+
+
+@pytest.mark.parametrize("num_rows", [2, 33, 300, 2000])
+def test_captured_passes_equal_eager_bit_for_bit(plain, num_rows):
+    model, params = plain.model, SamplingParams(temperature=0)
+    eager, graphed = Prefill(model), Prefill(model)
+    graphed.capture(Pool(model.device))
+    rows = text_rows([i % 256 for i in range(num_rows)], model.config.num_codebooks)[:2]
+    states = [FrameState.allocate(model.config, 2, model.device, model.dtype) for _ in range(2)]
+    for prefill, state in zip((eager, graphed), states, strict=True):
+        prefill.start(state, 1, *rows, params)
+    for name, buffer in states[0].buffers().items():
+        assert torch.equal(buffer, states[1].buffers()[name]), name
 
 
 def test_captured_twice_gives_the_same(captured):

@@ -11,7 +11,8 @@ import csm.cache
 import csm.frame
 import csm.model
 import csm.sampling
-from csm.frame import FrameState, decode_frame, prefill, span_of
+from csm.frame import FrameState, decode_frame
+from csm.prefill import Prefill
 from csm.prompt import text_rows
 from csm.sampling import SamplingParams
 
@@ -62,8 +63,9 @@ def prompt(text, codebooks=8):
 
 def started(model, texts, **params):
     state = FrameState.allocate(model.config, len(texts), CPU, model.dtype)
+    prefill = Prefill(model)
     for slot, text in enumerate(texts):
-        prefill(model, state, slot, *prompt(text)[:2], SamplingParams(seed=slot + 7, **params))
+        prefill.start(state, slot, *prompt(text)[:2], SamplingParams(seed=slot + 7, **params))
     return state
 
 
@@ -141,7 +143,7 @@ def test_a_restarted_slot_forgets(tiny):
     state = started(tiny.model, ["Something else entirely, and long."])
     for _ in range(6):
         decode_frame(tiny.model, state)
-    prefill(tiny.model, state, 0, *prompt("Hello.")[:2], SamplingParams(seed=7))
+    Prefill(tiny.model).start(state, 0, *prompt("Hello.")[:2], SamplingParams(seed=7))
     fresh = started(tiny.model, ["Hello."])
     beyond = len("Hello.") + 1
     state.backbone_cache.k_LBGSd[:, :, :, beyond:] = 1e4
@@ -152,23 +154,15 @@ def test_a_restarted_slot_forgets(tiny):
         assert torch.equal(state.codes_BK, fresh.codes_BK)
 
 
-def test_prefill_in_pieces_is_prefill_at_once(tiny, monkeypatch):
-    """The rows of a pass bound memory, not the result."""
-    whole = started(tiny.model, ["x" * 90])
-    monkeypatch.setattr("csm.frame.PREFILL_ROWS", 7)
-    pieces = started(tiny.model, ["x" * 90])
-    torch.testing.assert_close(pieces.backbone_cache.k_LBGSd, whole.backbone_cache.k_LBGSd, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(pieces.backbone_cache.v_LBGSd, whole.backbone_cache.v_LBGSd, atol=1e-5, rtol=1e-5)
-
-
 def test_a_span_that_holds_every_position_is_enough(tiny):
     texts = ["Hello.", "x" * 250]
     whole, bounded = started(tiny.model, texts), started(tiny.model, texts)
     for frame in range(8):
         decode_frame(tiny.model, whole)
-        decode_frame(tiny.model, bounded, span_of(252 + 1 + frame, bounded))
+        decode_frame(tiny.model, bounded, bounded.backbone_cache.span_of(252 + 1 + frame))
         assert torch.equal(whole.codes_BK, bounded.codes_BK)
-    assert [span_of(n, whole) for n in (1, 256, 257, 2047, 2048, 9999)] == [256, 256, 512, 2048, 2048, 2048]
+    span_of = whole.backbone_cache.span_of
+    assert [span_of(n) for n in (1, 256, 257, 2047, 2048, 9999)] == [256, 256, 512, 2048, 2048, 2048]
 
 
 def test_slots_do_not_disturb_each_other(tiny):
@@ -176,7 +170,7 @@ def test_slots_do_not_disturb_each_other(tiny):
     together = started(tiny.model, texts)
     alone = [FrameState.allocate(tiny.config, 1, CPU, tiny.model.dtype) for _ in texts]
     for slot, (text, state) in enumerate(zip(texts, alone, strict=True)):
-        prefill(tiny.model, state, 0, *prompt(text)[:2], SamplingParams(seed=slot + 7))
+        Prefill(tiny.model).start(state, 0, *prompt(text)[:2], SamplingParams(seed=slot + 7))
     for _ in range(20):
         decode_frame(tiny.model, together)
         for slot, state in enumerate(alone):

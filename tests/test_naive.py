@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from conftest import SESAME_CONFIG, write_sesame
 from csm import Generator
 from csm.config import LLAMA_1B, LLAMA_100M
-from csm.frame import FrameState, decode_frame, prefill
+from csm.frame import FrameState, decode_frame
 from csm.model import rope_frequencies
+from csm.prefill import Prefill
 from csm.sampling import SamplingParams
 from csm.weights.config_json import write_hf_config
 from csm.weights.make_tiny import CODEC, byte_tokenizer
@@ -43,7 +44,7 @@ def test_cached_model_equals_naive_mathematics(sesame_folder, sesame_state, dtyp
         else:
             row_TC[t, :-1], mask_TC[t, :-1] = torch.tensor(row["codes"]), True
     state = FrameState.allocate(SESAME_CONFIG, 1, torch.device("cpu"), dtype)
-    prefill(ours.model, state, 0, row_TC, mask_TC, SamplingParams(temperature=0))
+    Prefill(ours.model).start(state, 0, row_TC, mask_TC, SamplingParams(temperature=0))
     for _ in range(8):
         expected = next_frame(rows, weights, SIZES)
         decode_frame(ours.model, state)

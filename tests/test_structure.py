@@ -20,6 +20,7 @@ LAYERS = [
     {"csm.model"},
     {"csm.lora"},
     {"csm.frame"},
+    {"csm.prefill"},
     {"csm.engine"},
     {"csm.generator"},
     {"csm.finetune"},
