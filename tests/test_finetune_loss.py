@@ -9,8 +9,9 @@ from csm import Generator
 from csm.finetune.batches import Example, Turn, collate, draw_frames
 from csm.finetune.initial import initial_state
 from csm.finetune.loss import Trainee, combine, count
-from csm.frame import FrameState, decode_frame, prefill
+from csm.frame import FrameState, decode_frame
 from csm.model import CSM
+from csm.prefill import Prefill
 from csm.prompt import audio_rows, text_rows
 from csm.sampling import SamplingParams
 from micro import random_examples
@@ -95,6 +96,19 @@ def test_logits_equal_those_of_the_cached_path(pair):
             done += frames + 1
 
 
+def test_greedy_codes_are_the_largest_logits(pair):
+    """What Generator says greedily, put before the training forward: the same ids win, frame after frame."""
+    _, ours, _, _ = pair
+    codes_TK = ours.generate_codes(WORDS[0], 1, max_audio_length_ms=1600, temperature=0)
+    batch = collate([Example((Turn(ours._tokenizer.encode(1, WORDS[0]), codes_TK),))], ["all"], depth_share=1.0)
+    trainee, size = Trainee(ours.model), ours.config.codebook_size
+    with torch.no_grad():
+        h_ND = trainee.predicting_states(batch)
+        best = [(h_ND @ ours.model.codebook0_head.T)[:-1, :size].argmax(dim=-1)]
+        best += list(trainee.depth_logits(h_ND, batch.code_AK)[:, :-1, :size].argmax(dim=-1))
+    assert torch.equal(torch.stack(best, dim=1), codes_TK)
+
+
 def generation_rows(config, turn):
     text, audio = text_rows(turn.text_ids, config.num_codebooks), audio_rows(turn.codes_TK)
     return torch.cat((text.row_TC, audio.row_TC)), torch.cat((text.mask_TC, audio.mask_TC))
@@ -115,7 +129,7 @@ def cached_logits(model, rows, num_text):
     row_TC, mask_TC = rows
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("csm.frame.sample", draw)
-        prefill(model, state, 0, row_TC[:num_text], mask_TC[:num_text], SamplingParams(0, 1, 0))
+        Prefill(model).start(state, 0, row_TC[:num_text], mask_TC[:num_text], SamplingParams(0, 1, 0))
         for codes_K in row_TC[num_text:, :-1]:
             drawn.clear()
             forced.append(codes_K)
