@@ -181,3 +181,18 @@ def test_trained_by_the_command_and_spoken_by_generate(tmp_path, capsys):
 
     voices = [spoken("--model", "tiny", "--lora", out / "adapter"), spoken("--model", out / "model")]
     assert voices[0] == voices[1] != spoken("--model", "tiny")
+
+
+def test_adapters_train_over_bfloat16_weights(tmp_path):
+    """The frozen weights are half as wide, adapters and optimiser are not; a sample on the way leaves no trace."""
+    data = write_data(tmp_path / "data")
+    options = ["--data", data, "--model", "tiny", "--lora", "--precision", "bfloat16", "--checkpointing", "--steps", 3]
+    options += ["--eval-every", 0, "--warmup", 0, "--sample-seconds", 0.2]
+    tensors = []
+    for name, more in (("silent", []), ("heard", ["--sample-every", 1])):
+        arguments = [*options, "--out", tmp_path / name, *more]
+        assert main(["finetune", *map(str, arguments), "--device", "cpu", "--quiet"]) == 0
+        tensors.append(tensors_of(tmp_path / name / "adapter" / "adapter.safetensors"))
+    assert len(list((tmp_path / "heard" / "samples").iterdir())) == 3
+    assert all(tensor.dtype == torch.float32 and tensor.any() for tensor in tensors[0].values())
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
