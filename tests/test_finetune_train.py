@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from csm import CheckpointError, CSMError, Generator, read_audio
 from csm.__main__ import main
@@ -24,6 +24,10 @@ from csm.finetune.options import TrainOptions
 from csm.finetune.train import Trainer
 from csm.lora import Lora, LoraConfig
 from csm.model import CSM
+from csm.weights import read_codec
+from csm.weights.config_json import write_hf_config
+from csm.weights.layouts import mimi_table
+from csm.weights.make_tiny import CODEC, random_state
 from micro import MICRO, SENTENCES, random_examples, write_config, write_data
 
 CPU = torch.device("cpu")
@@ -453,3 +457,16 @@ def test_help_says_what_there_is(capsys):
             main(arguments)
         said = capsys.readouterr().out
         assert all(word in said for word in words)
+
+
+def test_a_codec_in_a_file_of_its_own(data, tmp_path):
+    """Kyutai's layout, of a shape that is not the --model's: config.json tells it. What is written holds that codec."""
+    codec = dataclasses.replace(CODEC, num_filters=4, dim=32, codebook_dim=16, hidden_dim=64)
+    save_file(random_state(mimi_table(codec), seed=7), tmp_path / "mimi.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(write_hf_config(MICRO, codec)))
+    out = finetune(data, tmp_path / "config.json", tmp_path / "run", "--codec", tmp_path / "mimi.safetensors", steps=1)
+    generator = Generator.from_pretrained(out / "model", device="cpu")
+    assert generator._checkpoint.codec_config == codec
+    stored = load_file(tmp_path / "mimi.safetensors")
+    loaded = read_codec(generator._checkpoint, None, CPU)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.items())

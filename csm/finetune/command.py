@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> str:
 def _run(
     args: argparse.Namespace, options: TrainOptions, lora: LoraConfig | None, newest: Path | None, processes: Processes
 ) -> str:
-    checkpoint = source_of(args.model, args.config)
+    checkpoint = source_of(args.model, args.config, args.codec)
     source = CodecSource(checkpoint, args.codec, checkpoint.config.num_codebooks, str(processes.device))
     corpus = corpus_of(args, source, processes)
     trainee = build(checkpoint, args.config is not None, lora, options, processes)
@@ -141,18 +141,22 @@ def _run(
     return f"{args.out}: {options.steps} steps; {_how_to_use(args)}"
 
 
-def source_of(model: str, config: Path | None) -> Checkpoint:
-    """The checkpoint to start from; with ``config``, its tokenizer and codec around a model of that shape."""
+def source_of(model: str, config: Path | None, codec: Path | None) -> Checkpoint:
+    """The checkpoint to start from; with ``config``, its tokenizer and codec around a model of that shape.
+
+    Where the codec is a file of its own, ``config`` tells its shape too.
+    """
     checkpoint = open_checkpoint(model)
     if config is None:
         return checkpoint
-    shape, codec = read_config(config)[0], checkpoint.codec_config
-    if shape.codebook_size != codec.codebook_size or shape.num_codebooks > codec.num_codebooks:
+    shape, written = read_config(config)
+    mimi = checkpoint.codec_config if codec is None else written
+    if shape.codebook_size != mimi.codebook_size or shape.num_codebooks > mimi.num_codebooks:
         raise CSMError(
             f"{config}: {shape.num_codebooks} codebooks of {shape.codebook_size}; the codec of {model} has "
-            f"{codec.num_codebooks} of {codec.codebook_size} (codec_config: num_quantizers, codebook_size)"
+            f"{mimi.num_codebooks} of {mimi.codebook_size} (codec_config: num_quantizers, codebook_size)"
         )
-    return replace(checkpoint, config=shape)
+    return replace(checkpoint, config=shape, codec_config=mimi)
 
 
 def corpus_of(args: argparse.Namespace, source: CodecSource, processes: Processes) -> Corpus:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,7 @@ class Trainer:
         state = {
             "place": asdict(self.place),
             "options": asdict(self.options),
-            "data": self._data_hash(),
+            "data": self._data_hash,
             "trained": {name: parameter.detach() for name, parameter in self.trained.items()},
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.shadow,
@@ -243,7 +244,7 @@ class Trainer:
         for name in now.keys() - FREE:
             if before.get(name) != now[name]:
                 raise CheckpointError(f"{path}: this run has {name} {before.get(name)!r}, not {now[name]!r}")
-        if state["data"] != self._data_hash():
+        if state["data"] != self._data_hash:
             raise CheckpointError(f"{path}: this run is on other data: turns were added, removed or changed")
         shapes = {name: tuple(tensor.shape) for name, tensor in state["trained"].items()}
         mine = {name: tuple(tensor.shape) for name, tensor in self.trained.items()}
@@ -257,6 +258,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.place = Place(**state["place"])
 
+    @cached_property
     def _data_hash(self) -> str:
         digest = hashlib.sha256()
         for example in self.train:
