@@ -324,6 +324,16 @@ def test_gradients_are_clipped(tmp_path):
     assert float(rows(tmp_path / "train.csv")[0]["gradient_norm"]) > 1
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(tmp_path):
+    run = trainer(tmp_path)
+    with torch.no_grad():
+        run.trained["model.projection"][0, 0] = float("inf")
+    others = {name: p.clone() for name, p in run.trained.items() if name != "model.projection"}
+    with pytest.raises(CSMError, match="step 1: the gradient is not finite; lower --learning-rate"):
+        run.run()
+    assert all(torch.equal(run.trained[name], before) for name, before in others.items())
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_bfloat16_and_checkpointing(lora):
     """Autocast stays near float32; activation checkpointing gives the very gradients."""

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 HELP = {
     "steps": "steps of the optimiser",
     "batch_size": "most sequences in a batch, over all processes",
-    "batch_rows": "most positions in a batch, padding included (a frame of audio or a text token is one)",
+    "batch_rows": "most positions in a batch, padded, over all processes (a frame or a text token is one)",
     "accumulate": "batches a step",
     "schedule": "of the learning rate after warm-up",
     "final_rate": "what it ends at, as a share",
@@ -126,9 +126,9 @@ def _run(
     trainer = Trainer(trainee, corpus.train, corpus.valid, options, args.out, processes, progress)
     if newest is not None:
         trainer.resume(newest)
-    generator = Generator(checkpoint, trainee.model, args.codec)
-    texts = [(args.sample_speaker, text) for text in args.sample_text or ()] or corpus.texts
     if options.sample_every:
+        texts = [(args.sample_speaker, text) for text in args.sample_text or ()] or corpus.texts
+        generator = Generator(checkpoint, trainee.model, args.codec)
         trainer.samples = Samples(generator, texts, args.out / "samples", options.sample_seconds)
     if processes.first:
         write_options(args, options, checkpoint)

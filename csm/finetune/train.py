@@ -72,7 +72,7 @@ class Trainer:
         self._wrapped = self.processes.wrap(trainee)
         self._lengths = [example.num_positions for example in train]
         self._plan: tuple[int, list[list[int]]] = (-1, [])
-        self._stop = False
+        self._told = self._stop = False  # by a signal, here; and by agreement, everywhere
 
     def run(self) -> bool:
         """Train until ``options.steps``; False if a signal ended it before, with a checkpoint of where it was."""
@@ -133,6 +133,8 @@ class Trainer:
                 (loss * self.processes.count).backward()  # DDP takes the mean of the processes' gradients
             parts += torch.stack((sums.codebook0.detach(), sums.depth_J.detach().sum())).double()
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), options.clip or float("inf"))
+        if not torch.isfinite(norm):  # before it is in the weights: the last checkpoint is sound
+            raise CSMError(f"step {step + 1}: the gradient is not finite; lower --learning-rate or raise --warmup")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.place = replace(self.place, step=step + 1)
@@ -151,7 +153,7 @@ class Trainer:
     def _counts(self, batches: Sequence[Batch]) -> tuple[Counts, bool]:
         """What the losses of a step are divided by, over all processes; and whether one was told to stop."""
         own = [count(batch) for batch in batches]
-        sums = (sum(c.frames for c in own), sum(c.depth_codes for c in own), float(self._stop))
+        sums = (sum(c.frames for c in own), sum(c.depth_codes for c in own), float(self._told))
         frames, depth_codes, stop = self.processes.total(sums)
         return Counts(frames, depth_codes), stop > 0
 
@@ -272,7 +274,7 @@ class Trainer:
         """SIGINT and SIGTERM end the run after the step in hand, with a checkpoint; a second one ends it at once."""
 
         def stop(number: int, _: object) -> None:
-            self._stop = True
+            self._told = True
             signal.signal(number, before[number])
 
         before: dict[int, Any] = {}
