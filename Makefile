@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: demo test check fix slow fullsize gpu tiny clean
+.PHONY: demo test check fix slow fullsize kernels gpu tiny clean
 
 demo: .venv/installed
 	$(BIN)/python generate.py --model tiny --text "Hello from a model that you can read in an evening." --max-seconds 4 --out out.wav
@@ -25,6 +25,10 @@ slow: .venv/installed-test
 
 fullsize: .venv/installed-fullsize
 	$(BIN)/python -m pytest -m fullsize -s
+
+# What every kernel becomes on four families of GPUs; needs none.
+kernels: .venv/installed
+	$(BIN)/python bench.py --kernels --batch 1 4 8 32
 
 # On a machine with a GPU: its tests, then its figures, in one folder of results. GPU_PYTHON=python3 takes an
 # environment that is there, with csm installed in it (pip install --no-deps -e .), in place of .venv.
@@ -53,6 +57,6 @@ clean:
 
 # The source tree as it is installed (csm.kernels lives in kernels/): what the type checker reads.
 SOURCES := $(filter-out %__pycache__,$(wildcard csm/*)) kernels weights
-.typecheck/csm: $(SOURCES)
+.typecheck/csm: $(wildcard csm/*.py kernels/*.py weights/*.py)
 	rm -rf $@ && mkdir -p $@
 	ln -s $(addprefix ../../,$(SOURCES)) $@/

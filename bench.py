@@ -17,7 +17,9 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from csm.codec import Codec
 from csm.config import CSM_1B, MIMI, CodecConfig, CSMConfig
 from csm.frame import FrameState, decode_frame
 from csm.graph import Graph, graphs_enabled
+from csm.kernels.launch import launches
+from csm.kernels.report import FAMILIES, Compiled, distinct, examine
 from csm.model import CSM
 from csm.prefill import Prefill
 from csm.prompt import text_rows
@@ -371,21 +375,53 @@ class Counting(TorchDispatchMode):
         same = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
         # A cast or a reshape is a view only where nothing has to change.
         looks = func.is_view and all(x.untyped_storage()._cdata in same for x in results)
-        if results and not looks:
+        allocates = func._schema.name in ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided")
+        if results and not looks and not allocates:
             self.ops[func._schema.name.removeprefix("aten::")] += 1
         return result
 
 
-def count_launches(config: CSMConfig) -> Counter[str]:
-    """Ops of one frame at batch 1, by name; nothing is computed, so any shape will do."""
+def shadow_step(config: CSMConfig, batch: int, dtype: torch.dtype) -> Callable[[], None]:
+    """A step that computes nothing: on the meta device every op is asked for, and none runs."""
     meta = torch.device("meta")
     shapes = target_shapes(sesame_table(config))
-    weights = {name: torch.empty(shape, dtype=torch.bfloat16, device=meta) for name, shape in shapes.items()}
+    weights = {name: torch.empty(shape, dtype=dtype, device=meta) for name, shape in shapes.items()}
     model = CSM.from_state_dict(config, weights, meta)
-    state = FrameState.allocate(config, 1, meta, torch.bfloat16)
-    with Counting() as counting:
-        decode_frame(model, state, state.backbone_cache.spans[0])
-    return counting.ops
+    state = FrameState.allocate(config, batch, meta, dtype)
+    return lambda: decode_frame(model, state, state.backbone_cache.spans[0])
+
+
+@contextmanager
+def forced_ops(name: str) -> Iterator[None]:
+    """``CSM_OPS`` for a while."""
+    before = os.environ.get("CSM_OPS")
+    os.environ["CSM_OPS"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CSM_OPS"]
+        else:
+            os.environ["CSM_OPS"] = before
+
+
+def count_launches(config: CSMConfig, ops: str, batch: int = 1) -> Counter[str]:
+    """What one frame launches, by name: ``ops`` is "reference" or "triton"."""
+    step = shadow_step(config, batch, torch.bfloat16)
+    with forced_ops(ops), launches() as seen, Counting() as counting:
+        step()
+    return counting.ops + Counter(launch.name for launch in seen)
+
+
+def compiled_kernels(config: CSMConfig, batches: list[int], dtype: torch.dtype, quiet: bool) -> list[Compiled]:
+    """Every kernel of a frame at these batch sizes, compiled for every family."""
+    with forced_ops("triton"), launches() as seen:
+        for batch in batches:
+            shadow_step(config, batch, dtype)()
+    jobs = [(launch, family) for launch in distinct(seen) for family in FAMILIES]
+    with ThreadPoolExecutor() as pool:
+        done = pool.map(lambda job: examine(*job), jobs)
+        return list(tqdm(done, total=len(jobs), unit="kernel", disable=quiet, leave=False))
 
 
 def profile(setup: Setup) -> list[dict[str, Any]]:
@@ -563,6 +599,15 @@ def report(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return "\n".join(text), result
 
 
+def count_report(config: CSMConfig) -> tuple[str, dict[str, Any]]:
+    """What a frame launches with PyTorch's ops, and with the kernels."""
+    counts = {ops: count_launches(config, ops) for ops in ("reference", "triton")}
+    names = sorted(counts["reference"] | counts["triton"], key=lambda name: -max(c[name] for c in counts.values()))
+    rows = [{"op": name, **{ops: count[name] for ops, count in counts.items()}} for name in names]
+    totals = {ops: count.total() for ops, count in counts.items()}
+    return table([*rows, {"op": "all", **totals}]), {"launches": totals, "ops": rows}
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", help=f"tiny, a folder or a hub name ({DEFAULT_MODEL}); default: random weights")
@@ -573,6 +618,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=[], help="only these configurations")
     parser.add_argument("--max-seconds", type=float, default=4.0, help="most audio of each of the ten sentences")
     parser.add_argument("--count", action="store_true", help="count what a frame launches, and stop")
+    parser.add_argument("--kernels", action="store_true", help="compile a frame's kernels for several GPUs, and stop")
     parser.add_argument("--profile", action="store_true", help="add a table of the ops of a frame")
     parser.add_argument("--out", type=Path, help="a folder for bench.md, bench.json and bench.png")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -585,11 +631,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        if args.count:
+        if args.count or args.kernels:
             config = open_checkpoint(args.model).config if args.model else CSM_1B
-            ops = count_launches(config)
-            rows: list[dict[str, Any]] = [{"op": name, "launches": n} for name, n in ops.most_common()]
-            text, result = table(rows), {"launches": ops.total(), "ops": dict(ops)}
+        if args.count:
+            text, result = count_report(config)
+        elif args.kernels:
+            kernels = compiled_kernels(config, args.batch, DTYPES[args.dtype or "bfloat16"], args.quiet)
+            rows = [kernel._asdict() for kernel in kernels]
+            text, result = table(rows), {"kernels": rows, "spilled": [row for row in rows if row["spilled_bytes"]]}
         else:
             text, result = report(args)
     except (CSMError, OSError) as error:
@@ -600,7 +649,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         write(args.out, "bench.md", text)
         write(args.out, "bench.json", line)
-    return 0
+    return 1 if result.get("spilled") else 0
 
 
 if __name__ == "__main__":

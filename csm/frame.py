@@ -18,8 +18,8 @@ from torch import Tensor
 
 from csm.cache import KVCache
 from csm.config import CSMConfig
+from csm.kernels import draw_noise, sample
 from csm.model import CSM
-from csm.sampling import gumbel_noise, sample, tempered
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,30 +102,30 @@ def decode_frame(model: CSM, state: FrameState, span: int | None = None) -> None
     the first two advanced, on the device.
     """
     num_codebooks = model.config.num_codebooks
-    noise_BKV = gumbel_noise(state.seed_B, state.frame_B, num_codebooks, model.config.codebook_size)
-    noise_BKV, divisor_B1 = tempered(noise_BKV, state.temperature_B)
+    counters = (state.seed_B, state.frame_B, state.temperature_B, state.top_k_B)
+    noise = draw_noise(*counters, num_codebooks, model.config.codebook_size, model.codebook0_head)
 
-    def draw(codebook: int, hidden_BD: Tensor) -> Tensor:
-        logits_BV = model.logits(codebook, hidden_BD)
-        code_B = sample(logits_BV, noise_BKV[:, codebook], divisor_B1, state.top_k_B)
-        state.codes_BK[:, codebook] = code_B
-        return code_B
+    def draw(codebook: int, hidden_BTD: Tensor) -> Tensor | None:
+        """Draw a code from a pass's last row; its embedding, (B, depth dim), unless it is the last."""
+        logits_BV = model.logits(codebook, hidden_BTD[:, -1:]).squeeze(1)
+        table_VD = model.code_embedding(codebook) if codebook + 1 < num_codebooks else None
+        return sample(logits_BV, codebook, noise, state.codes_BK, table_VD)
 
     x_B1D = model.embed_rows(state.row_BC.unsqueeze(1), state.mask_BC.unsqueeze(1))
     at = model.backbone.places(state.position_B.unsqueeze(1), span or state.backbone_cache.max_positions)
-    hidden_BD = model.backbone(x_B1D, state.backbone_cache, at)[:, -1]
-    code_B = draw(0, hidden_BD)
+    hidden_B1D = model.backbone(x_B1D, state.backbone_cache, at)
+    entered_BD = model.enter_depth(hidden_B1D).squeeze(1)
 
     # Depth positions: 0 reads the backbone's hidden state, i >= 1 reads code i - 1 and predicts code i.
     depth_at = model.depth_decoder.places(state.depth_position_BK, span=num_codebooks)
-    x_BTD = torch.stack((model.project(hidden_BD), model.embed_code(0, code_B)), dim=1)
-    first = 0
+    code_BD = draw(0, hidden_B1D)
+    assert code_BD is not None
+    x_BTD = torch.stack((entered_BD, code_BD), dim=1)
     for codebook in range(1, num_codebooks):
+        first = codebook + 1 - x_BTD.shape[1]
         hidden_BTD = model.depth_decoder(x_BTD, state.depth_cache, depth_at.rows(first, codebook + 1))
-        code_B = draw(codebook, hidden_BTD[:, -1])
-        if codebook + 1 < num_codebooks:
-            x_BTD = model.embed_code(codebook, code_B).unsqueeze(1)
-        first = codebook + 1
+        code_BD = draw(codebook, hidden_BTD)
+        x_BTD = x_BTD if code_BD is None else code_BD.unsqueeze(1)
 
     state.row_BC[:, :-1] = state.codes_BK
     state.row_BC[:, -1] = 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from csm.cache import KVCache
 from csm.config import CSMConfig, RopeScaling, TransformerConfig
-from csm.kernels import attention, linear_add, norm_linear, norm_swiglu, rms_norm, rope_cache
+from csm.kernels import attention_linear_add, embed_rows, linear_add, norm_linear, norm_rope_cache, norm_swiglu
 
 
 class Places(NamedTuple):
@@ -26,7 +26,7 @@ class Places(NamedTuple):
     """
 
     position_BT: Tensor
-    turn_BTp: Tensor
+    turn_BTp2: Tensor
     bias_BTS: Tensor
 
     def rows(self, first: int, last: int) -> Places:
@@ -71,10 +71,9 @@ class Attention(nn.Module):
         self.output = nn.Parameter(torch.empty(config.dim, config.num_heads * config.head_dim))
 
     def forward(self, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, at: Places) -> Tensor:
-        qkv_BTE = norm_linear(x_BTD, self.norm, self.qkv, self.eps)
-        q_BTHd = rope_cache(qkv_BTE, at.turn_BTp, k_BGSd, v_BGSd, slot_B1, at.position_BT)
-        mixed_BTE = attention(q_BTHd, k_BGSd, v_BGSd, at.bias_BTS)
-        return linear_add(mixed_BTE, self.output, x_BTD)
+        into = (k_BGSd, v_BGSd, slot_B1, at.position_BT)
+        q_BTHd = norm_rope_cache(x_BTD, self.norm, self.qkv, self.eps, at.turn_BTp2, *into)
+        return attention_linear_add(q_BTHd, k_BGSd, v_BGSd, at.bias_BTS, at.position_BT, self.output, x_BTD)
 
 
 class MLP(nn.Module):
@@ -101,7 +100,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The backbone or the depth decoder: embedded rows in, normed hidden states out."""
+    """The backbone or the depth decoder: embedded rows in, hidden states out, which whoever reads them norms."""
 
     def __init__(self, config: TransformerConfig, device: torch.device | None = None):
         super().__init__()
@@ -114,13 +113,13 @@ class Transformer(nn.Module):
         """Places of rows at ``position_BT``, which may look at themselves and before, within the first ``span``."""
         hidden_BTS = torch.arange(span, device=position_BT.device) > position_BT.unsqueeze(-1)
         bias_BTS = torch.zeros_like(hidden_BTS, dtype=self.norm.dtype).masked_fill_(hidden_BTS, -torch.inf)
-        return Places(position_BT, torch.view_as_complex(self.rope.turn_Sp2[position_BT]), bias_BTS)
+        return Places(position_BT, self.rope.turn_Sp2[position_BT], bias_BTS)
 
     def forward(self, x_BTD: Tensor, cache: KVCache, at: Places) -> Tensor:
         """(B, T, D) -> (B, T, D); writes keys and values of the T rows into the cache at their places."""
         for index, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, cache.k_LBGSd[index], cache.v_LBGSd[index], cache.slot_B1, at)
-        return rms_norm(x_BTD, self.norm, self.config.norm_eps)
+        return x_BTD
 
 
 class CSM(nn.Module):
@@ -168,7 +167,7 @@ class CSM(nn.Module):
         num_rows = (self.config.num_codebooks - 1) * vocab  # the last codebook's codes are never read
         self.depth_embedding = self.projection.new_empty(num_rows, self.projection.shape[0])
         for rows in (slice(first, first + vocab) for first in range(0, num_rows, vocab)):
-            self.depth_embedding[rows] = self.project(self.audio_embedding[rows])
+            self.depth_embedding[rows] = F.linear(self.audio_embedding[rows], self.projection)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,23 +179,22 @@ class CSM(nn.Module):
 
     def embed_rows(self, row_BTC: Tensor, mask_BTC: Tensor) -> Tensor:
         """Sum of the masked-in embeddings of each row: (B, T, K + 1) -> (B, T, D)."""
-        audio_BTKD = F.embedding(row_BTC[..., :-1] + self.offset_K, self.audio_embedding)
-        text_BT1D = F.embedding(row_BTC[..., -1:], self.text_embedding)
-        return (torch.cat((audio_BTKD, text_BT1D), dim=-2) * mask_BTC.unsqueeze(-1)).sum(dim=-2)
+        return embed_rows(row_BTC, mask_BTC, self.offset_K, self.audio_embedding, self.text_embedding)
 
-    def project(self, x: Tensor) -> Tensor:
-        """From the backbone's dimension to the depth decoder's."""
-        return F.linear(x, self.projection)
-
-    def embed_code(self, codebook: int, code: Tensor) -> Tensor:
-        """A code of one codebook as the depth decoder reads it, its embedding projected: (...) -> (..., depth dim)."""
+    def code_embedding(self, codebook: int) -> Tensor:
+        """The codes of one codebook as the depth decoder reads them, their embeddings projected: (V, depth dim)."""
         first = codebook * self.config.audio_vocab_size
-        return F.embedding(code, self.depth_embedding[first : first + self.config.audio_vocab_size])
+        return self.depth_embedding[first : first + self.config.audio_vocab_size]
 
-    def logits(self, codebook: int, hidden: Tensor) -> Tensor:
-        """Logits of a codebook, ids that the codec knows only: (..., D) -> (..., codebook_size).
+    def enter_depth(self, hidden_BTD: Tensor) -> Tensor:
+        """The backbone's hidden states as the depth decoder reads them: (B, T, D) -> (B, T, depth dim)."""
+        return norm_linear(hidden_BTD, self.backbone.norm, self.projection, self.config.backbone.norm_eps)
+
+    def logits(self, codebook: int, hidden_BTD: Tensor) -> Tensor:
+        """Logits of a codebook, ids that the codec knows only: (B, T, D) -> (B, T, codebook_size).
 
         Codebook 0 reads the backbone's hidden state, the others the depth decoder's at their own position.
         """
+        read = self.backbone if codebook == 0 else self.depth_decoder
         weight_VD = self.codebook0_head if codebook == 0 else self.depth_heads[codebook - 1]
-        return F.linear(hidden, weight_VD[: self.config.codebook_size])
+        return norm_linear(hidden_BTD, read.norm, weight_VD[: self.config.codebook_size], read.config.norm_eps)

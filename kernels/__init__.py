@@ -1,15 +1,31 @@
-"""The ops of a transformer block, one file each. Installed as ``csm.kernels``.
+"""The ops of the step, one file each: the reference in plain PyTorch, and the Triton kernels for few rows.
 
-Each file holds the reference in plain PyTorch: any device, any number of rows, any float dtype.
+The reference takes any device, any number of rows and any float dtype. Installed as ``csm.kernels``.
 
 Shapes: B slots, T rows of this pass, D model dim, E fused q, k and v, F hidden dim, H query heads, G key/value heads,
-d head dim, S cache positions that are looked at.
+R query heads a key head, d head dim, S cache positions that are looked at. In a kernel: N outputs and K inputs of a
+program's tile of a weight, M rows of a tensor core's tile.
 """
 
 from csm.kernels.attention import attention
+from csm.kernels.attention_linear_add import attention_linear_add
+from csm.kernels.embed_rows import embed_rows
 from csm.kernels.linear_add import linear_add
 from csm.kernels.norm_linear import norm_linear, rms_norm
 from csm.kernels.norm_swiglu import norm_swiglu
-from csm.kernels.rope_cache import rope_cache
+from csm.kernels.rope_cache import norm_rope_cache, rope_cache
+from csm.kernels.sample import draw_noise, sample
 
-__all__ = ["attention", "linear_add", "norm_linear", "norm_swiglu", "rms_norm", "rope_cache"]
+__all__ = [
+    "attention",
+    "attention_linear_add",
+    "draw_noise",
+    "embed_rows",
+    "linear_add",
+    "norm_linear",
+    "norm_rope_cache",
+    "norm_swiglu",
+    "rms_norm",
+    "rope_cache",
+    "sample",
+]

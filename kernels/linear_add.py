@@ -1,9 +1,81 @@
 """A linear layer added to the residual stream: attention output and MLP down projection."""
 
+from __future__ import annotations
+
 import torch.nn.functional as F
 from torch import Tensor
+
+from csm.kernels.launch import jit, kernels_run, launch, row_stride, tl
+from csm.kernels.shapes import launch_shape
+from csm.kernels.tiles import dots, load_row, product, wait_for_inputs, weight_tile
+
+
+def linear_add_reference(x_BTF: Tensor, weight_DF: Tensor, residual_BTD: Tensor) -> Tensor:
+    """``linear_add`` in PyTorch."""
+    return residual_BTD + F.linear(x_BTF, weight_DF)
+
+
+@jit
+def linear_add_rows(
+    x_ptr,
+    weight_ptr,
+    residual_ptr,
+    out_ptr,
+    x_stride,
+    residual_stride,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """See ``linear_add``."""
+    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight_NK = weight_tile(weight_ptr, n_N, N, K, BLOCK_K)
+    wait_for_inputs(PDL)
+    for row in tl.static_range(ROWS):
+        x_K = load_row(x_ptr + row * x_stride, K, BLOCK_K).to(tl.float32)
+        residual_N = tl.load(residual_ptr + row * residual_stride + n_N, mask=n_N < N, other=0.0).to(tl.float32)
+        out_N = residual_N + product(weight_NK, x_K)
+        tl.store(out_ptr + row * N + n_N, out_N.to(x_ptr.dtype.element_ty), mask=n_N < N)
+
+
+@jit
+def linear_add_dots(
+    x_ptr,
+    weight_ptr,
+    residual_ptr,
+    out_ptr,
+    x_stride,
+    residual_stride,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """See ``linear_add``."""
+    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_M = tl.arange(0, M)
+    wait_for_inputs(PDL)
+    acc_MN = dots(x_ptr, x_stride, 1.0, x_ptr, weight_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=False)
+    mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
+    residual_at = residual_ptr + m_M[:, None] * residual_stride + n_N[None, :]
+    acc_MN += tl.load(residual_at, mask=mask_MN, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], acc_MN.to(x_ptr.dtype.element_ty), mask=mask_MN)
 
 
 def linear_add(x_BTF: Tensor, weight_DF: Tensor, residual_BTD: Tensor) -> Tensor:
     """``residual + x @ weight.T``: (B, T, F), (B, T, D) -> (B, T, D)."""
-    return residual_BTD + F.linear(x_BTF, weight_DF)
+    (B, T, D), F_ = residual_BTD.shape, x_BTF.shape[2]
+    shape = launch_shape("linear_add", weight_DF, B * T) if kernels_run(x_BTF, B * T) else None
+    if shape is None:
+        return linear_add_reference(x_BTF, weight_DF, residual_BTD)
+    out_BTD = x_BTF.new_empty(B, T, D)
+    kernel = linear_add_dots if "M" in shape.constants else linear_add_rows
+    args = (x_BTF, weight_DF, residual_BTD, out_BTD, row_stride(x_BTF), row_stride(residual_BTD))
+    launch(kernel, [shape.blocks(D)], *args, ROWS=B * T, N=D, K=F_, **shape.options)
+    return out_BTD

@@ -1,7 +1,13 @@
-"""RMSNorm, then a linear layer: the fused query, key and value projection of a block."""
+"""RMSNorm, then a linear layer: the heads, and the way from the backbone into the depth decoder."""
+
+from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from csm.kernels.launch import jit, kernels_run, launch, row_stride, tl
+from csm.kernels.shapes import launch_shape
+from csm.kernels.tiles import dots, load_row, norm_scales, normed_row, product, wait_for_inputs, weight_tile
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -13,6 +19,70 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight_D
 
 
+def norm_linear_reference(x_BTD: Tensor, norm_D: Tensor, weight_ED: Tensor, eps: float) -> Tensor:
+    """``norm_linear`` in PyTorch."""
+    return F.linear(rms_norm(x_BTD, norm_D, eps), weight_ED)
+
+
+@jit
+def norm_linear_rows(
+    x_ptr,
+    norm_ptr,
+    weight_ptr,
+    out_ptr,
+    x_stride,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """See ``norm_linear``."""
+    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight_NK = weight_tile(weight_ptr, n_N, N, K, BLOCK_K)
+    norm_K = load_row(norm_ptr, K, BLOCK_K)
+    wait_for_inputs(PDL)
+    for row in tl.static_range(ROWS):
+        x_K = normed_row(load_row(x_ptr + row * x_stride, K, BLOCK_K), norm_K, K, EPS)
+        tl.store(out_ptr + row * N + n_N, product(weight_NK, x_K).to(x_ptr.dtype.element_ty), mask=n_N < N)
+
+
+@jit
+def norm_linear_dots(
+    x_ptr,
+    norm_ptr,
+    weight_ptr,
+    out_ptr,
+    x_stride,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    EPS: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """See ``norm_linear``."""
+    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_M = tl.arange(0, M)
+    wait_for_inputs(PDL)
+    scale_M = norm_scales(x_ptr, x_stride, m_M, ROWS, K, EPS, BLOCK_K)
+    acc_MN = dots(x_ptr, x_stride, scale_M, norm_ptr, weight_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=True)
+    mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
+    tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], acc_MN.to(x_ptr.dtype.element_ty), mask=mask_MN)
+
+
 def norm_linear(x_BTD: Tensor, norm_D: Tensor, weight_ED: Tensor, eps: float) -> Tensor:
     """``rms_norm(x) @ weight.T``: (B, T, D) -> (B, T, E)."""
-    return F.linear(rms_norm(x_BTD, norm_D, eps), weight_ED)
+    (B, T, D), E = x_BTD.shape, weight_ED.shape[0]
+    shape = launch_shape("norm_linear", weight_ED, B * T) if kernels_run(x_BTD, B * T) else None
+    if shape is None:
+        return norm_linear_reference(x_BTD, norm_D, weight_ED, eps)
+    out_BTE = x_BTD.new_empty(B, T, E)
+    kernel = norm_linear_dots if "M" in shape.constants else norm_linear_rows
+    args = (x_BTD, norm_D, weight_ED, out_BTE, row_stride(x_BTD))
+    launch(kernel, [shape.blocks(E)], *args, ROWS=B * T, N=E, K=D, EPS=eps, **shape.options)
+    return out_BTE

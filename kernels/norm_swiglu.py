@@ -1,9 +1,81 @@
 """RMSNorm, the fused gate and up projections, and SiLU(gate) * up: the first half of a SwiGLU MLP."""
 
+from __future__ import annotations
+
 import torch.nn.functional as F
 from torch import Tensor
 
+from csm.kernels.launch import jit, kernels_run, launch, row_stride, tl
 from csm.kernels.norm_linear import rms_norm
+from csm.kernels.shapes import launch_shape
+from csm.kernels.tiles import dots, load_row, norm_scales, normed_row, product, wait_for_inputs, weight_tile
+
+
+def norm_swiglu_reference(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Tensor, eps: float) -> Tensor:
+    """``norm_swiglu`` in PyTorch."""
+    gate_BTF, up_BTF = F.linear(rms_norm(x_BTD, norm_D, eps), gate_up_2FD).chunk(2, dim=-1)
+    return F.silu(gate_BTF) * up_BTF
+
+
+@jit
+def swiglu(gate, up):
+    """SiLU(gate) * up, in float32."""
+    return gate * tl.sigmoid(gate) * up
+
+
+@jit
+def norm_swiglu_rows(
+    x_ptr,
+    norm_ptr,
+    gate_up_ptr,
+    out_ptr,
+    x_stride,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """See ``norm_swiglu``."""
+    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    gate_NK = weight_tile(gate_up_ptr, n_N, N, K, BLOCK_K)
+    up_NK = weight_tile(gate_up_ptr + N * K, n_N, N, K, BLOCK_K)
+    norm_K = load_row(norm_ptr, K, BLOCK_K)
+    wait_for_inputs(PDL)
+    for row in tl.static_range(ROWS):
+        x_K = normed_row(load_row(x_ptr + row * x_stride, K, BLOCK_K), norm_K, K, EPS)
+        hidden_N = swiglu(product(gate_NK, x_K), product(up_NK, x_K))
+        tl.store(out_ptr + row * N + n_N, hidden_N.to(x_ptr.dtype.element_ty), mask=n_N < N)
+
+
+@jit
+def norm_swiglu_dots(
+    x_ptr,
+    norm_ptr,
+    gate_up_ptr,
+    out_ptr,
+    x_stride,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    EPS: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """See ``norm_swiglu``."""
+    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_M = tl.arange(0, M)
+    wait_for_inputs(PDL)
+    scale_M = norm_scales(x_ptr, x_stride, m_M, ROWS, K, EPS, BLOCK_K)
+    gate_MN = dots(x_ptr, x_stride, scale_M, norm_ptr, gate_up_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=True)
+    up_MN = dots(x_ptr, x_stride, scale_M, norm_ptr, gate_up_ptr + N * K, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=True)
+    mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
+    hidden_MN = swiglu(gate_MN, up_MN).to(x_ptr.dtype.element_ty)
+    tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], hidden_MN, mask=mask_MN)
 
 
 def norm_swiglu(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Tensor, eps: float) -> Tensor:
@@ -11,5 +83,12 @@ def norm_swiglu(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Tensor, eps: float) 
 
     ``gate_up_2FD`` holds the F rows of the gate (Sesame's w1), then the F rows of up (w3).
     """
-    gate_BTF, up_BTF = F.linear(rms_norm(x_BTD, norm_D, eps), gate_up_2FD).chunk(2, dim=-1)
-    return F.silu(gate_BTF) * up_BTF
+    (B, T, D), F_ = x_BTD.shape, gate_up_2FD.shape[0] // 2
+    shape = launch_shape("norm_swiglu", gate_up_2FD, B * T) if kernels_run(x_BTD, B * T) else None
+    if shape is None:
+        return norm_swiglu_reference(x_BTD, norm_D, gate_up_2FD, eps)
+    out_BTF = x_BTD.new_empty(B, T, F_)
+    kernel = norm_swiglu_dots if "M" in shape.constants else norm_swiglu_rows
+    args = (x_BTD, norm_D, gate_up_2FD, out_BTF, row_stride(x_BTD))
+    launch(kernel, [shape.blocks(F_)], *args, ROWS=B * T, N=F_, K=D, EPS=eps, **shape.options)
+    return out_BTF

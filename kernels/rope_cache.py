@@ -1,23 +1,173 @@
-"""Rotary embedding of queries and keys, and the write of keys and values into the cache."""
+"""From the residual stream into attention: RMSNorm, q, k and v, the rotary turn, and the write into the cache."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from csm.kernels.launch import jit, kernels_run, launch, row_stride, tl
+from csm.kernels.norm_linear import norm_linear
+from csm.kernels.shapes import LOOPED_ROWS, launch_shape
+from csm.kernels.tiles import load_row, normed_row, product, wait_for_inputs, weight_tile
 
-def rotate_pairs(x_BTHd: Tensor, turn_BTp: Tensor) -> Tensor:
+
+def rotate_pairs(x_BTHd: Tensor, turn_BTp2: Tensor) -> Tensor:
     """Turn the interleaved pairs (x0, x1), (x2, x3)... by the angle of their position (RoFormer, eq. 34).
 
-    ``turn_BTp`` holds exp(i angle) of each of the d / 2 pairs: a pair is a complex number, its turn a product. Computed
-    in float32 at least, cast back.
+    ``turn_BTp2`` holds cosine and sine for each of the d / 2 pairs: a pair is a complex number, its turn a product.
+    Computed in float32 at least, cast back.
     """
-    x_wide = x_BTHd.to(torch.promote_types(x_BTHd.dtype, turn_BTp.real.dtype))
+    x_wide = x_BTHd.to(torch.promote_types(x_BTHd.dtype, turn_BTp2.dtype))
     pairs_BTHp = torch.view_as_complex(x_wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs_BTHp * turn_BTp.unsqueeze(2)).flatten(-2).to(x_BTHd.dtype)
+    turned_BTHp = pairs_BTHp * torch.view_as_complex(turn_BTp2).unsqueeze(2)
+    return torch.view_as_real(turned_BTHp).flatten(-2).to(x_BTHd.dtype)
+
+
+def rope_cache_reference(
+    qkv_BTE: Tensor,
+    turn_BTp2: Tensor,
+    k_cache_BGSd: Tensor,
+    v_cache_BGSd: Tensor,
+    slot_B1: Tensor,
+    position_BT: Tensor,
+) -> Tensor:
+    """``rope_cache`` in PyTorch."""
+    num_kv_heads, head_dim = k_cache_BGSd.shape[1], k_cache_BGSd.shape[3]
+    heads = qkv_BTE.unflatten(-1, (-1, head_dim))
+    num_rotated = heads.shape[2] - num_kv_heads
+    rotated = rotate_pairs(heads[:, :, :num_rotated], turn_BTp2)
+    q_BTHd, k_BTGd = rotated.split([num_rotated - num_kv_heads, num_kv_heads], dim=2)
+    k_cache_BGSd[slot_B1, :, position_BT] = k_BTGd
+    v_cache_BGSd[slot_B1, :, position_BT] = heads[:, :, num_rotated:]
+    return q_BTHd
+
+
+@jit
+def turn_pairs(qkv_N, n_N, turn_at, d: tl.constexpr, TURNED: tl.constexpr):
+    """Outputs ``n_N``, of which the first is an even one, as float32: the first TURNED turned, values as they are."""
+    PAIRS: tl.constexpr = qkv_N.shape[0] // 2
+    even_P, odd_P = tl.split(tl.reshape(qkv_N, (PAIRS, 2)))
+    n_P, _ = tl.split(tl.reshape(n_N, (PAIRS, 2)))
+    cos_P = tl.load(turn_at + n_P % d, mask=n_P < TURNED, other=1.0)
+    sin_P = tl.load(turn_at + n_P % d + 1, mask=n_P < TURNED, other=0.0)
+    turned_P2 = tl.join(even_P * cos_P - odd_P * sin_P, even_P * sin_P + odd_P * cos_P)
+    return tl.reshape(turned_P2, (PAIRS * 2,))
+
+
+@jit
+def write_heads(out_N, n_N, q_at, k_at, v_at, head_stride, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr):
+    """Queries, keys and values to where they belong."""
+    head_N, at_N = n_N // d, n_N % d
+    tl.store(q_at + n_N, out_N, mask=head_N < H)
+    tl.store(k_at + (head_N - H) * head_stride + at_N, out_N, mask=(head_N >= H) & (head_N < H + G))
+    is_value_N = (head_N >= H + G) & (head_N < H + 2 * G)
+    tl.store(v_at + (head_N - H - G) * head_stride + at_N, out_N, mask=is_value_N)
+
+
+@jit
+def norm_rope_cache_rows(
+    x_ptr,
+    norm_ptr,
+    weight_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    turn_ptr,
+    slot_ptr,
+    position_ptr,
+    x_stride,
+    position_stride,
+    slot_stride,
+    head_stride,
+    ROWS: tl.constexpr,
+    T: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    d: tl.constexpr,
+    K: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """See ``norm_rope_cache``. The product is rounded before the turn, where the reference rounds."""
+    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight_NK = weight_tile(weight_ptr, n_N, (H + 2 * G) * d, K, BLOCK_K)
+    norm_K = load_row(norm_ptr, K, BLOCK_K)
+    wait_for_inputs(PDL)
+    for row in tl.static_range(ROWS):
+        x_K = normed_row(load_row(x_ptr + row * x_stride, K, BLOCK_K), norm_K, K, EPS)
+        qkv_N = product(weight_NK, x_K).to(x_ptr.dtype.element_ty).to(tl.float32)
+        at = row // T * position_stride + row % T
+        place = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + at) * d
+        out_N = turn_pairs(qkv_N, n_N, turn_ptr + at * d, d, (H + G) * d).to(x_ptr.dtype.element_ty)
+        write_heads(out_N, n_N, q_ptr + row * (H * d), k_ptr + place, v_ptr + place, head_stride, H, G, d)
+
+
+@jit
+def rope_cache_row(
+    qkv_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    turn_ptr,
+    slot_ptr,
+    position_ptr,
+    position_stride,
+    slot_stride,
+    head_stride,
+    T: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    d: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """See ``rope_cache``."""
+    row = tl.program_id(0)
+    n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    wait_for_inputs(PDL)
+    qkv_at = qkv_ptr + row * ((H + 2 * G) * d) + n_N
+    qkv_N = tl.load(qkv_at, mask=n_N < (H + 2 * G) * d, other=0.0).to(tl.float32)
+    at = row // T * position_stride + row % T
+    place = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + at) * d
+    out_N = turn_pairs(qkv_N, n_N, turn_ptr + at * d, d, (H + G) * d).to(qkv_ptr.dtype.element_ty)
+    write_heads(out_N, n_N, q_ptr + row * (H * d), k_ptr + place, v_ptr + place, head_stride, H, G, d)
+
+
+def norm_rope_cache(
+    x_BTD: Tensor,
+    norm_D: Tensor,
+    qkv_ED: Tensor,
+    eps: float,
+    turn_BTp2: Tensor,
+    k_cache_BGSd: Tensor,
+    v_cache_BGSd: Tensor,
+    slot_B1: Tensor,
+    position_BT: Tensor,
+) -> Tensor:
+    """``rope_cache(norm_linear(x, norm, qkv, eps), ...)``: (B, T, D) -> q (B, T, H, d)."""
+    (B, T, D), (G, d) = x_BTD.shape, (k_cache_BGSd.shape[1], k_cache_BGSd.shape[3])
+    H = qkv_ED.shape[0] // d - 2 * G
+    looped = B * T <= LOOPED_ROWS and kernels_run(x_BTD, B * T)
+    shape = launch_shape("norm_rope_cache", qkv_ED, B * T) if looped else None
+    if shape is None:
+        qkv_BTE = norm_linear(x_BTD, norm_D, qkv_ED, eps)
+        return rope_cache(qkv_BTE, turn_BTp2, k_cache_BGSd, v_cache_BGSd, slot_B1, position_BT)
+    q_BTHd = x_BTD.new_empty(B, T, H, d)
+    places = (q_BTHd, k_cache_BGSd, v_cache_BGSd, turn_BTp2, slot_B1, position_BT)
+    strides = (row_stride(x_BTD), *_strides(turn_BTp2, position_BT, k_cache_BGSd, v_cache_BGSd))
+    constants: dict[str, Any] = dict(ROWS=B * T, T=T, H=H, G=G, d=d, K=D, EPS=eps)
+    grid = [shape.blocks(qkv_ED.shape[0])]
+    launch(norm_rope_cache_rows, grid, x_BTD, norm_D, qkv_ED, *places, *strides, **constants, **shape.options)
+    return q_BTHd
 
 
 def rope_cache(
     qkv_BTE: Tensor,
-    turn_BTp: Tensor,
+    turn_BTp2: Tensor,
     k_cache_BGSd: Tensor,
     v_cache_BGSd: Tensor,
     slot_B1: Tensor,
@@ -28,11 +178,22 @@ def rope_cache(
     ``qkv_BTE`` holds the heads of q, then of k, then of v. The caches are written in place; positions are read on the
     device, so a captured call follows them.
     """
-    num_kv_heads, head_dim = k_cache_BGSd.shape[1], k_cache_BGSd.shape[3]
-    heads = qkv_BTE.unflatten(-1, (-1, head_dim))
-    num_rotated = heads.shape[2] - num_kv_heads
-    rotated = rotate_pairs(heads[:, :, :num_rotated], turn_BTp)
-    q_BTHd, k_BTGd = rotated.split([num_rotated - num_kv_heads, num_kv_heads], dim=2)
-    k_cache_BGSd[slot_B1, :, position_BT] = k_BTGd
-    v_cache_BGSd[slot_B1, :, position_BT] = heads[:, :, num_rotated:]
+    (B, T, E), (G, d) = qkv_BTE.shape, (k_cache_BGSd.shape[1], k_cache_BGSd.shape[3])
+    H = E // d - 2 * G
+    if not kernels_run(qkv_BTE, B * T):
+        return rope_cache_reference(qkv_BTE, turn_BTp2, k_cache_BGSd, v_cache_BGSd, slot_B1, position_BT)
+    q_BTHd = qkv_BTE.new_empty(B, T, H, d)
+    places = (q_BTHd, k_cache_BGSd, v_cache_BGSd, turn_BTp2, slot_B1, position_BT)
+    strides = _strides(turn_BTp2, position_BT, k_cache_BGSd, v_cache_BGSd)
+    block = 512
+    launch(rope_cache_row, [B * T, -(-E // block)], qkv_BTE, *places, *strides, T=T, H=H, G=G, d=d, BLOCK_N=block)
     return q_BTHd
+
+
+def _strides(turn_BTp2: Tensor, position_BT: Tensor, k_cache_BGSd: Tensor, v_cache_BGSd: Tensor) -> tuple[int, ...]:
+    """Of a slot's positions, of a slot and of a head in the caches, where all lie as the kernels expect."""
+    d = k_cache_BGSd.shape[3]
+    assert k_cache_BGSd.stride() == v_cache_BGSd.stride() and k_cache_BGSd.stride()[2:] == (d, 1)
+    assert turn_BTp2.stride()[1:] == (d, 2, 1) and position_BT.stride(1) == 1
+    assert turn_BTp2.stride(0) == position_BT.stride(0) * d
+    return position_BT.stride(0), *k_cache_BGSd.stride()[:2]

@@ -1,6 +1,10 @@
 """bench.py: what it prints, what it counts, what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import torch
 import bench
 from csm.config import CSM_1B
 
+ROOT = Path(bench.__file__).parent
 TINY = ["--model", "tiny", "--device", "cpu", "--quiet", "--frames", "2", "--max-seconds", "0.16"]
 
 
@@ -67,8 +72,45 @@ def test_a_speakers_frames_are_its_own(capsys):
 
 def test_count(capsys):
     _, result = run(capsys, "--count")
-    assert result["launches"] == sum(result["ops"].values()) < 3200
-    assert result["ops"]["linear"] == 140 * 4 + 32 + 1  # 16 + 31 x 4 blocks, the heads, one projection
+    counts = {row["op"]: row for row in result["ops"]}
+    assert all(result["launches"][ops] == sum(row[ops] for row in counts.values()) for ops in ("reference", "triton"))
+    assert counts["linear"]["reference"] == 140 * 4 + 32 + 1  # 16 + 31 x 4 blocks, the heads, one projection
+    assert counts["sample_slot"]["triton"] == 32
+    assert result["launches"]["triton"] <= 700 < result["launches"]["reference"] < 3200
+
+
+COMPILE = """
+import sys, torch, bench
+from csm.config import CSM_1B
+bench.FAMILIES = tuple(map(int, sys.argv[3].split()))
+kernels = bench.compiled_kernels(CSM_1B, [int(sys.argv[1])], bench.DTYPES[sys.argv[2]], quiet=True)
+for kernel in kernels:
+    assert kernel.spilled_bytes == 0, kernel
+    assert kernel.load_bits >= 64, kernel
+    if kernel.kernel.endswith("_rows") and kernel.family >= 90:
+        assert kernel.early_bits == 128, kernel  # its weights are on their way before it waits
+print(len({kernel.kernel for kernel in kernels}), *sorted({kernel.family for kernel in kernels}))
+"""
+
+
+def compile_kernels(batch, dtype, families):
+    """In a process of its own: in this one kernels are interpreted."""
+    command = [sys.executable, "-c", COMPILE, str(batch), dtype, families]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here():
+    assert compile_kernels(1, "bfloat16", "90") == "9 90\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("batch", [1, 4, 8, 32])
+def test_kernels_compile_for_every_family(batch, dtype):
+    assert compile_kernels(batch, dtype, "80 89 90 120").endswith("80 89 90 120\n")
 
 
 def test_bytes_of_a_frame():

@@ -6,9 +6,10 @@ import torch
 from csm import Generator, Segment
 from csm.frame import FrameState, decode_frame
 from csm.graph import Graph, Pool
+from csm.kernels.sample import gumbel_noise
 from csm.prefill import Prefill
 from csm.prompt import text_rows
-from csm.sampling import SamplingParams, gumbel_noise
+from csm.sampling import SamplingParams
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

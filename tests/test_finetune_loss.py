@@ -119,19 +119,20 @@ def cached_logits(model, rows, num_text):
     config = model.config
     state = FrameState.allocate(config, 1, model.device, model.dtype)
     expected = [[] for _ in range(config.num_codebooks)]
-    drawn, forced = [], []
+    forced = []
 
-    def draw(logits_BV, *_):  # in the place of sampling: what the step would draw from, and the code that is forced
-        expected[len(drawn)].append(logits_BV[0])
-        drawn.append(forced[-1][len(drawn)].view(1))
-        return drawn[-1]
+    def draw(logits_BV, codebook, _, codes_BK, table_VD):
+        """In the place of sampling: keeps what would be drawn from, and takes the code that is forced."""
+        expected[codebook].append(logits_BV[0].clone())
+        code_B = forced[-1][codebook].view(1)
+        codes_BK[:, codebook] = code_B
+        return None if table_VD is None else torch.nn.functional.embedding(code_B, table_VD)
 
     row_TC, mask_TC = rows
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("csm.frame.sample", draw)
         Prefill(model).start(state, 0, row_TC[:num_text], mask_TC[:num_text], SamplingParams(0, 1, 0))
         for codes_K in row_TC[num_text:, :-1]:
-            drawn.clear()
             forced.append(codes_K)
             decode_frame(model, state)
     return [torch.stack(logits) for logits in expected]

@@ -5,6 +5,7 @@ import torch
 
 from csm import Generator, Segment
 from csm.cache import KVCache
+from csm.kernels import rms_norm
 from oracle import Shape, hf_inputs, random_model, save
 
 SHAPES = [
@@ -60,25 +61,25 @@ def test_teacher_forced_logits_agree(pair, turns):
         num_rows = prompt.row_TC.shape[0]
         at = model.backbone.places(torch.arange(num_rows).unsqueeze(0), span=num_rows)
         hidden = model.backbone(model.embed_rows(prompt.row_TC[None], prompt.mask_TC[None]), cache, at)
-        torch.testing.assert_close(hidden, expected.hidden_states[-1], atol=1e-4, rtol=0)
+        normed = rms_norm(hidden, model.backbone.norm, config.backbone.norm_eps)
+        torch.testing.assert_close(normed, expected.hidden_states[-1], atol=1e-4, rtol=0)
         logits = model.logits(0, hidden)
         torch.testing.assert_close(logits, expected.logits[..., : config.codebook_size], atol=1e-4, rtol=0)
 
         # The depth decoder on arbitrary codes of a few frames: position 0 is the backbone's hidden state.
         frames = 6
         codes = torch.randint(config.codebook_size, (frames, config.num_codebooks))
-        last_hidden = hidden[0, -frames:]
         expected_depth = hf.depth_decoder(
-            input_ids=torch.nn.functional.pad(codes[:, :-1], (1, 0)), backbone_last_hidden_state=last_hidden
+            input_ids=torch.nn.functional.pad(codes[:, :-1], (1, 0)), backbone_last_hidden_state=normed[0, -frames:]
         ).logits
-        embedded = torch.stack([model.embed_code(k, codes[:, k]) for k in range(config.num_codebooks - 1)], dim=1)
+        embedded = torch.stack([model.code_embedding(k)[codes[:, k]] for k in range(config.num_codebooks - 1)], dim=1)
         depth_cache = KVCache.allocate(config.depth_decoder, frames, config.num_codebooks, ours.device, model.dtype)
         positions = torch.arange(config.num_codebooks).expand(frames, -1)
         at = model.depth_decoder.places(positions, span=config.num_codebooks)
-        x = torch.cat((model.project(last_hidden).unsqueeze(1), embedded), dim=1)
+        x = torch.cat((model.enter_depth(hidden[:, -frames:]).transpose(0, 1), embedded), dim=1)
         depth_hidden = model.depth_decoder(x, depth_cache, at)
         for codebook in range(1, config.num_codebooks):
-            ours_logits = model.logits(codebook, depth_hidden[:, codebook])
+            ours_logits = model.logits(codebook, depth_hidden[:, codebook : codebook + 1]).squeeze(1)
             expected_logits = expected_depth[:, codebook - 1, : config.codebook_size]
             torch.testing.assert_close(ours_logits, expected_logits, atol=1e-4, rtol=0)
 

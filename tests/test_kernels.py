@@ -70,8 +70,8 @@ class TestCacheOps:
         angle = position[..., None] * 0.1 ** torch.arange(head_dim // 2, dtype=torch.float64)
         poison = torch.full((batch, num_kv_heads, span, head_dim), math.nan, dtype=dtype)
         k_cache, v_cache = poison.clone(), poison.clone()
-        turn = torch.polar(torch.ones_like(angle), angle)
-        turn = turn if dtype == torch.float64 else turn.to(torch.complex64)
+        turn = torch.stack((angle.cos(), angle.sin()), dim=-1)
+        turn = turn if dtype == torch.float64 else turn.float()
         q = rope_cache(qkv, turn, k_cache, v_cache, torch.arange(batch)[:, None], position)
 
         def turned(x):
@@ -97,7 +97,7 @@ class TestCacheOps:
         hidden = torch.arange(span) > position[..., None]
         bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -math.inf)
         k[:, :, span:], v[:, :, span:] = 1e4, 1e4  # beyond the span: must not be looked at
-        mixed = attention(q, k, v, bias)
+        mixed = attention(q, k, v, bias, position)
         for b in range(batch):
             for t in range(rows):
                 for h in range(num_heads):

@@ -1,12 +1,15 @@
 """Philox against published vectors, and sampling against the distribution it should have."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csm import SamplingError, SamplingParams
-from csm.sampling import gumbel_noise, philox, sample, tempered
+from csm.kernels.sample import draw as draw_ids
+from csm.kernels.sample import gumbel_noise, philox, tempered
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, result.
 VECTORS = [
@@ -65,7 +68,8 @@ def test_noise_of_a_slot_does_not_depend_on_its_batch():
 
 @pytest.mark.parametrize("random", [0, 2**32 - 1])
 def test_noise_is_finite_at_the_ends(random, monkeypatch):
-    monkeypatch.setattr("csm.sampling.philox", lambda counter, key: (torch.full((1, 1, 1), random),) * 4)
+    module = sys.modules["csm.kernels.sample"]  # the package's attribute of that name is the op
+    monkeypatch.setattr(module, "philox", lambda counter, key: (torch.full((1, 1, 1), random),) * 4)
     assert torch.isfinite(gumbel_noise(torch.tensor([0]), torch.tensor([0]), 1, 4)).all()
 
 
@@ -84,7 +88,7 @@ def draw_rows(logits_BV, seed_B, temperature_B, top_k_B):
     """One draw a row, as the step does it for codebook 0 of frame 0."""
     noise_BKV = gumbel_noise(seed_B, torch.zeros_like(seed_B), 1, logits_BV.shape[1])
     noise_BKV, divisor_B1 = tempered(noise_BKV, temperature_B)
-    return sample(logits_BV, noise_BKV[:, 0], divisor_B1, top_k_B.clamp(max=logits_BV.shape[1]))
+    return draw_ids(logits_BV, noise_BKV[:, 0], divisor_B1, top_k_B.clamp(max=logits_BV.shape[1]))
 
 
 def draw(logits, count, temperature, top_k):

@@ -1,0 +1,187 @@
+"""From logits to a code: temperature, top-k, and noise that depends on a counter instead of a generator's state.
+
+``draw_noise`` once a frame, then ``sample`` for each codebook. In PyTorch the noise of all codebooks is computed at
+once, since ten rounds of Philox are a hundred launches; the kernel computes its own, before it waits for the logits.
+
+Shapes: B slots, K codebooks, V ids (a codebook's size), D depth decoder dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from csm.kernels.launch import jit, kernels_run, launch, power_of_two, tl
+from csm.kernels.tiles import wait_for_inputs
+
+# Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+WORD = 0xFFFFFFFF
+
+MIN_TEMPERATURE = 1e-6  # a divisor that keeps float32 finite; 0 itself means greedy
+
+
+class Noise(NamedTuple):
+    """What a frame's draws depend on; ``noise_BKV`` and ``divisor_B1`` only where PyTorch draws."""
+
+    seed_B: Tensor
+    frame_B: Tensor
+    temperature_B: Tensor
+    top_k_B: Tensor
+    noise_BKV: Tensor | None
+    divisor_B1: Tensor | None
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four counter words and two key words to four random words.
+
+    Every word is an int64 tensor that holds an unsigned 32-bit value; all broadcast together. The 64-bit products wrap
+    around as two's complement does, so that shifting and masking give their upper and lower halves.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = c0 * PHILOX_M0, c2 * PHILOX_M1
+        high0, high1 = (product0 >> 32) & WORD, (product1 >> 32) & WORD
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & WORD, high0 ^ c3 ^ k1, product0 & WORD
+        k0, k1 = (k0 + PHILOX_W0) & WORD, (k1 + PHILOX_W1) & WORD
+    return c0, c1, c2, c3
+
+
+def gumbel_noise(seed_B: Tensor, frame_B: Tensor, num_codebooks: int, codebook_size: int) -> Tensor:
+    """Standard Gumbel noise of all codebooks of a frame: (B, K, V) float32.
+
+    Philox keyed by the seed; the counter is (id // 4, codebook, frame, 0), and word ``id % 4`` of the output belongs to
+    ``id``. A word's upper 23 bits, centred in their interval, give a uniform number strictly within 0 and 1 that
+    float32 holds exactly.
+    """
+    device = seed_B.device
+    quad_V = torch.arange(-(-codebook_size // 4), device=device)
+    codebook_K1 = torch.arange(num_codebooks, device=device).unsqueeze(1)
+    seed_B11, frame_B11 = seed_B.view(-1, 1, 1), frame_B.view(-1, 1, 1)
+    counter = (quad_V, codebook_K1, frame_B11, torch.zeros_like(frame_B11))
+    words = philox(counter, (seed_B11 & WORD, (seed_B11 >> 32) & WORD))
+    word_BKV = torch.stack(words, dim=-1).flatten(-2)[..., :codebook_size]
+    uniform_BKV = ((word_BKV >> 9).float() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform_BKV))
+
+
+def tempered(gumbel_BKV: Tensor, temperature_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The noise and the divisor of the logits, (B, 1), at each slot's temperature: none and 1 where it is greedy."""
+    greedy_B = temperature_B == 0
+    noise_BKV = gumbel_BKV.masked_fill(greedy_B.view(-1, 1, 1), 0.0)
+    return noise_BKV, temperature_B.clamp(min=MIN_TEMPERATURE).masked_fill(greedy_B, 1.0).unsqueeze(1)
+
+
+def draw(logits_BV: Tensor, noise_BV: Tensor, divisor_B1: Tensor, top_k_B: Tensor) -> Tensor:
+    """Draw one id a slot: (B, V) -> (B,) int64, with noise and divisor from ``tempered`` and top-k within 1 and V.
+
+    The argmax of ``logits / temperature + gumbel`` over the top k logits is a draw from their softmax (Gumbel-max).
+    """
+    logits_BV = logits_BV.float()
+    rank_B1 = (top_k_B - 1).unsqueeze(1)
+    kth_B1 = logits_BV.sort(dim=1, descending=True).values.gather(1, rank_B1)
+    key_BV = torch.addcdiv(noise_BV, logits_BV, divisor_B1)
+    return key_BV.masked_fill(logits_BV < kth_B1, -torch.inf).argmax(dim=1)
+
+
+def draw_noise(
+    seed_B: Tensor,
+    frame_B: Tensor,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    num_codebooks: int,
+    codebook_size: int,
+    head_VD: Tensor,
+) -> Noise:
+    """What ``sample`` needs for every codebook of a frame. ``head_VD`` tells what logits there will be, and where."""
+    if kernels_run(head_VD, seed_B.shape[0]):
+        return Noise(seed_B, frame_B, temperature_B, top_k_B, None, None)
+    gumbel_BKV = gumbel_noise(seed_B, frame_B, num_codebooks, codebook_size)
+    return Noise(seed_B, frame_B, temperature_B, top_k_B, *tempered(gumbel_BKV, temperature_B))
+
+
+@jit
+def slot_noise(seed, frame, codebook, temperature, BLOCK_V: tl.constexpr):
+    """``gumbel_noise`` of one slot and codebook, none where it is greedy: (BLOCK_V,) float32."""
+    w0_Q, w1_Q, w2_Q, w3_Q = tl.philox(seed, tl.arange(0, BLOCK_V // 4), codebook, frame.to(tl.int32), 0)
+    word_V = tl.interleave(tl.interleave(w0_Q, w2_Q), tl.interleave(w1_Q, w3_Q))
+    uniform_V = ((word_V >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2**-23
+    return tl.where(temperature == 0, 0.0, -tl.log(-tl.log(uniform_V)))
+
+
+@jit
+def best_id(key_V, logit_V):
+    """The id with the largest key, and how many logits are larger than its own."""
+    code = tl.argmax(key_V, axis=0)
+    own = tl.max(tl.where(tl.arange(0, key_V.shape[0]) == code, logit_V, -float("inf")), axis=0)
+    return code, tl.sum((logit_V > own).to(tl.int32), axis=0)
+
+
+@jit(do_not_specialize=["codebook"])
+def sample_slot(
+    logits_ptr,
+    seed_ptr,
+    frame_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    codes_ptr,
+    table_ptr,
+    out_ptr,
+    codebook,
+    logits_stride,
+    codes_stride,
+    V: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EMBED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The id with the best key belongs to the top k if fewer than k logits are larger than its own; else it is struck
+    off, and the next best is looked at. Nearly always the first will do: no sort is needed."""
+    slot = tl.program_id(0)
+    temperature = tl.load(temperature_ptr + slot)
+    noise_V = slot_noise(tl.load(seed_ptr + slot), tl.load(frame_ptr + slot), codebook, temperature, BLOCK_V)
+    divisor = tl.where(temperature == 0, 1.0, tl.maximum(temperature, 1e-6))  # MIN_TEMPERATURE
+    top_k = tl.load(top_k_ptr + slot)
+    wait_for_inputs(PDL)
+
+    v_V = tl.arange(0, BLOCK_V)
+    logit_V = tl.load(logits_ptr + slot * logits_stride + v_V, mask=v_V < V, other=-float("inf")).to(tl.float32)
+    key_V = tl.where(v_V < V, noise_V + tl.math.div_rn(logit_V, divisor), -float("inf"))
+    code, better = best_id(key_V, logit_V)
+    struck = 0
+    while (better >= top_k) & (struck < V):
+        key_V = tl.where(v_V == code, -float("inf"), key_V)
+        code, better = best_id(key_V, logit_V)
+        struck += 1
+    tl.store(codes_ptr + slot * codes_stride + codebook, code.to(tl.int64))
+    if EMBED:
+        d_D = tl.arange(0, BLOCK_D)
+        row_D = tl.load(table_ptr + code * D + d_D, mask=d_D < D, other=0.0)
+        tl.store(out_ptr + slot * D + d_D, row_D, mask=d_D < D)
+
+
+def sample(logits_BV: Tensor, codebook: int, noise: Noise, codes_BK: Tensor, table_VD: Tensor | None) -> Tensor | None:
+    """Draw a codebook's code of every slot into ``codes_BK[:, codebook]``.
+
+    Returns the rows of ``table_VD`` that were drawn, (B, D): what the next pass reads. None without a table.
+    """
+    if noise.noise_BKV is not None and noise.divisor_B1 is not None:
+        code_B = draw(logits_BV, noise.noise_BKV[:, codebook], noise.divisor_B1, noise.top_k_B)
+        codes_BK[:, codebook] = code_B
+        return None if table_VD is None else F.embedding(code_B, table_VD)
+    (B, V), D = logits_BV.shape, 1 if table_VD is None else table_VD.shape[1]
+    assert logits_BV.stride(1) == 1 and codes_BK.stride(1) == 1
+    out_BD = logits_BV.new_empty(B, D)
+    slots = (noise.seed_B, noise.frame_B, noise.temperature_B, noise.top_k_B)
+    tensors = (logits_BV, *slots, codes_BK, out_BD if table_VD is None else table_VD, out_BD)
+    sizes = dict(V=V, D=D, BLOCK_V=power_of_two(max(4, V)), BLOCK_D=power_of_two(D))
+    integers = (codebook, logits_BV.stride(0), codes_BK.stride(0))
+    launch(sample_slot, [B], *tensors, *integers, **sizes, EMBED=table_VD is not None)
+    return None if table_VD is None else out_BD

@@ -1,0 +1,94 @@
+"""What the kernels share: tiles of a weight matrix, normed rows, products.
+
+Two ways to multiply a few rows by a weight (N, K). *Rows* (up to 8): a program holds BLOCK_N whole rows of the weight,
+read once and, with programmatic dependent launch, before the kernel ahead has ended; then one row of ``x`` after the
+other is multiplied with it in float32, always in the same order, so that a row's result does not depend on how many
+there are. *Dots*: tensor cores, over blocks of K.
+"""
+
+from __future__ import annotations
+
+from csm.kernels.launch import INTERPRETED, gdc_launch_dependents, gdc_wait, jit, tl
+
+
+@jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Let the next kernel start, and wait until what the ones before wrote can be read."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@jit
+def weight_tile(weight_ptr, n_N, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows ``n_N`` of a weight (N, K), zeros beyond its edges: (BLOCK_N, BLOCK_K)."""
+    k_K = tl.arange(0, BLOCK_K)
+    mask_NK = (n_N < N)[:, None] & (k_K < K)[None, :]
+    return tl.load(weight_ptr + n_N[:, None] * K + k_K[None, :], mask=mask_NK, other=0.0)
+
+
+@jit
+def load_row(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A row of K elements, zeros beyond: (BLOCK_K,)."""
+    k_K = tl.arange(0, BLOCK_K)
+    return tl.load(x_ptr + k_K, mask=k_K < K, other=0.0)
+
+
+@jit
+def normed_row(x_K, norm_K, K: tl.constexpr, EPS: tl.constexpr):
+    """RMSNorm of a row, rounded where the reference rounds: (BLOCK_K,) float32."""
+    wide_K = x_K.to(tl.float32)
+    scale = tl.math.rsqrt(tl.sum(wide_K * wide_K, axis=0) / K + EPS)
+    rounded_K = (wide_K * scale).to(x_K.dtype).to(tl.float32)
+    return (rounded_K * norm_K.to(tl.float32)).to(x_K.dtype).to(tl.float32)
+
+
+@jit
+def product(weight_NK, x_K):
+    """A tile of a weight times a row: (BLOCK_N,) float32."""
+    return tl.sum(weight_NK.to(tl.float32) * x_K[None, :], axis=1)
+
+
+@jit
+def norm_scales(x_ptr, stride, m_M, ROWS: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """1 / RMS of each of the rows ``m_M``: (M,) float32."""
+    total_M = tl.zeros_like(m_M).to(tl.float32)
+    for first in range(0, K, BLOCK_K):
+        k_K = first + tl.arange(0, BLOCK_K)
+        mask_MK = (m_M < ROWS)[:, None] & (k_K < K)[None, :]
+        x_MK = tl.load(x_ptr + m_M[:, None] * stride + k_K[None, :], mask=mask_MK, other=0.0).to(tl.float32)
+        total_M += tl.sum(x_MK * x_MK, axis=1)
+    return tl.math.rsqrt(total_M / K + EPS)
+
+
+@jit
+def dots(
+    x_ptr,
+    stride,
+    scale_M,
+    norm_ptr,
+    weight_ptr,
+    m_M,
+    n_N,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Rows ``m_M`` of x, normed by ``scale_M`` if NORM, times rows ``n_N`` of a weight (N, K): (M, BLOCK_N) float32."""
+    acc_MN = tl.zeros((m_M.shape[0], n_N.shape[0]), dtype=tl.float32)
+    for first in range(0, K, BLOCK_K):
+        k_K = first + tl.arange(0, BLOCK_K)
+        mask_MK = (m_M < ROWS)[:, None] & (k_K < K)[None, :]
+        x_MK = tl.load(x_ptr + m_M[:, None] * stride + k_K[None, :], mask=mask_MK, other=0.0)
+        if NORM:
+            norm_K = tl.load(norm_ptr + k_K, mask=k_K < K, other=0.0).to(tl.float32)
+            rounded_MK = (x_MK.to(tl.float32) * scale_M[:, None]).to(x_MK.dtype).to(tl.float32)
+            x_MK = (rounded_MK * norm_K[None, :]).to(x_MK.dtype)
+        mask_KN = (k_K < K)[:, None] & (n_N < N)[None, :]
+        weight_KN = tl.load(weight_ptr + n_N[None, :] * K + k_K[:, None], mask=mask_KN, other=0.0)
+        if INTERPRETED:
+            x_MK, weight_KN = x_MK.to(tl.float32), weight_KN.to(tl.float32)
+        acc_MN = tl.dot(x_MK, weight_KN, acc_MN, input_precision="ieee")
+    return acc_MN
