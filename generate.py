@@ -50,6 +50,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--model",
         help=f"hub name[@revision], folder, or tiny (default: {DEFAULT_MODEL} where it can be had, else tiny)",
     )
+    parser.add_argument("--lora", type=Path, help="folder of an adapter for the model (python -m csm finetune --lora)")
     parser.add_argument("--codec", type=Path, help="Mimi weights in Kyutai's layout (default: the checkpoint's own)")
     parser.add_argument("--out", type=Path, default=Path("out.wav"), help="the WAV file to write (default: out.wav)")
     parser.add_argument("--speaker", type=int, default=0, help="speaker id (default: 0)")
@@ -91,20 +92,21 @@ def read_reference(args: argparse.Namespace) -> Segment | None:
 
 
 def load(args: argparse.Namespace) -> Generator:
-    """The generator that was asked for, its codec loaded; only where no model was named may the tiny one stand in."""
+    """The generator that was asked for, its codec loaded; only where none was named may the tiny one stand in."""
     device = None if args.device == "auto" else args.device
 
-    def from_pretrained(name: str, codec: Path | None = None) -> Generator:
-        generator = Generator.from_pretrained(name, device, DTYPES.get(args.dtype), codec, progress=not args.quiet)
+    def from_pretrained(name: str, codec: Path | None = None, lora: Path | None = None) -> Generator:
+        dtype = DTYPES.get(args.dtype)
+        generator = Generator.from_pretrained(name, device, dtype, codec, progress=not args.quiet, lora=lora)
         _ = generator.codec  # now, not in the first utterance's time
         return generator
 
     if args.quiet:
         disable_progress_bars()
     try:
-        generator = from_pretrained(args.model or DEFAULT_MODEL, args.codec)
+        generator = from_pretrained(args.model or DEFAULT_MODEL, args.codec, args.lora)
     except UnavailableError as error:
-        if args.model is not None:
+        if args.model is not None or args.lora is not None:
             raise
         print(f"WARNING: no CSM-1B: {error}", file=sys.stderr)
         print(f"WARNING: falling back to the embedded checkpoint; {TINY_NOTE}", file=sys.stderr)

@@ -22,6 +22,7 @@ from csm.codec import Codec, check_codes
 from csm.config import CSMConfig
 from csm.engine import Engine, Frame, Request
 from csm.errors import AudioError, CheckpointError, CSMError, PromptError, RoomWarning, SamplingError
+from csm.lora import load_adapter
 from csm.model import CSM
 from csm.prompt import Segment, TextTokenizer, build_prompt, check_length
 from csm.sampling import SamplingParams
@@ -56,6 +57,7 @@ class Generator:
         dtype: torch.dtype | None = None,
         codec: str | Path | None = None,
         progress: bool = True,
+        lora: str | Path | None = None,
     ) -> Generator:
         """Load a checkpoint.
 
@@ -66,6 +68,7 @@ class Generator:
             dtype: of the weights; None is bfloat16 on a GPU and float32 on a CPU.
             codec: a file of Mimi weights in Kyutai's layout; None is the checkpoint's own, else Kyutai's from the hub.
             progress: show a bar where loading takes more than a second.
+            lora: the folder of an adapter (``python -m csm finetune --lora``), which is merged into the weights.
 
         Raises:
             CheckpointError: it is damaged or of another shape; the message names the file and the tensor.
@@ -77,6 +80,8 @@ class Generator:
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         checkpoint = open_checkpoint(name)
         model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, where, dtype, progress), where)
+        if lora is not None:
+            load_adapter(lora, checkpoint.config).merge(model)
         return cls(checkpoint, model, codec)
 
     @property

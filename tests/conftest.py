@@ -28,6 +28,15 @@ def tiny():
     return Generator.from_pretrained("tiny", device="cpu")
 
 
+@pytest.fixture
+def one_thread():
+    """Two threads gain nothing on matrices this small, and lose much where other work has the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # config.json of sesame/csm-1b in its first form.
 OLD_CONFIG = {
     "backbone_flavor": "llama-1B",

@@ -5,6 +5,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,10 @@ import sphn
 
 import csm
 import generate
+from csm.__main__ import main, parse_arguments
+from csm.lora import Lora, LoraConfig, save_adapter
+from csm.weights.make_tiny import CONFIG
+from micro import write_data
 
 ROOT = Path(generate.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -28,8 +33,8 @@ def short(monkeypatch, tiny):
     """A quarter of a second whatever was asked for, from the embedded checkpoint."""
     whole = csm.Generator._request
 
-    def shortened(self, text, speaker=0, context=(), max_audio_length_ms=0, *rest):
-        return whole(self, text, speaker, context, 240, *rest)
+    def shortened(self, text, speaker=0, context=(), max_audio_length_ms=0, *rest, **options):
+        return whole(self, text, speaker, context, 240, *rest, **options)
 
     monkeypatch.setattr(csm.Generator, "_request", shortened)
 
@@ -53,10 +58,28 @@ def shell_lines():
 @pytest.mark.parametrize("line", [line for line in shell_lines() if "generate.py" in line])
 def test_generate_lines(line, short, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    save_adapter(Lora(CONFIG, LoraConfig()), Path("run/adapter"))
     python, script, *args = shlex.split(HUB_NAME.sub("tiny", line))
     assert (python, script) == (".venv/bin/python", "generate.py")
     assert generate.main(args) == 0
     assert "s of audio" in capsys.readouterr().out
+
+
+def test_training_and_measuring_lines(short, one_thread, tmp_path, monkeypatch, capsys):
+    """In their order, on recordings of noise, for two steps."""
+    monkeypatch.chdir(tmp_path)
+    write_data(Path("voice"))
+    lines = [line for line in shell_lines() if " -m csm " in line]
+    assert [shlex.split(line)[3] for line in lines] == ["finetune", "eval"]
+    for line in lines:
+        python, option, package, command, *args = shlex.split(HUB_NAME.sub("tiny", line))
+        assert (python, option, package) == (".venv/bin/python", "-m", "csm")
+        if command == "eval" and not all(find_spec(name) for name in ("moonshine_voice", "resemblyzer", "jiwer")):
+            pytest.skip("the extra eval is missing")
+        more = {"finetune": ["--steps", "2"], "eval": ["--limit", "2"]}[command]
+        assert main([command, *args, *more, "--device", "cpu", "--quiet"]) == 0
+    assert Path("run/adapter/adapter.safetensors").is_file()
+    assert "| recordings | 2 |" in capsys.readouterr().out
 
 
 def test_every_make_target_that_is_named_exists():
@@ -81,7 +104,24 @@ def test_two_speakers(short, tiny, tmp_path, monkeypatch):
     assert (samples.shape, rate) == ((1, 3 * 3 * 1920), 24_000)
 
 
-def test_help_names_every_option():
+def test_help_names_every_option(capsys):
     run = subprocess.run([sys.executable, ROOT / "generate.py", "--help"], capture_output=True, text=True, check=True)
-    for option in re.findall(r"--[a-z][a-z-]+", README):
-        assert option in run.stdout, option
+    for command in ("finetune", "eval"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+    known = run.stdout + capsys.readouterr().out
+    for document in (README, (ROOT / "docs" / "finetune.md").read_text()):
+        for option in re.findall(r"--[a-z][a-z-]+", document):
+            assert option in known or option == "--nproc-per-node", option
+
+
+def test_the_guide_to_training_shows_options_that_exist():
+    """Its commands parse, whatever stands for the data."""
+    guide = (ROOT / "docs" / "finetune.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", guide, flags=re.DOTALL)
+    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if " -m csm " in line]
+    assert len(commands) == 6
+    for line in commands:
+        words = shlex.split(line)
+        arguments = [word for word in words[words.index("csm") + 1 :] if word != "..."]
+        assert parse_arguments(arguments).run

@@ -18,11 +18,15 @@ LAYERS = [
     {"csm.audio", "csm.graph", "csm.kernels", "csm.weights"},
     {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt"},
     {"csm.model"},
+    {"csm.lora"},
     {"csm.frame"},
     {"csm.prefill"},
     {"csm.engine"},
     {"csm.generator"},
+    {"csm.finetune"},
+    {"csm.evaluate"},
     {"csm"},
+    {"csm.__main__"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
@@ -32,8 +36,17 @@ def package_of(name):
     return ".".join(name.split(".")[:2])
 
 
+FOLDERS = {
+    "csm": "csm",
+    "csm/evaluate": "csm.evaluate",
+    "csm/finetune": "csm.finetune",
+    "kernels": "csm.kernels",
+    "weights": "csm.weights",
+}
+
+
 def modules():
-    for folder, package in (("csm", "csm"), ("kernels", "csm.kernels"), ("weights", "csm.weights")):
+    for folder, package in FOLDERS.items():
         for path in sorted((ROOT / folder).glob("*.py")):
             yield path, package if path.stem == "__init__" else f"{package}.{path.stem}"
 

@@ -29,6 +29,9 @@ def test_only_csm_is_at_the_top(wheel):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"csm"}
     for part in (
+        "csm/__main__.py",
+        "csm/evaluate/command.py",
+        "csm/finetune/train.py",
         "csm/kernels/attention.py",
         "csm/weights/hub.py",
         "csm/weights/tiny/model.safetensors",

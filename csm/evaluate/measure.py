@@ -1,0 +1,173 @@
+"""Speech before the recogniser: a manifest's recordings, the same through the codec, and what a model says."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from csm.audio import WavWriter, read_audio
+from csm.errors import CSMError, RoomWarning
+from csm.evaluate.listen import Recogniser, SpeakerEncoder, similarity
+from csm.evaluate.words import word_errors
+from csm.generator import Generator
+from csm.prompt import Segment
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """What is to be said, by whom, and the recording of it, where there is one."""
+
+    text: str
+    speaker: int = 0
+    audio: Path | None = None
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What came of one sentence. ``length_ratio`` is against its recording, ``similar`` to the reference's voice."""
+
+    text: str
+    heard: str
+    errors: int
+    words: int
+    seconds: float
+    seed: int | None = None
+    ended: bool | None = None
+    length_ratio: float | None = None
+    similar: float | None = None
+
+
+@dataclass(frozen=True)
+class Speaking:
+    """How a model is made to speak. ``context`` is heard before every sentence."""
+
+    seeds: int = 1
+    temperature: float = 0.9
+    top_k: int = 50
+    max_seconds: float = 20.0
+    batch: int = 4
+    context: tuple[Segment, ...] = ()
+
+
+class Ears:
+    """Recogniser and speaker encoder, and the voices of recordings that were heard before."""
+
+    def __init__(self, reference: Path | None = None):
+        self._recogniser, self._encoder = Recogniser(), SpeakerEncoder()
+        self._reference = reference
+        self._voices: dict[Path, np.ndarray | None] = {}
+
+    def hear(
+        self,
+        sentence: Sentence,
+        audio: Tensor,
+        sample_rate: int,
+        seed: int | None = None,
+        ended: bool | None = None,
+        compare: bool = True,
+    ) -> Heard:
+        """A sentence as it sounded. Its voice and length are compared with its recording, or the reference, if any."""
+        heard = self._recogniser.hear(audio, sample_rate)
+        errors, words = word_errors(sentence.text, heard)
+        seconds = audio.shape[-1] / sample_rate
+        ratio = similar = None
+        if compare and sentence.audio is not None:
+            recorded, rate = read_audio(sentence.audio)
+            ratio = seconds / (recorded.shape[-1] / rate)
+        voice_of = self._reference or sentence.audio
+        if compare and voice_of is not None:
+            similar = similarity(self._encoder.embed(audio, sample_rate), self._voice(voice_of))
+        return Heard(sentence.text, heard, errors, words, seconds, seed, ended, ratio, similar)
+
+    def _voice(self, path: Path) -> np.ndarray | None:
+        if path not in self._voices:
+            self._voices[path] = self._encoder.embed(*read_audio(path))
+        return self._voices[path]
+
+
+def recordings(ears: Ears, sentences: Sequence[Sentence], progress: bool = True) -> list[Heard]:
+    """The recogniser's floor: the recordings themselves."""
+
+    def one(sentence: Sentence) -> Heard:
+        assert sentence.audio is not None
+        audio, rate = read_audio(sentence.audio)
+        return ears.hear(sentence, audio, rate, compare=False)
+
+    return [one(sentence) for sentence in _bar(sentences, "recordings", progress)]
+
+
+def through_codec(
+    ears: Ears, generator: Generator, sentences: Sequence[Sentence], progress: bool = True
+) -> list[Heard]:
+    """The codec's floor: the recordings, encoded and decoded."""
+
+    def one(sentence: Sentence) -> Heard:
+        assert sentence.audio is not None
+        audio = generator.decode(generator.encode(*read_audio(sentence.audio)))
+        return ears.hear(sentence, audio, generator.sample_rate)
+
+    return [one(sentence) for sentence in _bar(sentences, "codec", progress)]
+
+
+def speech(
+    ears: Ears,
+    generator: Generator,
+    sentences: Sequence[Sentence],
+    how: Speaking,
+    keep: Path | None = None,
+    progress: bool = True,
+) -> list[Heard]:
+    """Every sentence from every seed, in batches; ``keep`` is a folder for what was said."""
+    jobs = [(sentence, seed) for seed in range(how.seeds) for sentence in sentences]
+    chunks = [jobs[first : first + how.batch] for first in range(0, len(jobs), how.batch)]
+    found: list[Heard] = []
+    for chunk in _bar(chunks, "speech", progress):
+        for (sentence, seed), (audio, ended) in zip(chunk, _speak(generator, chunk, how), strict=True):
+            if keep is not None:
+                _write(keep / f"{len(found):04d}-seed{seed}.wav", audio, generator.sample_rate)
+            found.append(ears.hear(sentence, audio, generator.sample_rate, seed, ended))
+    return found
+
+
+def _speak(generator: Generator, jobs: Sequence[tuple[Sentence, int]], how: Speaking) -> Iterator[tuple[Tensor, bool]]:
+    """Samples of each job, and whether the speech ended by itself."""
+    requests = [
+        {
+            "text": sentence.text,
+            "speaker": sentence.speaker,
+            "context": how.context,
+            "max_audio_length_ms": how.max_seconds * 1000,
+            "temperature": how.temperature,
+            "topk": how.top_k,
+            "seed": seed,
+        }
+        for sentence, seed in jobs
+    ]
+    frame_seconds = generator.codec.frame_size / generator.sample_rate
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RoomWarning)  # what ends for want of positions has not ended by itself
+        try:
+            spoken = generator.generate_codes_batch(requests)
+        except RoomWarning as warning:
+            raise CSMError(f"{warning}: give a smaller --max-seconds") from warning
+    for codes_TK in spoken:
+        ended = (codes_TK.shape[0] + 1) * frame_seconds <= how.max_seconds + 1e-6
+        yield (generator.decode(codes_TK) if len(codes_TK) else torch.zeros(0)), ended
+
+
+def _write(path: Path, audio: Tensor, sample_rate: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with WavWriter(path) as wav:
+        wav.begin(sample_rate)
+        wav.write(audio)
+
+
+def _bar(items: Sequence, what: str, progress: bool) -> tqdm:
+    return tqdm(items, desc=what, disable=None if progress else True)

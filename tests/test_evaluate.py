@@ -1,0 +1,202 @@
+"""``python -m csm eval``: words counted by hand, recordings made by Debian's synthesizers, and what is refused."""
+
+import json
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sphn
+import torch
+
+from csm import CSMError, read_audio
+from csm.__main__ import main
+from csm.evaluate.measure import Heard
+from csm.evaluate.report import summary, table
+from csm.evaluate.words import normalise, word_errors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+needs_words = pytest.mark.skipif(
+    not all(find_spec(name) for name in ("jiwer", "num2words")), reason="the extra eval is missing"
+)
+needs_ears = pytest.mark.skipif(
+    not all(find_spec(name) for name in ("moonshine_voice", "resemblyzer", "jiwer", "num2words")),
+    reason="the extra eval is missing",
+)
+SENTENCES = (
+    "He wrote a letter to his friend.",
+    "There is nothing new under the sun.",
+    "The train leaves at half past 7.",
+    "Good morning to all of you.",
+)
+
+
+@needs_words
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("The Cat's whiskers -- 3 of them!", "the cats whiskers three of them"),
+        ("Dr. Smith paid $5, i.e. 20% more…", "doctor smith paid five dollars i e twenty percent more"),
+        ("On the 21st, 1,204 naïve cafés", "on the twenty first one thousand two hundred and four naive cafes"),
+        ("well-known; “quoted” don’t", "well known quoted dont"),
+        ("3.5 & 7", "three point five and seven"),
+        ("?!", ""),
+    ],
+)
+def test_words_as_they_are_said(written, said):
+    assert normalise(written) == said
+
+
+@needs_words
+@pytest.mark.parametrize(
+    ("said", "heard", "errors", "words"),
+    [
+        ("The cat sat on the mat.", "the cat sat on the mat", 0, 6),
+        ("The cat sat on the mat.", "The bat sat on the mat", 1, 6),
+        ("The cat sat on the mat.", "cat sat on the mat you", 2, 6),
+        ("The cat sat on the mat.", "", 6, 6),
+        ("One.", "and 1 or two", 3, 1),
+        ("At half past seven", "at half past 7.", 0, 4),
+    ],
+)
+def test_errors_counted_by_hand(said, heard, errors, words):
+    assert word_errors(said, heard) == (errors, words)
+
+
+@needs_words
+def test_a_sentence_without_words_is_refused():
+    with pytest.raises(CSMError, match="no word to recognise"):
+        word_errors("...", "hello")
+
+
+def test_a_summary_is_over_words_not_over_sentences():
+    heard = [
+        Heard("a", "a", errors=0, words=9, seconds=2.0, seed=0, ended=True, length_ratio=1.0, similar=0.5),
+        Heard("b", "c", errors=1, words=1, seconds=1.0, seed=0, ended=False, length_ratio=3.0, similar=None),
+        Heard("a", "a", errors=0, words=9, seconds=2.0, seed=1, ended=True, length_ratio=1.2, similar=0.7),
+        Heard("b", "b", errors=0, words=1, seconds=1.0, seed=1, ended=True, length_ratio=None, similar=None),
+    ]
+    values = summary(heard)
+    assert values["wer"] == pytest.approx(1 / 20)
+    assert values["wer_spread"] == pytest.approx(np.std([0.1, 0.0], ddof=1))
+    assert (values["ended"], values["length_ratio"], values["seconds"]) == (0.75, 1.2, 6.0)
+    assert values["similar"] == pytest.approx(0.6)
+    text = table({"speech": values, "recordings": summary([Heard("a", "a", 0, 9, 2.0)])}).splitlines()
+    columns = (
+        "utterances | word error rate | its spread over seeds | length ratio | ended by itself | same voice | seconds"
+    )
+    assert text[0] == f"| | {columns} |"
+    assert text[2] == "| speech | 4 | 5.0% | 7.1% | 1.20 | 75.0% | 0.60 | 6.0 |"
+    assert text[3] == "| recordings | 1 | 0.0% |  |  |  |  | 2.0 |"
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """A manifest of real speech, of a synthesizer's."""
+    flite = shutil.which("flite")
+    if flite is None:
+        pytest.skip("flite is not installed")
+    folder = tmp_path_factory.mktemp("spoken")
+    lines = []
+    for index, text in enumerate(SENTENCES):
+        subprocess.run([flite, "-voice", "slt", "-t", text, "-o", folder / f"{index}.wav"], check=True)
+        lines.append(json.dumps({"audio": f"{index}.wav", "text": text}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def evaluate(*arguments):
+    return main(["eval", *map(str, arguments), "--device", "cpu", "--quiet"])
+
+
+@needs_ears
+def test_recordings_codec_and_speech_in_one_table(spoken, tmp_path, capsys):
+    """The recogniser hears recordings nearly as written, and nothing in what random weights make of them."""
+    options = ["--recordings", "--codec", "--model", "tiny", "--seeds", 2, "--limit", 3, "--max-seconds", 1]
+    options.append("--keep-audio")
+    assert evaluate("--data", spoken, "--out", tmp_path / "eval", *options) == 0
+    text = capsys.readouterr().out
+    print("\n" + text)
+    values = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    found = values["summary"]
+    assert list(found) == ["recordings", "codec", "speech"]
+    assert [found[kind]["utterances"] for kind in found] == [3, 3, 6]
+    assert found["recordings"]["wer"] < 0.15 < 0.7 < found["codec"]["wer"]
+    assert found["speech"]["wer"] > 0.7
+    assert found["codec"]["length_ratio"] == pytest.approx(1, abs=0.06)  # up to a frame is added
+    assert 0 <= found["speech"]["ended"] <= 1
+    assert all(one["heard"] for one in values["utterances"]["recordings"])
+    wavs = sorted((tmp_path / "eval" / "speech").iterdir())
+    assert [wav.name for wav in wavs] == [f"{n:04d}-seed{n // 3}.wav" for n in range(6)]
+    for one, wav in zip(values["utterances"]["speech"], wavs, strict=True):
+        assert one["seconds"] == pytest.approx(read_audio(wav)[0].shape[-1] / 24_000)
+    assert (tmp_path / "eval" / "eval.md").read_text().strip() == text.strip()
+
+
+@needs_ears
+def test_what_is_heard_does_not_depend_on_what_was_heard_before(spoken):
+    from csm.evaluate.listen import Recogniser
+
+    recogniser = Recogniser()
+    clips = [read_audio(spoken / f"{index}.wav") for index in range(3)]
+    first = [recogniser.hear(*clip) for clip in clips]
+    assert [recogniser.hear(*clip) for clip in reversed(clips)] == first[::-1]
+    assert recogniser.hear(torch.zeros(0), 24_000) == ""
+
+
+@needs_ears
+def test_voices(spoken, tmp_path):
+    """The same voice is closer than another's, and what has no samples has no voice."""
+    from csm.evaluate.listen import SpeakerEncoder, similarity
+
+    subprocess.run(["flite", "-voice", "rms", "-t", SENTENCES[0], "-o", tmp_path / "rms.wav"], check=True)
+    encoder = SpeakerEncoder()
+    one, same, other = (
+        encoder.embed(*read_audio(path)) for path in (spoken / "0.wav", spoken / "1.wav", tmp_path / "rms.wav")
+    )
+    print(f"\nthe same voice {similarity(one, same):.2f}, another {similarity(one, other):.2f}")
+    assert similarity(one, same) > similarity(one, other) + 0.1
+    assert similarity(one, one) == pytest.approx(1, abs=1e-5)
+    assert encoder.embed(torch.zeros(0), 24_000) is None
+    assert similarity(one, None) is None
+
+
+@needs_ears
+def test_sentences_from_a_file_with_a_reference(spoken, tmp_path, capsys):
+    (tmp_path / "sentences.txt").write_text("One for all.\n\nAll for one.\n")
+    reference = ["--ref", spoken / "0.wav", "--ref-text", SENTENCES[0]]
+    out = tmp_path / "eval"
+    options = ["--model", "tiny", "--max-seconds", 0.8, "--out", out]
+    assert evaluate("--sentences", tmp_path / "sentences.txt", *reference, *options) == 0
+    values = json.loads((out / "eval.json").read_text())
+    assert [one["text"] for one in values["utterances"]["speech"]] == ["One for all.", "All for one."]
+    assert values["summary"]["speech"]["length_ratio"] is None
+    assert all(one["similar"] is not None for one in values["utterances"]["speech"])
+
+
+@needs_words
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "d"], "there is nothing to measure"),
+        (["--sentences", "s.txt", "--recordings"], "--recordings and --codec measure a manifest's own audio"),
+        (["--data", "d", "--codec"], "--codec measures the codec of a model"),
+        (["--sentences", "s.txt", "--model", "tiny", "--ref-text", "x"], "give both"),
+        (["--sentences", "s.txt", "--model", "tiny", "--seeds", 0], "--seeds must be at least 1"),
+        (["--sentences", "none.txt", "--model", "tiny"], "none.txt: cannot be read"),
+        (["--sentences", "s.txt", "--model", "tiny"], "no word to recognise in '...'"),
+        (["--data", "d", "--recordings"], "manifest.jsonl:1: no word to recognise in '?'"),
+        (["--model", "tiny"], "one of the arguments --sentences --data is required"),
+    ],
+)
+def test_what_cannot_be_measured(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("s.txt").write_text("Fine.\n...\n")
+    Path("d").mkdir()
+    sphn.write_wav("d/0.wav", np.random.default_rng(0).normal(size=24_000).astype("float32") / 9, 24_000)
+    Path("d/manifest.jsonl").write_text('{"audio": "0.wav", "text": "?"}\n')
+    assert evaluate(*arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("eval").exists()
