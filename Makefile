@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: demo test check fix slow fullsize kernels gpu tiny clean
+.PHONY: demo test check fix slow fullsize kernels gpu tiny voice clean
 
 demo: .venv/installed
 	$(BIN)/python generate.py --model tiny --text "Hello from a model that you can read in an evening." --max-seconds 4 --out out.wav
@@ -40,6 +40,17 @@ gpu: $(if $(GPU_PYTHON),,.venv/installed-bench)
 # The embedded checkpoint, made again from its seed.
 tiny: .venv/installed
 	$(BIN)/python -m csm.weights.make_tiny weights/tiny
+
+# The codec of the embedded voice from nothing: recordings by four voices of flite, which must be installed, an hour or
+# more of training on two cores, and its figures. Stopped, it goes on where it was.
+VOICE ?= voice
+RECIPE := $(BIN)/python -m csm.weights.recipe
+voice: .venv/installed-voice
+	$(RECIPE).recordings $(VOICE) --split train --count 10000
+	$(RECIPE).recordings $(VOICE) --split test --count 150
+	$(RECIPE).codec $(VOICE)/train.jsonl $(VOICE)/codec
+	$(RECIPE).export $(VOICE)/codec weights/tiny_codec
+	$(RECIPE).judge $(VOICE)/test.jsonl weights/tiny_codec --save
 
 clean:
 	rm -rf .venv .typecheck build csm.egg-info

@@ -27,12 +27,15 @@ LAYERS = [
     {"csm.evaluate"},
     {"csm"},
     {"csm.__main__"},
+    {"csm.weights.recipe"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
 
 def package_of(name):
     """csm.kernels.attention -> csm.kernels, csm.frame -> csm.frame, csm -> csm."""
+    if f"{name}.".startswith("csm.weights.recipe."):
+        return "csm.weights.recipe"
     return ".".join(name.split(".")[:2])
 
 
@@ -42,6 +45,7 @@ FOLDERS = {
     "csm/finetune": "csm.finetune",
     "kernels": "csm.kernels",
     "weights": "csm.weights",
+    "weights/recipe": "csm.weights.recipe",
 }
 
 

@@ -1,0 +1,218 @@
+"""How the embedded voice is made: its sentences, recordings and codec, at a size that trains in seconds."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sphn
+import torch
+
+from csm.codec import Codec
+from csm.weights.make_tiny import CODEC
+from csm.weights.recipe import shape
+from csm.weights.recipe.codec import Clips, MelLoss, Trainer, Training
+from csm.weights.recipe.export import export_codec
+from csm.weights.recipe.recordings import VOICES, Utterance, plan, read_manifest, record_all
+from csm.weights.recipe.sentences import number_in_words, plural, sentences, split_of, year_in_words
+
+FRAME = 1920
+
+
+def test_sentences_are_the_same_every_time_and_never_twice():
+    first = sentences("train", 500)
+    assert first == sentences("train", 500) == sentences("train", 600)[:500]
+    assert len(set(first)) == 500
+    assert sentences("train", 50, seed=1) != first[:50]
+
+
+def test_held_out_sentences_are_in_no_other_split():
+    held_out, train = set(sentences("test", 150)), set(sentences("train", 5000))
+    assert len(held_out) == 150
+    assert not held_out & train
+    assert split_of("The red door.") == split_of("the red door!")  # punctuation does not carry a sentence over
+
+
+def test_an_unknown_split_is_named():
+    with pytest.raises(ValueError, match="'tset'"):
+        sentences("tset", 1)
+
+
+def test_sentences_are_short_and_plain():
+    for sentence in sentences("train", 3000):
+        assert 1 <= len(sentence.split()) <= 18
+        assert not set("{}_0123456789|") & set(sentence), sentence
+        assert sentence[0].isupper() or sentence[0] == '"'
+        assert sentence[-1] in ".?!"
+
+
+def test_numbers_and_plurals_are_said_in_full():
+    said = {7: "seven", 40: "forty", 85: "eighty five", 300: "three hundred", 341: "three hundred forty one"}
+    assert {number: number_in_words(number) for number in said} == said
+    assert number_in_words(12_005) == "twelve thousand five"
+    years = {1984: "nineteen eighty four", 1905: "nineteen oh five", 2000: "two thousand", 2009: "two thousand nine"}
+    years |= {1800: "eighteen hundred", 2024: "twenty twenty four"}
+    assert {year: year_in_words(year) for year in years} == years
+    assert [plural(noun) for noun in ("box", "lady", "boy", "mouse")] == ["boxes", "ladies", "boys", "mice"]
+
+
+def test_training_sentences_take_turns_and_held_out_ones_have_every_voice():
+    assert [speaker for _, _, speaker in plan("train", 8)] == [0, 1, 2, 3] * 2
+    assert [speaker for _, _, speaker in plan("test", 2)] == [0, 1, 2, 3] * 2
+    assert len({text for _, text, _ in plan("test", 2)}) == 2
+
+
+@pytest.mark.skipif(shutil.which("flite") is None, reason="flite is not installed")
+def test_recordings_and_their_manifest(tmp_path):
+    manifest = record_all(tmp_path, "test", 1, workers=2)
+    lines = read_manifest(manifest)
+    assert [line.speaker for line in lines] == list(range(len(VOICES)))
+    for line in lines:
+        audio, rate = sphn.read(line.audio)
+        assert (audio.shape[0], rate) == (1, 24_000)
+        assert 0.5 < audio.shape[1] / rate < 12 and abs(audio).max() > 0.05
+    times = [Path(line.audio).stat().st_mtime_ns for line in lines]
+    before = manifest.read_text()
+    record_all(tmp_path, "test", 1, workers=2)  # nothing is read again
+    assert times == [Path(line.audio).stat().st_mtime_ns for line in lines]
+    assert manifest.read_text() == before
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """Four recordings that no synthesiser is needed for: gliding tones."""
+    folder = tmp_path_factory.mktemp("tones")
+    time = np.arange(2 * 24_000, dtype=np.float32) / 24_000
+    lines = []
+    for number in range(4):
+        sphn.write_wav(
+            str(folder / f"{number}.wav"), 0.3 * np.sin(2 * np.pi * (200 + 150 * number * time) * time), 24_000
+        )
+        lines.append({"audio": f"{number}.wav", "text": "-", "speaker": 0, "conversation": str(number), "order": 0})
+    path = folder / "tones.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+SMALL = replace(CODEC, num_filters=4, codebook_size=32, num_codebooks=4)
+TRAINING = Training(
+    steps=24,
+    warm_steps=4,
+    clips=2,
+    clip_frames=4,
+    warmup=1,
+    learning_rate=3e-3,
+    codebook_clips=32,
+    workers=1,
+    save_every=6,
+)
+
+
+def trainer(manifest, folder):
+    folder.mkdir(exist_ok=True)
+    return Trainer(SMALL, TRAINING, Clips(manifest, TRAINING.clip_frames * FRAME), folder)
+
+
+def test_manifest_paths_are_relative_to_it(manifest):
+    first = read_manifest(manifest)[0]
+    assert first == Utterance(str(manifest.parent / "0.wav"), "-", 0, "0", 0)
+
+
+def test_clips_come_from_one_recording_each(manifest):
+    clips = Clips(manifest, FRAME)
+    assert list(clips.ends) == [48_000, 96_000, 144_000, 192_000]
+    drawn = clips.draw(50, np.random.default_rng(0))
+    assert drawn.shape == (50, 1, FRAME)
+    assert torch.equal(drawn, clips.draw(50, np.random.default_rng(0)))
+    assert 0.2 < drawn.abs().max() <= 0.31
+
+
+def test_mel_loss_is_zero_for_the_same_and_grows_with_the_distance():
+    loss = MelLoss(24_000)
+    audio = 0.1 * torch.randn(2, 8000, generator=torch.Generator().manual_seed(0))
+    assert loss(audio, audio) == 0
+    assert 0 < loss(audio, 0.9 * audio) < loss(audio, 0.5 * audio) < loss(audio, torch.zeros_like(audio))
+
+
+def test_training_goes_on_as_if_it_had_not_stopped_and_the_loss_falls(manifest, tmp_path):
+    whole, part = trainer(manifest, tmp_path / "whole"), trainer(manifest, tmp_path / "part")
+    whole.run()
+    part.run(until=12)
+    resumed = trainer(manifest, tmp_path / "part")
+    assert (resumed.step, resumed.has_codebooks) == (12, True)
+    resumed.run()
+    for name, tensor in whole.mimi.state_dict().items():
+        assert torch.equal(tensor, resumed.mimi.state_dict()[name]), name
+    rows = (tmp_path / "whole" / "losses.csv").read_text().splitlines()
+    mel = [float(row.split(",")[3]) for row in rows[1:]]
+    assert len(mel) == 24
+    assert sum(mel[-4:]) < 0.9 * sum(mel[:4])
+
+
+def test_what_is_exported_decodes_as_what_was_trained(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr("csm.weights.recipe.export.CONFIG", SMALL)
+    run = trainer(manifest, tmp_path / "run")
+    run.run(until=10)
+    assert (tmp_path / "run" / "losses.csv").read_text().count("\n") == 11
+    audio = Clips(manifest, 10 * FRAME).draw(1, np.random.default_rng(0))[0, 0]
+    for number in (4, 3):
+        run.save()
+        export_codec(tmp_path / "run" / "checkpoint.pt", tmp_path / "out", number)
+        config, state = shape.load_codec(tmp_path / "out")
+        codec = Codec(config, number, state, torch.device("cpu"))
+        assert config == replace(SMALL, num_codebooks=number)
+        codes_TK = codec.encode(audio)
+        run.mimi.eval()
+        run.mimi.set_num_codebooks(number)
+        with torch.no_grad():
+            codes_1KT = run.mimi.encode(audio.view(1, 1, -1))
+            expected = run.mimi.decode(codes_TK.T[None])[0, 0]
+        assert (codes_TK == codes_1KT[0].T).float().mean() > 0.9  # float16 may move a few
+        assert (codec.decode(codes_TK) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_run_can_begin_with_an_exported_codec(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr("csm.weights.recipe.export.CONFIG", SMALL)
+    first = trainer(manifest, tmp_path / "first")
+    first.run(until=6)
+    export_codec(tmp_path / "first" / "checkpoint.pt", tmp_path / "out", SMALL.num_codebooks)
+    second = trainer(manifest, tmp_path / "second")
+    second.start_from(shape.load_codec(tmp_path / "out")[1])
+    begun = second.take_step()
+    assert begun["codebooks"] > 0
+    assert begun["mel"] < 0.95 * trainer(manifest, tmp_path / "third").take_step()["mel"]
+
+
+def test_codebooks_keep_no_graph(manifest, tmp_path):
+    """moshi replaces unused codes by latents: with their graph, every step's memory would stay."""
+    run = trainer(manifest, tmp_path / "run")
+    run.run(until=20)
+    assert all(not buffer.requires_grad for buffer in run.mimi.buffers())
+
+
+def test_what_is_heard_is_compared_as_words():
+    pytest.importorskip("jiwer", reason="only the voice extra brings it")
+    from csm.weights.recipe.hearing import plain_words, word_error_rate
+
+    assert (
+        plain_words("In 1905, 341 cats cost $20!")
+        == "in nineteen oh five three hundred forty one cats cost twenty dollars"
+    )
+    assert plain_words("Call me at 7:45, No-body. 84271") == (
+        "call me at seven forty five nobody eight four two seven one"
+    )
+    assert word_error_rate(["We left to day.", "One two."], ["we left today", "one too"]) == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("field", ["steps", "clips", "workers"])
+def test_a_training_of_nothing_is_refused(field):
+    with pytest.raises(ValueError, match=f"{field} must be at least 1, not 0"):
+        replace(TRAINING, **{field: 0})
+
+
+def test_the_codec_is_mimi_s_shape():
+    assert shape.CONFIG.frame_size == FRAME
+    assert shape.CONFIG.sample_rate == 24_000

@@ -1,0 +1,1 @@
+"""How the embedded voice is made: sentences, recordings of them by open synthesisers, the codec, and its judge."""

@@ -1,0 +1,329 @@
+"""Train the small Mimi: ``python -m csm.weights.recipe.codec train.jsonl RUN``, again to go on where it stopped.
+
+moshi's own MimiModel, as an autoencoder of clips of about a second: L1 distances of mel spectrograms at several sizes,
+plain and logarithmic, of the waveform, and the quantiser's commitment. First the plain autoencoder, then k-means
+codebooks over many clips, then quantised, with a random number of codebooks in some steps so that fewer can be used.
+
+Shapes: B clips, N samples, K codebooks, T frames, C latent channels, M mel bands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sphn
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+from torchaudio.functional import melscale_fbanks
+from tqdm import tqdm
+
+from csm.codec import moshi_config
+from csm.config import CodecConfig
+from csm.weights.recipe.recordings import read_manifest
+from csm.weights.recipe.shape import CONFIG, load_codec
+
+MELS = ((256, 20), (512, 40), (1024, 80), (2048, 80))  # FFT size, bands
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run is told. ``steps`` is the whole run's, at whose end the learning rate is zero."""
+
+    steps: int = 8000
+    warm_steps: int = 500  # unquantised, before the codebooks are made
+    clips: int = 4  # per worker and step
+    clip_frames: int = 16
+    learning_rate: float = 1.2e-3
+    warmup: int = 100
+    fewest_codebooks: int = 6
+    dropout: float = 0.4  # share of the steps with fewer than all codebooks
+    commitment: float = 0.5
+    codebook_clips: int = 512  # per worker, for the k-means start
+    workers: int = 2
+    seed: int = 0
+    save_every: int = 250
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "clips", "clip_frames", "fewest_codebooks", "workers", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+class MelLoss(nn.Module):
+    """Mean L1 distance of mel spectrograms over several FFT sizes, of magnitudes and of their logarithms.
+
+    Multi-scale mel losses as in EnCodec (https://arxiv.org/abs/2210.13438, section 3.4).
+    """
+
+    floor = 1e-3  # about 60 dB below a voiced frame: quieter than that need not be matched
+
+    def __init__(self, sample_rate: int):
+        super().__init__()
+        for size, bands in MELS:
+            filters = melscale_fbanks(size // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate, mel_scale="htk")
+            window = torch.hann_window(size)
+            self.register_buffer(f"filters_{size}", filters)
+            self.register_buffer(f"window_{size}", window / window.square().sum().sqrt())
+
+    def forward(self, audio_BN: Tensor, target_BN: Tensor) -> Tensor:
+        losses = []
+        for size, _ in MELS:
+            mel_BTM, target_BTM = self.mel(torch.cat([audio_BN, target_BN]), size).chunk(2)
+            losses.append((mel_BTM - target_BTM).abs().mean())
+            losses.append((mel_BTM.add(self.floor).log() - target_BTM.add(self.floor).log()).abs().mean())
+        return torch.stack(losses).sum()
+
+    def mel(self, audio_BN: Tensor, size: int) -> Tensor:
+        window, filters = getattr(self, f"window_{size}"), getattr(self, f"filters_{size}")
+        spectrum = torch.stft(audio_BN, size, size // 4, window=window, return_complex=True)
+        magnitude = torch.view_as_real(spectrum).square().sum(-1).add(1e-9).sqrt()
+        return magnitude.transpose(1, 2) @ filters
+
+
+class Clips:
+    """Random clips of the recordings of a manifest, which are kept as one array of 16-bit samples beside it."""
+
+    def __init__(self, manifest: Path, samples: int):
+        self.samples = samples
+        array, ends = manifest.with_suffix(".samples.npy"), manifest.with_suffix(".ends.npy")
+        if not array.exists():
+            self._gather(manifest, array, ends)
+        self.array = np.load(array, mmap_mode="r")
+        self.ends = np.load(ends)  # of each recording within the array
+
+    @staticmethod
+    def _gather(manifest: Path, array: Path, ends: Path) -> None:
+        lines = tqdm(read_manifest(manifest), desc="gathering", mininterval=5)
+        pieces = [np.round(sphn.read(line.audio)[0][0] * 32767).astype(np.int16) for line in lines]
+        np.save(ends, np.cumsum([len(piece) for piece in pieces]))
+        part = array.with_suffix(".part.npy")
+        np.save(part, np.concatenate(pieces))
+        part.replace(array)
+
+    def draw(self, count: int, rng: np.random.Generator) -> Tensor:
+        """(count, 1, samples): each from one recording, silence before and after it included."""
+        clips = np.zeros((count, 1, self.samples), np.float32)
+        for clip, which in zip(clips, rng.integers(len(self.ends), size=count), strict=True):
+            begin = int(self.ends[which - 1]) if which else 0
+            length = int(self.ends[which]) - begin
+            first = int(rng.integers(-self.samples // 4, max(length - self.samples // 2, 1)))
+            piece = self.array[begin + max(first, 0) : begin + min(first + self.samples, length)]
+            place = max(-first, 0)
+            clip[0, place : place + len(piece)] = piece / np.float32(32768)
+        return torch.from_numpy(clips)
+
+
+class Trainer:
+    """One worker of a training run: workers see different clips and take the same steps."""
+
+    def __init__(self, config: CodecConfig, training: Training, clips: Clips, folder: Path, rank: int = 0):
+        from moshi.models import loaders
+
+        self.config, self.training, self.clips, self.folder, self.rank = config, training, clips, folder, rank
+        torch.manual_seed(training.seed)
+        self.mimi = loaders.get_mimi(None, mimi_config=moshi_config(config), num_codebooks=config.num_codebooks)
+        self.mimi.train()
+        self.mel_loss = MelLoss(config.sample_rate)
+        self.parameters = list(self.mimi.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.8, 0.99), weight_decay=1e-3, fused=True)
+        self.step = 0
+        self.seconds = 0.0
+        self.has_codebooks = False
+        self._load()
+
+    def start_from(self, state: dict[str, Tensor]) -> None:
+        """Begin with an exported codec's weights and codebooks; a run that has begun already goes on as it is."""
+        if self.step == 0:
+            self.mimi.load_state_dict(state)
+            self.has_codebooks = True
+
+    def run(self, until: int | None = None) -> None:
+        """Train to the end, or to a step before it, saving now and then."""
+        until = self.training.steps if until is None else until
+        begin = time.time() - self.seconds
+        steps = range(self.step, until)
+        for step in tqdm(steps, initial=self.step, total=until, disable=self.rank > 0, mininterval=30, desc="codec"):
+            if step >= self.training.warm_steps and not self.has_codebooks:
+                self.make_codebooks()
+            losses = self.take_step()
+            self.seconds = time.time() - begin
+            if self.rank == 0:
+                self._log(losses)
+                if self.step % self.training.save_every == 0 or self.step == until:
+                    self.save()
+
+    def take_step(self) -> dict[str, float]:
+        """One step of every worker together; the losses of this worker."""
+        rng = self._seeded()
+        number = self._codebooks_of_step()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        audio_B1N = self.clips.draw(self.training.clips, rng)
+        output_B1N, commitment = self._through(audio_B1N, number)
+        mel = self.mel_loss(output_B1N[:, 0], audio_B1N[:, 0])
+        wave = (output_B1N - audio_B1N).abs().mean()
+        self.optimizer.zero_grad()
+        (mel + wave + self.training.commitment * commitment).backward()
+        for codebook in self._codebooks():
+            # moshi replaces unused codes by latents with their graph: undone, each step's graph would hold the last's.
+            codebook.embedding_sum.detach_()
+            codebook.cluster_usage.detach_()
+        self._share_gradients()
+        norm = nn.utils.clip_grad_norm_(self.parameters, 5.0)
+        self.optimizer.step()
+        self.step += 1
+        values = {"mel": mel, "wave": wave, "commitment": commitment, "gradient": norm}
+        return {"codebooks": number} | {name: round(float(value.detach()), 5) for name, value in values.items()}
+
+    def _through(self, audio_B1N: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """The codec's output and commitment loss; with 0 codebooks, what it would be unquantised."""
+        mimi, length = self.mimi, audio_B1N.shape[-1]
+        if number:
+            mimi.set_num_codebooks(number)
+            result = mimi(audio_B1N)
+            return result.x, result.penalty
+        (latent_BCT,) = mimi.encoder_transformer(mimi.encoder(audio_B1N))
+        latent_BCT = mimi._to_framerate(latent_BCT)
+        parts = [
+            part.output_proj(part.input_proj(latent_BCT))
+            for part in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest)
+        ]
+        (latent_BCT,) = mimi.decoder_transformer(mimi._to_encoder_framerate(parts[0] + parts[1]))
+        return mimi.decoder(latent_BCT)[..., :length], latent_BCT.new_zeros(())
+
+    @torch.no_grad()
+    def make_codebooks(self) -> None:
+        """moshi's k-means start, a codebook at a time, on many clips rather than on one step's."""
+        rng = self._seeded()
+        self.mimi.set_num_codebooks(self.config.num_codebooks)
+        latents = []
+        for _ in range(max(self.training.codebook_clips // 32, 1)):
+            (latent_BCT,) = self.mimi.encoder_transformer(self.mimi.encoder(self.clips.draw(32, rng)))
+            latents.append(self.mimi._to_framerate(latent_BCT))
+        for _ in range(self.config.num_codebooks):
+            self.mimi.quantizer(torch.cat(latents), self.config.frame_rate)
+        self.has_codebooks = True
+
+    def _codebooks_of_step(self) -> int:
+        if not self.has_codebooks:
+            return 0
+        rng = np.random.default_rng((self.training.seed, 1, self.step))  # the same in all workers
+        whole = self.config.num_codebooks
+        if rng.random() >= self.training.dropout:
+            return whole
+        return int(rng.integers(min(self.training.fewest_codebooks, whole), whole + 1))
+
+    def _learning_rate(self) -> float:
+        warm = min((self.step + 1) / self.training.warmup, 1.0)
+        return self.training.learning_rate * warm * (1 - self.step / self.training.steps)
+
+    def _seeded(self) -> np.random.Generator:
+        """Every draw of a step comes from its number, so that going on is as not having stopped."""
+        torch.manual_seed((self.training.seed * 1_000_003 + self.step) * 64 + self.rank)
+        return np.random.default_rng((self.training.seed, 0, self.step, self.rank))
+
+    def _share_gradients(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is None:  # unquantised, a codebook's projections may be unused
+                parameter.grad = torch.zeros_like(parameter)
+        if self.training.workers == 1:
+            return
+        flat = torch.cat([parameter.grad.flatten() for parameter in self.parameters])
+        distributed.all_reduce(flat)
+        flat /= self.training.workers
+        pieces = flat.split([parameter.numel() for parameter in self.parameters])
+        for parameter, piece in zip(self.parameters, pieces, strict=True):
+            parameter.grad.copy_(piece.view_as(parameter))
+
+    def _codebooks(self) -> list[Any]:
+        return [module for module in self.mimi.modules() if hasattr(module, "_next_unused_check")]
+
+    def save(self) -> None:
+        """Write ``checkpoint.pt`` whole or not at all."""
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "has_codebooks": self.has_codebooks,
+            "mimi": self.mimi.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "unused_checks": [codebook._next_unused_check for codebook in self._codebooks()],
+        }
+        part = self.folder / "checkpoint.part"
+        torch.save(state, part)
+        part.replace(self.folder / "checkpoint.pt")
+
+    def _load(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True)
+        self.mimi.load_state_dict(state["mimi"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for codebook, check in zip(self._codebooks(), state["unused_checks"], strict=True):
+            codebook._next_unused_check = check
+        self.step, self.seconds, self.has_codebooks = state["step"], state["seconds"], state["has_codebooks"]
+        if self.rank == 0:
+            self._forget_later_losses()
+
+    def _forget_later_losses(self) -> None:
+        """Leave in the log what led to the checkpoint: the steps after it are taken again."""
+        log = self.folder / "losses.csv"
+        if log.exists():
+            head, *rows = log.read_text(encoding="utf-8").splitlines()
+            kept = [row for row in rows if int(row.split(",")[0]) <= self.step]
+            log.write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
+
+    def _log(self, losses: dict[str, float]) -> None:
+        row = {"step": self.step, "seconds": round(self.seconds, 1)} | losses
+        path = self.folder / "losses.csv"
+        new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def work(rank: int, training: Training, manifest: Path, folder: Path, start: Path | None) -> None:
+    """What one worker process does."""
+    torch.set_num_threads(1)  # workers wait for each other once a step, threads would hundreds of times
+    if training.workers > 1:
+        store = distributed.FileStore(str(folder / "workers"), training.workers)
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=training.workers)
+    clips = Clips(manifest, training.clip_frames * CONFIG.frame_size)
+    trainer = Trainer(CONFIG, training, clips, folder, rank)
+    if start is not None:
+        config, state = load_codec(start)
+        if config != CONFIG:
+            raise ValueError(f"{start} has the shape {config}, which is not that of this recipe: {CONFIG}")
+        trainer.start_from(state)
+    trainer.run()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--start", type=Path, help="a folder that export wrote, to begin with instead of from nothing")
+    for field in fields(Training):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    options = vars(parser.parse_args())
+    manifest, folder, start = (options.pop(name) for name in ("manifest", "folder", "start"))
+    training = Training(**options)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "workers").unlink(missing_ok=True)
+    Clips(manifest, 1)  # gathered once, before there are several
+    if training.workers == 1:
+        work(0, training, manifest, folder, start)
+    else:
+        multiprocessing.spawn(work, (training, manifest, folder, start), nprocs=training.workers)
+
+
+if __name__ == "__main__":
+    main()
