@@ -176,7 +176,11 @@ def graph(ops: str) -> Make:
 
         def make_step(model: CSM, state: FrameState) -> Callable[[], None]:
             step = lambda: decode_frame(model, state, bench_span(state))  # noqa: E731
-            return Graph(step, state.buffers, setup.device).replay
+            with launches() as seen:
+                replay = Graph(step, state.buffers, setup.device).replay
+            if bool(seen) != (ops == "triton"):
+                raise RuntimeError(f"with CSM_OPS={ops} the step launched {len(seen)} kernels")
+            return replay
 
         return stepping(setup, batch, make_step, ops)
 
@@ -448,9 +452,9 @@ def tuning(config: CSMConfig, batches: list[int], dtype: torch.dtype, quiet: boo
     if not graphs_enabled(device) or not torch.cuda.is_available():
         raise CSMError("--tune measures on a GPU, and there is none here")
     with forced_ops("triton"), launches() as seen:
-        for batch in batches:
+        for batch in sorted(batches):
             shadow_step(config, batch, dtype)()
-    with torch.inference_mode():
+    with torch.inference_mode(), forced_ops("triton"):
         best = tune(products(seen), device, graph_seconds, quiet)
     table_of = tuned_shapes()
     TABLE.write_text(json.dumps(table_of, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -461,12 +465,13 @@ def tuning(config: CSMConfig, batches: list[int], dtype: torch.dtype, quiet: boo
     return table(rows), {"tuned": rows}
 
 
-def profile(setup: Setup) -> list[dict[str, Any]]:
-    """Time of the ops of the prompt and one eager frame, the largest first."""
+def profile(setup: Setup, ops: str) -> list[dict[str, Any]]:
+    """Time of the ops of the prompt and one eager frame, the largest first; ``ops`` as in ``forced_ops``."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    speak = eager(setup, 1)
+    make_step = lambda model, state: lambda: decode_frame(model, state, bench_span(state))  # noqa: E731
+    speak = stepping(setup, 1, make_step, ops)
     speak(1)
     on_gpu = setup.device.type == "cuda"
     with profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
@@ -629,8 +634,9 @@ def report(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     result["first_audio"] = first_audio(setup)
     text += ["First audio, 100 rows of context and 20 of text:", "", table([result["first_audio"]]), ""]
     if args.profile:
-        result["profile"] = profile(setup)
-        text += [table(result["profile"]), ""]
+        for ops in ("reference", "triton") if setup.device.type == "cuda" else ("reference",):
+            result[f"profile_{ops}"] = profile(setup, ops)
+            text += [f"One frame, {ops} ops:", "", table(result[f"profile_{ops}"]), ""]
     if args.model:
         generator = Generator.from_pretrained(args.model, setup.device, setup.dtype, progress=not args.quiet)
         result["sentences"] = sentences(generator, args.max_seconds)

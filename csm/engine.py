@@ -188,6 +188,7 @@ class Engine:
         lane = self._lane(batch, audio or batch in self.captured)
         with _on(self.model.device):
             lane.restart(audio)
+            self._prefill.check()
             for slot, request in enumerate(requests):
                 row_TC, mask_TC, turn_ends, params, _ = request
                 self._prefill.start(lane.state, slot, row_TC, mask_TC, params, turn_ends)

@@ -3,7 +3,7 @@
 A captured pass can follow neither a slot to another address nor a prompt to another length. So passes write into a
 cache of one slot of their own, from which the prompt's positions are then copied to the slot; and where passes are
 captured they have one of a few lengths, with rows of nothing behind the prompt's, at positions that are written again
-before they are looked at.
+before they are looked at: those behind, or over and over the cache's last, which no prompt fills.
 
 Shapes: T rows of a pass, C columns of a row, D dim.
 """
@@ -49,6 +49,11 @@ class Prefill:
                 step = partial(self._pass, length, span)
                 self._graphs[length, span] = Graph(step, lambda: buffers, self.model.device, pool)
 
+    def check(self) -> None:
+        """Raise GraphError if a buffer of the captured passes has moved."""
+        for graph in list(self._graphs.values())[:1]:  # all have the same buffers
+            graph.check()
+
     @torch.inference_mode()
     def start(
         self,
@@ -84,8 +89,8 @@ class Prefill:
 
     def _read(self, row_TC: Tensor, mask_TC: Tensor, first: int) -> None:
         """One pass over rows whose first is at position ``first``."""
-        num_rows, most = row_TC.shape[0], self.cache.max_positions
-        length = next((n for n in self.lengths if num_rows <= n and first + n <= most), num_rows)
+        num_rows = row_TC.shape[0]
+        length = next((n for n in self.lengths if num_rows <= n), num_rows)
         span = self.cache.span_of(first + length)
         self.row_1TC[0, :num_rows] = row_TC.to(self.row_1TC.device)
         self.mask_1TC[0, :num_rows] = mask_TC.to(self.mask_1TC.device)
@@ -101,6 +106,7 @@ class Prefill:
         backbone = self.model.backbone
         x_1TD = self.model.embed_rows(self.row_1TC[:, :length], self.mask_1TC[:, :length])
         position_1T = self.first_11 + torch.arange(length, device=x_1TD.device)
+        position_1T = position_1T.clamp(max=self.cache.max_positions - 1)
         backbone(x_1TD, self.cache, backbone.places(position_1T, span))
 
 

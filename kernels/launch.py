@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.errors import TritonError
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # not every build of PyTorch has it: then no kernel is ever launched
     triton = tl = gdc_launch_dependents = gdc_wait = None
@@ -26,6 +27,11 @@ except ImportError:  # not every build of PyTorch has it: then no kernel is ever
 MAX_ROWS = 64  # beyond, a step is no longer bound by its weights, and PyTorch's own products win
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PDL_CAPABILITY = (9, 0)  # programmatic dependent launch: Hopper and later
+# What a launch shape that does not fit a GPU raises.
+COMPILE_ERRORS: tuple[type[Exception], ...] = ()
+if triton is not None:
+    COMPILE_ERRORS = (TritonError,)
+
 # Triton's interpreter keeps bfloat16 as integers, which it cannot multiply: there a kernel's products are float32.
 INTERPRETED = triton and tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -59,7 +65,7 @@ def kernels_run(x: Tensor, num_rows: int) -> bool:
     forced = os.environ.get("CSM_OPS", "")
     if forced not in ("", "reference", "triton"):
         raise ValueError(f"CSM_OPS must be 'reference' or 'triton', not {forced!r}")
-    fit = triton is not None and x.dtype in DTYPES and num_rows <= MAX_ROWS
+    fit = triton is not None and torch.version.hip is None and x.dtype in DTYPES and num_rows <= MAX_ROWS
     return fit and forced != "reference" and (x.is_cuda or forced == "triton")
 
 
@@ -77,7 +83,9 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, num_warps: int = 4, **c
     """Launch a kernel on the device of its first argument, a tensor.
 
     On GPUs that can, it may start before the kernel ahead of it has ended (programmatic dependent launch): ``PDL``
-    tells the kernel to wait before it reads what others write. ``CSM_PDL=0`` leaves that out.
+    tells the kernel to wait before it reads what others write. ``CSM_PDL=0`` leaves that out. Since every kernel lets
+    the next one start before it waits, several may be under way: what one reads before its wait, no kernel launched
+    here may write. (The frame counter is advanced by a plain PyTorch op, which begins when all is done.)
     """
     for seen in _observers:
         seen.append(Launch(kernel, tuple(grid), args, constants, num_warps))
@@ -86,7 +94,8 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, num_warps: int = 4, **c
         return
     pdl = device.type == "cuda" and _capability(device) >= PDL_CAPABILITY and os.environ.get("CSM_PDL") != "0"
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    kernel[tuple(grid)](*args, PDL=pdl, num_warps=num_warps, **options, **constants)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current one
+        kernel[tuple(grid)](*args, PDL=pdl, num_warps=num_warps, **options, **constants)
 
 
 @contextmanager

@@ -25,7 +25,8 @@ TYPES = {
 
 
 class Compiled(NamedTuple):
-    """One kernel for one family. ``load_bits`` is the widest load; ``early_bits`` the widest before the wait."""
+    """One kernel for one family. ``load_bits`` is the widest load; ``early_bytes`` what a program asks for, by loads of
+    128 bits, before it waits."""
 
     kernel: str
     constants: str
@@ -36,14 +37,16 @@ class Compiled(NamedTuple):
     shared_bytes: int
     spilled_bytes: int
     load_bits: int
-    early_bits: int
+    early_bytes: int
 
 
 def distinct(launches: list[Launch]) -> Iterator[Launch]:
     """One launch of every kind that is compiled on its own."""
     seen = set()
     for launch in launches:
-        kind = (launch.name, tuple(signature(launch).items()), tuple(launch.constants.items()), launch.num_warps)
+        multiples = tuple(_sixteenfold(value) for value in launch.args)
+        types = tuple(signature(launch).items())
+        kind = (launch.name, types, multiples, tuple(launch.constants.items()), launch.num_warps)
         if kind not in seen:
             seen.add(kind)
             yield launch
@@ -55,20 +58,36 @@ def signature(launch: Launch) -> dict[str, str]:
     for name, value in zip(launch.kernel.arg_names, launch.args, strict=False):
         if isinstance(value, Tensor):
             types[name] = TYPES[value.dtype]
+        elif isinstance(value, float):
+            types[name] = "fp32"
         else:
-            types[name] = "fp32" if isinstance(value, float) else "constexpr" if value == 1 else "i32"
+            types[name] = "constexpr" if value == 1 and name not in fixed_types(launch) else "i32"
     return types
 
 
+def fixed_types(launch: Launch) -> set[str]:
+    """Arguments whose values Triton is told not to look at."""
+    return {
+        name if isinstance(name, str) else launch.kernel.arg_names[name] for name in launch.kernel.do_not_specialize
+    }
+
+
+def _sixteenfold(value: Any) -> bool:
+    """Whether Triton would know that an address or a number is a multiple of 16."""
+    if isinstance(value, Tensor):
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
+
+
 def compile_for(launch: Launch, family: int) -> Any:
-    """A launch's kernel for one family. Tensors lie at multiples of 16 bytes, as PyTorch's do."""
+    """A launch's kernel for one family. Storages begin at multiples of 16 bytes, as PyTorch's do."""
     types, pdl = signature(launch), family >= 90
     constants = {"PDL": pdl, **launch.constants}
     attributes = {}
     for index, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.args, strict=False)):
         if types[name] == "constexpr":
             constants[name] = value
-        elif isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and name != "codebook"):
+        elif name not in fixed_types(launch) and _sixteenfold(value):
             attributes[(index,)] = [["tt.divisibility", 16]]
     types |= dict.fromkeys(constants, "constexpr")
     source = triton.compiler.ASTSource(launch.kernel, types, constants, attributes)
@@ -96,8 +115,8 @@ def examine(launch: Launch, family: int) -> Compiled:
         registers=int(registers[1]),
         shared_bytes=compiled.metadata.shared,
         spilled_bytes=sum(spills),
-        load_bits=widest_load(ptx),
-        early_bits=widest_load(early),
+        load_bits=max(load_widths(ptx), default=0),
+        early_bytes=16 * 32 * launch.num_warps * load_widths(early).count(128),
     )
 
 
@@ -113,14 +132,14 @@ def assembler_report(ptx: str, family: int) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
-def widest_load(ptx: str) -> int:
-    """Bits of the widest load from memory, 0 without any."""
+def load_widths(ptx: str) -> list[int]:
+    """Bits of every load from memory that stands in the code."""
     loads = re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)(\S*)(?: \[[^]]*\], \[[^]]*\], (\w+))?", ptx)
-    widths = [0]
+    widths = []
     for suffix, copied in loads:
         parts = re.search(r"(?:\.v(\d))?\.[bufs](\d+)$", suffix)
         if parts:
             widths.append(int(parts[1] or 1) * int(parts[2]))
         elif copied:
             widths.append(8 * int(copied, 0))
-    return max(widths)
+    return widths

@@ -115,11 +115,11 @@ def slot_noise(seed, frame, codebook, temperature, BLOCK_V: tl.constexpr):
 
 
 @jit
-def best_id(key_V, logit_V):
-    """The id with the largest key, and how many logits are larger than its own."""
-    code = tl.argmax(key_V, axis=0)
+def best_id(key_V, logit_V, V: tl.constexpr):
+    """The id with the largest key, its logit, and how many logits are larger than that."""
+    code = tl.minimum(tl.argmax(key_V, axis=0), V - 1)  # where keys are not numbers it may be any
     own = tl.max(tl.where(tl.arange(0, key_V.shape[0]) == code, logit_V, -float("inf")), axis=0)
-    return code, tl.sum((logit_V > own).to(tl.int32), axis=0)
+    return code, own, tl.sum((logit_V > own).to(tl.int32), axis=0)
 
 
 @jit(do_not_specialize=["codebook"])
@@ -142,8 +142,8 @@ def sample_slot(
     EMBED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The id with the best key belongs to the top k if fewer than k logits are larger than its own; else it is struck
-    off, and the next best is looked at. Nearly always the first will do: no sort is needed."""
+    """The id with the best key belongs to the top k if fewer than k logits are larger than its own. Else neither it nor
+    any id of no larger a logit does: they are struck off, and the best of the rest is looked at. No sort is needed."""
     slot = tl.program_id(0)
     temperature = tl.load(temperature_ptr + slot)
     noise_V = slot_noise(tl.load(seed_ptr + slot), tl.load(frame_ptr + slot), codebook, temperature, BLOCK_V)
@@ -154,11 +154,11 @@ def sample_slot(
     v_V = tl.arange(0, BLOCK_V)
     logit_V = tl.load(logits_ptr + slot * logits_stride + v_V, mask=v_V < V, other=-float("inf")).to(tl.float32)
     key_V = tl.where(v_V < V, noise_V + tl.math.div_rn(logit_V, divisor), -float("inf"))
-    code, better = best_id(key_V, logit_V)
+    code, own, better = best_id(key_V, logit_V, V)
     struck = 0
     while (better >= top_k) & (struck < V):
-        key_V = tl.where(v_V == code, -float("inf"), key_V)
-        code, better = best_id(key_V, logit_V)
+        key_V = tl.where(logit_V > own, key_V, -float("inf"))
+        code, own, better = best_id(key_V, logit_V, V)
         struck += 1
     tl.store(codes_ptr + slot * codes_stride + codebook, code.to(tl.int64))
     if EMBED:

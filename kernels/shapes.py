@@ -1,7 +1,8 @@
 """How a product is launched: from a table of what was measured on a family of GPUs, else by a rule.
 
 ``python bench.py --tune`` measures and writes the table, ``tuned.json``. Nothing is ever tuned while a model runs. An
-entry gives num_warps and the tile's blocks, or ``{"pytorch": 1}`` where PyTorch's own product wins.
+entry gives num_warps and the tile's blocks, or ``{"fallback": 1}`` where what the op falls back on wins: PyTorch's own
+product or, of an op that fuses several, these one by one.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class LaunchShape(NamedTuple):
 
 
 def launch_shape(op: str, weight: Tensor, num_rows: int) -> LaunchShape | None:
-    """For a product of so many rows with a weight (N, K): the table's, or by rule. None is PyTorch's."""
+    """For a product of so many rows with a weight (N, K): the table's, or by rule. None is the fallback."""
+    assert weight.is_contiguous()
     n, k = weight.shape
     m = 0 if num_rows <= LOOPED_ROWS else max(16, power_of_two(num_rows))
     return _launch_shape(
@@ -51,7 +53,7 @@ def launch_shape(op: str, weight: Tensor, num_rows: int) -> LaunchShape | None:
 def _launch_shape(op: str, n: int, k: int, dtype: str, size: int, m: int, gpu: str) -> LaunchShape | None:
     rule = by_rule(op, n, k, size, m)
     tuned = tuned_shapes().get(gpu, {}).get(key(op, n, k, dtype, m), {})
-    if "pytorch" in tuned:
+    if "fallback" in tuned:
         return None
     constants = {name: tuned.get(name, value) for name, value in rule.constants.items()}
     return LaunchShape(tuned.get("num_warps", rule.num_warps), constants)

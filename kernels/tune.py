@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from csm.kernels import shapes
 from csm.kernels.attention_linear_add import attention_linear_add
-from csm.kernels.launch import Launch, family
+from csm.kernels.launch import COMPILE_ERRORS, Launch, family
 from csm.kernels.linear_add import linear_add
 from csm.kernels.norm_linear import norm_linear
 from csm.kernels.norm_swiglu import norm_swiglu
@@ -20,7 +20,11 @@ from csm.kernels.rope_cache import norm_rope_cache
 
 POOL_BYTES = 1 << 28  # weights that are read in turns, so that no cache holds the next one
 POSITIONS = 32  # of a cache: the depth decoder's
-Timer = Callable[[Callable[[], None], torch.device], float]  # seconds of one call
+TOO_MUCH: tuple[type[Exception], ...] = (
+    RuntimeError,
+    *COMPILE_ERRORS,
+)  # registers or shared memory, of some candidates
+Timer = Callable[[Callable[[], None], torch.device], float]  # seconds of a step
 
 
 class Product(NamedTuple):
@@ -45,8 +49,8 @@ class Product(NamedTuple):
 
 
 def products(launches: list[Launch]) -> list[Product]:
-    """The distinct products among a frame's launches."""
-    found = {}
+    """The distinct products among the launches of frames, those of the smallest batch first."""
+    found: dict[str, Product] = {}
     for launch in launches:
         op, _, way = launch.name.rpartition("_")
         if way not in ("rows", "row", "dots") or op not in CALLS:
@@ -57,13 +61,13 @@ def products(launches: list[Launch]) -> list[Product]:
         heads = (c["H"], c["G"], c["d"]) if "H" in c else (1, 1, 2)
         rows = tensors["residual_ptr" if "residual_ptr" in tensors else "x_ptr"].shape[:2]
         product = Product(op, weight.shape[0], weight.shape[1], weight.dtype, (rows[0], rows[1]), heads)
-        found[product.key] = product
+        found.setdefault(product.key, product)  # the fewest rows of those that share a shape
     return list(found.values())
 
 
 def candidates(product: Product) -> Iterator[dict[str, int]]:
-    """Entries of the table to try, PyTorch's own product first."""
-    yield {"pytorch": 1}
+    """Entries of the table to try, the fallback first."""
+    yield {"fallback": 1}
     warps = (4, 8) if product.m else (4, 8, 16)
     blocks_n = (16, 32, 64) if product.m else (2, 4, 8, 16)
     blocks_k = (64, 128, 256) if product.m else (shapes.power_of_two(product.k),)
@@ -75,16 +79,19 @@ def candidates(product: Product) -> Iterator[dict[str, int]]:
 def tune(
     wanted: list[Product], device: torch.device, seconds: Timer, quiet: bool = False
 ) -> dict[str, tuple[dict[str, int], float, float]]:
-    """Of each product: the best entry, its seconds, and the rule's. The table in memory ends up with the best."""
+    """Of each product: the best entry, its seconds, and the rule's. The table in memory ends up with the best.
+
+    Seconds are of one product, its launch included.
+    """
     table = shapes.tuned_shapes().setdefault(family(device), {})
     best: dict[str, tuple[dict[str, int], float, float]] = {}
     for product in tqdm(wanted, unit="product", disable=quiet, leave=False):
-        step = calls(product, device)
+        step, count = calls(product, device)
         table.pop(product.key, None)
-        times: list[tuple[dict[str, int], float]] = [({}, _time(step, device, seconds))]
+        times: list[tuple[dict[str, int], float]] = [({}, _time(step, device, seconds) / count)]
         for entry in candidates(product):
             table[product.key] = entry
-            times.append((entry, _time(step, device, seconds)))
+            times.append((entry, _time(step, device, seconds) / count))
         entry, least = min(times, key=lambda pair: pair[1])
         best[product.key] = (entry, least, times[0][1])
         table[product.key] = entry
@@ -96,12 +103,12 @@ def _time(step: Callable[[], None], device: torch.device, seconds: Timer) -> flo
     shapes._launch_shape.cache_clear()
     try:
         return seconds(step, device)
-    except (RuntimeError, torch.cuda.OutOfMemoryError):  # more registers or shared memory than there is
+    except TOO_MUCH:
         return float("inf")
 
 
-def calls(product: Product, device: torch.device) -> Callable[[], None]:
-    """One call of the op on every weight of a pool."""
+def calls(product: Product, device: torch.device) -> tuple[Callable[[], None], int]:
+    """One call of the op on every weight of a pool, and how many these are."""
     size = product.n * product.k * torch.empty((), dtype=product.dtype).element_size()
     weights = [
         torch.randn(product.n, product.k, device=device).to(product.dtype) for _ in range(max(2, POOL_BYTES // size))
@@ -112,7 +119,7 @@ def calls(product: Product, device: torch.device) -> Callable[[], None]:
         for weight in weights:
             call(weight)
 
-    return step
+    return step, len(weights)
 
 
 def _normal(product: Product, device: torch.device, *shape: int) -> Tensor:

@@ -29,6 +29,7 @@ from csm.sampling import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = DTYPES[:2] if DEVICE.type == "cuda" else DTYPES  # there each kernel is compiled for each case
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 ROWS = [(1, 1), (1, 2), (3, 1), (4, 2), (17, 1)]  # slots, rows of each: 1, 2, 3, 8, 17 in all
 SHAPES = [(33, 20), (64, 96), (130, 66)]  # inputs, outputs
@@ -138,6 +139,7 @@ HEADS = [(1, 1, 4), (3, 1, 8), (4, 2, 16), (5, 5, 6), (12, 3, 10)]  # query head
 QUERIES, SPANS = [(1, 1), (1, 2), (3, 2), (17, 1)], [2, 32, 65, 200]  # slots and rows of each; positions
 CASES = [(heads, rows, SPANS[(i + j) % 4]) for i, heads in enumerate(HEADS) for j, rows in enumerate(QUERIES)]
 CASES += [(heads, (1, 1), span) for heads in HEADS for span in (7, 31)]
+CASES = CASES[::3] if DEVICE.type == "cuda" else CASES
 
 
 def places(batch, rows, span, head_dim):
