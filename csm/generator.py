@@ -74,7 +74,7 @@ class Generator:
             CheckpointError: it is damaged or of another shape; the message names the file and the tensor.
             UnavailableError: it cannot be had (gated, no network, no space); the message says what to do.
         """
-        where = _device(device)
+        where = find_device(device)
         if dtype is not None and dtype not in DTYPES:
             raise CSMError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
@@ -284,7 +284,8 @@ class Generator:
                 self._engines = [other for other in engines if other.captured] + spare
 
 
-def _device(name: str | torch.device | None) -> torch.device:
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of this name; None is a GPU if there is one. Raises CSMError for one that is not here."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from csm.finetune.options import TrainOptions
 from csm.finetune.train import Trainer
 from csm.lora import Lora, LoraConfig
 from csm.model import CSM
-from csm.weights import read_codec
+from csm.weights import open_checkpoint, read_codec
 from csm.weights.config_json import write_hf_config
 from csm.weights.layouts import mimi_table
 from csm.weights.make_tiny import CODEC, random_state
@@ -168,6 +169,24 @@ def test_dropout_is_resumed_too(data, tmp_path):
     run("parts", 2, *constant)
     run("parts", 5, *constant, "--resume")
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [("alpha", "adapters"), ("dropout", "adapters"), ("model", "other weights")]
+)
+def test_other_adapters_or_another_base_are_not_gone_on_with(data, tmp_path, capsys, change, said):
+    base = tmp_path / "base"
+    shutil.copytree(open_checkpoint("tiny").folder, base)
+    options = ["--lora", "--rank", 2, *WHOLE, "--data", data, "--out", tmp_path / "run", "--device", "cpu", "--quiet"]
+    assert main(["finetune", *map(str, [*options, "--model", base, "--steps", 1])]) == 0
+    if change == "model":
+        tensors = {name: tensor.clone() for name, tensor in load_file(base / "model.safetensors").items()}
+        tensors["lm_head.weight"] += 0.01
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    more = {"alpha": ["--alpha", 320], "dropout": ["--dropout", 0.5], "model": []}[change]
+    capsys.readouterr()
+    assert main(["finetune", *map(str, [*options, "--model", base, "--steps", 2, "--resume", *more])]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_sigterm_saves_and_says_so(data, config, tmp_path, capsys):
@@ -436,7 +455,12 @@ def test_out_of_memory_says_what_helps(data, config, tmp_path, capsys, monkeypat
     assert main(["finetune", *map(str, arguments), "--device", "cpu", "--quiet", "--eval-every", "0"]) == 2
     said = capsys.readouterr().err
     assert "out of memory" in said and "Traceback" not in said
-    for advice in ("--batch-rows 256 --accumulate 2", "--checkpointing", "--precision bfloat16", "--lora"):
+    for advice in (
+        "--batch-rows 256 --accumulate 2 (",
+        "--checkpointing",
+        "--precision bfloat16",
+        "--lora",
+    ):
         assert advice in said
 
 

@@ -20,7 +20,7 @@ from csm.finetune.options import PRECISIONS, SCHEDULES, TrainOptions
 from csm.finetune.processes import Processes
 from csm.finetune.samples import Samples
 from csm.finetune.train import Trainer, check_started
-from csm.generator import DEFAULT_MODEL, Generator
+from csm.generator import DEFAULT_MODEL, Generator, find_device
 from csm.lora import PARTS, TARGETS, Lora, LoraConfig, save_adapter
 from csm.model import CSM
 from csm.prompt import TextTokenizer
@@ -106,8 +106,7 @@ def run(args: argparse.Namespace) -> str:
     if lora is not None and args.config is not None:
         raise CSMError("--lora adapts weights that are there, --config starts from none: give one of them")
     newest = check_started(args.out, args.resume)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    processes = Processes.start(torch.device(device))
+    processes = Processes.start(find_device(None if args.device == "auto" else args.device))
     try:
         with advising(options, args.lora):
             return _run(args, options, lora, newest, processes)
@@ -133,11 +132,12 @@ def _run(
     if processes.first:
         write_options(args, options, checkpoint)
     finished = trainer.run()
-    if not finished:
-        return f"{args.out}: stopped after {trainer.place.step} of {options.steps} steps; --resume goes on"
     if not processes.first:
         return ""
     write_result(args, trainer, checkpoint)
+    if not finished:
+        so_far = f"stopped after {trainer.place.step} of {options.steps} steps; --resume goes on"
+        return f"{args.out}: {so_far}; {_how_to_use(args)}"
     return f"{args.out}: {options.steps} steps; {_how_to_use(args)}"
 
 

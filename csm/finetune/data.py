@@ -39,6 +39,12 @@ class DataOptions:
     mask_context: bool = False
     jobs: int = 1
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.valid_share < 1:
+            raise DataError(f"the share that is held out must be at least 0 and below 1, not {self.valid_share}")
+        if self.context < 0 or self.jobs < 1:
+            raise DataError(f"context must be at least 0, jobs at least 1, not {self.context} and {self.jobs}")
+
 
 def load_corpus(
     options: DataOptions, source: CodecSource, tokenizer: TextTokenizer, config: CSMConfig, progress: bool = True

@@ -21,6 +21,8 @@ from csm.finetune.forward import final_norm, hidden_states
 from csm.lora import Lora
 from csm.model import CSM
 
+EVALUATED_AT_ONCE = 128  # frames of the depth decoder: about 0.4 GB of activations for CSM-1B in bfloat16
+
 
 class Sums(NamedTuple):
     """Cross-entropies of a batch in nats, summed: of codebook 0, and of the others, (K - 1,), weighted by frame."""
@@ -61,9 +63,13 @@ class Trainee(nn.Module):
         h_ND = self.predicting_states(batch)
         code_NK = batch.code_AK[batch.target_N]
         codebook0_N = _cross_entropy(F.linear(h_ND, self.model.codebook0_head), code_NK[:, 0])
-        logits_JSV = self.depth_logits(h_ND[batch.frame_S], code_NK[batch.frame_S])
-        depth_JS = _cross_entropy(logits_JSV, code_NK[batch.frame_S, 1:].T)
-        sums = Sums(codebook0_N.sum(), (depth_JS * batch.weight_S).sum(dim=1))
+        # Evaluation looks at every frame: a few at once, so that it takes no more memory than a step of training.
+        at_once = batch.frame_S.shape[0] if torch.is_grad_enabled() else EVALUATED_AT_ONCE
+        depth_J = h_ND.new_zeros(code_NK.shape[1] - 1)
+        for frame_S, weight_S in zip(batch.frame_S.split(at_once), batch.weight_S.split(at_once), strict=True):
+            logits_JSV = self.depth_logits(h_ND[frame_S], code_NK[frame_S])
+            depth_J = depth_J + (_cross_entropy(logits_JSV, code_NK[frame_S, 1:].T) * weight_S).sum(dim=1)
+        sums = Sums(codebook0_N.sum(), depth_J)
         return sums if batch.counts else Sums(*(0 * x for x in sums))
 
     def predicting_states(self, batch: Batch) -> Tensor:

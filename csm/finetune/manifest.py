@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from csm.audio import read_audio
+from csm.audio import read_audio, to_mono
 from csm.errors import AudioError, CSMError
 
 KEYS = frozenset({"audio", "text", "speaker", "conversation", "order"})
@@ -163,7 +163,7 @@ def check_clips(manifest: Manifest, examine: Callable[[Clip], None], progress: b
     def problem(clip: Clip) -> tuple[int, str] | None:
         try:
             examine(clip)
-        except CSMError as error:
+        except (CSMError, OSError) as error:
             return clip.line, " ".join(str(error).split())
         return None
 
@@ -187,7 +187,7 @@ def check_recording(path: Path) -> float:
         raise AudioError(f"{path}: {seconds:.2f} s long; from {MIN_SECONDS} to {MAX_SECONDS:g} s can be trained on")
     if not torch.isfinite(audio).all():
         raise AudioError(f"{path}: has samples that are not finite (NaN or infinite)")
-    if audio.abs().max() < SILENCE:
+    if to_mono(audio, sample_rate, sample_rate).abs().max() < SILENCE:  # as the codec hears it
         raise AudioError(f"{path}: is silent throughout")
     if audio.abs().max() > 8:
         raise AudioError(f"{path}: has samples of up to {audio.abs().max():.3g}; full scale is 1")

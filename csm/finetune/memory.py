@@ -32,9 +32,10 @@ def advising(options: TrainOptions, lora: bool) -> Iterator[None]:
 
 def advice(options: TrainOptions, lora: bool) -> str:
     """What to try, the cheapest first, of what is not on already."""
-    half = max(1, options.batch_rows // 2)
+    rows, size = max(1, options.batch_rows // 2), max(1, options.batch_size // 2)
+    smaller = f"--batch-size {size} --batch-rows {rows} --accumulate {2 * options.accumulate}"
     steps = [
-        f"--batch-rows {half} --accumulate {2 * options.accumulate} (the same step in smaller batches)",
+        f"{smaller} (as much a step, in smaller batches)",
         "" if options.checkpointing else "--checkpointing (activations computed twice)",
         "" if options.precision == "bfloat16" else "--precision bfloat16",
         "" if options.depth_share <= 1 / 16 else "--depth-share 0.0625 (fewer frames for the depth decoder)",

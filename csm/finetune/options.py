@@ -13,7 +13,7 @@ PRECISIONS = ("float32", "bfloat16", "float64")
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train. ``None`` as a count means never; shares are of one.
+    """How to train. 0 as a count of steps between means never; shares are of one.
 
     A step takes ``accumulate`` batches, each shared out among the processes: neither changes with the number of these.
     ``ema`` is the decay of the averaged weights, 0 for none. ``precision`` is that of the matrix products; bfloat16 is

@@ -33,7 +33,7 @@ from csm.finetune.processes import Processes
 from csm.finetune.samples import Samples
 
 # What may be another when a run goes on: it changes no step, or is asked for on purpose.
-FREE = {"steps", "eval_every", "eval_batches", "save_every", "keep", "sample_every", "sample_seconds"}
+FREE = {"steps", "eval_every", "eval_batches", "save_every", "keep", "sample_every", "sample_seconds", "checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -233,6 +233,8 @@ class Trainer:
             "place": asdict(self.place),
             "options": asdict(self.options),
             "data": self._data_hash,
+            "adapters": self._adapters,
+            "frozen": self._frozen_hash,
             "trained": {name: parameter.detach() for name, parameter in self.trained.items()},
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.shadow,
@@ -246,6 +248,10 @@ class Trainer:
         for name in now.keys() - FREE:
             if before.get(name) != now[name]:
                 raise CheckpointError(f"{path}: this run has {name} {before.get(name)!r}, not {now[name]!r}")
+        if state["adapters"] != self._adapters:
+            raise CheckpointError(f"{path}: this run has adapters {state['adapters']}, not {self._adapters}")
+        if state["frozen"] != self._frozen_hash:
+            raise CheckpointError(f"{path}: this run starts from a model with other weights")
         if state["data"] != self._data_hash:
             raise CheckpointError(f"{path}: this run is on other data: turns were added, removed or changed")
         shapes = {name: tuple(tensor.shape) for name, tensor in state["trained"].items()}
@@ -259,6 +265,20 @@ class Trainer:
                 _copy(state["average"], self.average.shadow)
         self.optimizer.load_state_dict(state["optimizer"])
         self.place = Place(**state["place"])
+
+    @property
+    def _adapters(self) -> dict[str, Any] | None:
+        return None if self.trainee.lora is None else asdict(self.trainee.lora.config)
+
+    @cached_property
+    def _frozen_hash(self) -> str:
+        """Of some values of every weight that is not trained: they are in no checkpoint."""
+        digest = hashlib.sha256()
+        for name, parameter in self.trainee.model.named_parameters():
+            if not parameter.requires_grad:
+                values = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
+                digest.update(f"{name} {tuple(parameter.shape)} {values.double().tolist()}".encode())
+        return digest.hexdigest()
 
     @cached_property
     def _data_hash(self) -> str:
