@@ -5,6 +5,7 @@ import torch
 
 import bench
 from csm import Generator, Segment
+from csm.__main__ import main
 from csm.config import CSM_1B, MIMI
 from csm.frame import FrameState, decode_frame
 from csm.graph import Graph, Pool
@@ -13,6 +14,7 @@ from csm.model import CSM
 from csm.prefill import Prefill
 from csm.prompt import text_rows
 from csm.sampling import SamplingParams
+from micro import write_data
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -226,3 +228,17 @@ def test_an_abandoned_batch_does_not_disturb_the_next_request(captured):
         next(frames)
         frames.close()
         assert torch.equal(captured.generate(**REQUESTS[0]), expected)
+
+
+@pytest.mark.parametrize("mode", [["--lora", "--rank", "2"], ["--checkpointing", "--ema", "0.9"]], ids=["lora", "full"])
+def test_training_takes_steps_and_goes_on(tmp_path, mode):
+    """bfloat16 on the device: steps, a checkpoint, more steps from it, and what was learned speaks there."""
+    data = write_data(tmp_path / "data")
+    options = ["--data", data, "--model", "tiny", "--out", tmp_path / "run", "--device", "cuda", "--quiet", *mode]
+    options += ["--precision", "bfloat16", "--batch-size", 4, "--save-every", 2, "--eval-every", 2]
+    for steps in (2, 4):
+        assert main(["finetune", *map(str, [*options, "--steps", steps, *(["--resume"] if steps > 2 else [])])]) == 0
+    result = dict(lora=tmp_path / "run" / "adapter") if "--lora" in mode else {}
+    name = "tiny" if result else tmp_path / "run" / "model"
+    spoken = Generator.from_pretrained(name, device="cuda", dtype=torch.bfloat16, **result)
+    assert spoken.generate(**REQUESTS[0]).isfinite().all()
