@@ -39,7 +39,15 @@ SENTENCES = (
     [
         ("The Cat's whiskers -- 3 of them!", "the cats whiskers three of them"),
         ("Dr. Smith paid $5, i.e. 20% more…", "doctor smith paid five dollars i e twenty percent more"),
-        ("On the 21st, 1,204 naïve cafés", "on the twenty first one thousand two hundred and four naive cafes"),
+        ("On the 21st, 1,204 naïve cafés", "on the twenty first one thousand two hundred four naive cafes"),
+        ("In 1905, in 1984 or 2010", "in nineteen oh five in nineteen eighty four or twenty ten"),
+        ("in 1900; in 2000; 1500 cats", "in nineteen hundred in two thousand fifteen hundred cats"),
+        (
+            "84271 or 12,000 or 1,984",
+            "eight four two seven one and twelve thousand or one thousand nine hundred eighty four",
+        ),
+        ("To day no body saw a grey theatre", "today nobody saw a gray theater"),
+        ("one hundred and five, every one", "one hundred five everyone"),
         ("well-known; “quoted” don’t", "well known quoted dont"),
         ("3.5 & 7", "three point five and seven"),
         ("?!", ""),
@@ -75,21 +83,20 @@ def test_a_summary_is_over_words_not_over_sentences():
     heard = [
         Heard("a", "a", errors=0, words=9, seconds=2.0, seed=0, ended=True, length_ratio=1.0, similar=0.5),
         Heard("b", "c", errors=1, words=1, seconds=1.0, seed=0, ended=False, length_ratio=3.0, similar=None),
-        Heard("a", "a", errors=0, words=9, seconds=2.0, seed=1, ended=True, length_ratio=1.2, similar=0.7),
+        Heard("a", "a", errors=0, words=9, seconds=2.0, seed=1, ended=True, length_ratio=1.3, similar=0.7),
         Heard("b", "b", errors=0, words=1, seconds=1.0, seed=1, ended=True, length_ratio=None, similar=None),
     ]
     values = summary(heard)
     assert values["wer"] == pytest.approx(1 / 20)
     assert values["wer_spread"] == pytest.approx(np.std([0.1, 0.0], ddof=1))
-    assert (values["ended"], values["length_ratio"], values["seconds"]) == (0.75, 1.2, 6.0)
+    assert (values["ended"], values["length_ratio"], values["seconds"]) == (0.75, 1.3, 6.0)
     assert values["similar"] == pytest.approx(0.6)
     text = table({"speech": values, "recordings": summary([Heard("a", "a", 0, 9, 2.0)])}).splitlines()
-    columns = (
-        "utterances | word error rate | its spread over seeds | length ratio | ended by itself | same voice | seconds"
-    )
+    columns = "utterances | word error rate | its spread over seeds | length ratio | length within 0.8 to 1.25"
+    columns += " | ended by itself | same voice | seconds"
     assert text[0] == f"| | {columns} |"
-    assert text[2] == "| speech | 4 | 5.0% | 7.1% | 1.20 | 75.0% | 0.60 | 6.0 |"
-    assert text[3] == "| recordings | 1 | 0.0% |  |  |  |  | 2.0 |"
+    assert text[2] == "| speech | 4 | 5.0% | 7.1% | 1.30 | 33.3% | 75.0% | 0.60 | 6.0 |"
+    assert text[3] == "| recordings | 1 | 0.0% |  |  |  |  |  | 2.0 |"
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +168,37 @@ def test_voices(spoken, tmp_path):
     assert similarity(one, one) == pytest.approx(1, abs=1e-5)
     assert encoder.embed(torch.zeros(0), 24_000) is None
     assert similarity(one, None) is None
+
+
+@needs_ears
+def test_each_speaker_is_measured_and_known_by_voice(tmp_path, capsys):
+    """Two voices under their own numbers are all right; the recordings of one under the other's number are not."""
+    if shutil.which("flite") is None:
+        pytest.skip("flite is not installed")
+    lines = []
+    for index, text in enumerate(SENTENCES):
+        for speaker, voice in enumerate(("slt", "rms")):
+            name = f"{voice}{index}.wav"
+            subprocess.run(["flite", "-voice", voice, "-t", text, "-o", tmp_path / name], check=True)
+            lines.append({"audio": name, "text": text, "speaker": speaker})
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    assert evaluate("--data", manifest, "--recordings", "--out", tmp_path / "eval") == 0
+    text = capsys.readouterr().out
+    print("\n" + text)
+    found = json.loads((tmp_path / "eval" / "eval.json").read_text())["summary"]
+    assert list(found) == ["recordings", "recordings, speaker 0", "recordings, speaker 1"]
+    assert [values["utterances"] for values in found.values()] == [8, 4, 4]
+    assert [values["right_voice"] for values in found.values()] == [1, 1, 1]
+    assert "right speaker" in text
+
+    from csm.evaluate.measure import Ears, Sentence
+
+    ears = Ears(None, [Sentence(line["text"], line["speaker"], tmp_path / line["audio"]) for line in lines])
+    other = read_audio(tmp_path / "rms0.wav")
+    assert ears.hear(Sentence(SENTENCES[0], speaker=0), *other).right_voice is False
+    assert ears.hear(Sentence(SENTENCES[0], speaker=7), *other).right_voice is None
+    assert Ears(None, [Sentence("a", 0, tmp_path / "rms0.wav")]).hear(Sentence("a"), *other).right_voice is None
 
 
 @needs_ears

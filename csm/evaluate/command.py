@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> str:
     """Measure what was asked for; return the table."""
     _check(args)
     sentences = read_sentences(args)
-    ears = Ears(args.ref)
+    ears = Ears(args.ref, sentences)
     kinds: dict[str, list[Heard]] = {}
     if args.recordings:
         kinds["recordings"] = recordings(ears, sentences, not args.quiet)

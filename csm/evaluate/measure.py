@@ -19,6 +19,8 @@ from csm.evaluate.words import word_errors
 from csm.generator import Generator
 from csm.prompt import Segment
 
+VOICE_RECORDINGS = 20  # of a speaker, by which the voice is known
+
 
 @dataclass(frozen=True)
 class Sentence:
@@ -31,7 +33,11 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Heard:
-    """What came of one sentence. ``length_ratio`` is against its recording, ``similar`` to the reference's voice."""
+    """What came of one sentence.
+
+    ``length_ratio`` is against its recording, ``similar`` the likeness to its voice or the reference's, ``right_voice``
+    whether no other speaker of the recordings sounds more like it than its own.
+    """
 
     text: str
     heard: str
@@ -42,6 +48,8 @@ class Heard:
     ended: bool | None = None
     length_ratio: float | None = None
     similar: float | None = None
+    speaker: int = 0
+    right_voice: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,31 @@ class Speaking:
 
 
 class Ears:
-    """Recogniser and speaker encoder, and the voices of recordings that were heard before."""
+    """Recogniser and speaker encoder, the voices of recordings heard before, and each speaker's voice among them.
 
-    def __init__(self, reference: Path | None = None):
+    ``sentences`` are those whose recordings tell what the speakers sound like, if there are several.
+    """
+
+    def __init__(self, reference: Path | None = None, sentences: Sequence[Sentence] = ()):
         self._recogniser, self._encoder = Recogniser(), SpeakerEncoder()
         self._reference = reference
         self._voices: dict[Path, np.ndarray | None] = {}
+        self._speakers = self._speakers_of(sentences)
+
+    def _speakers_of(self, sentences: Sequence[Sentence]) -> dict[int, np.ndarray]:
+        """The mean voice of up to VOICE_RECORDINGS recordings of each speaker; nothing of one speaker alone."""
+        paths: dict[int, list[Path]] = {}
+        for sentence in sentences:
+            if sentence.audio is not None:
+                paths.setdefault(sentence.speaker, []).append(sentence.audio)
+        if len(paths) < 2:
+            return {}
+        speakers = {}
+        for speaker, own in paths.items():
+            voices = [voice for path in own[:VOICE_RECORDINGS] if (voice := self._voice(path)) is not None]
+            if voices:
+                speakers[speaker] = np.mean(voices, axis=0)
+        return speakers
 
     def hear(
         self,
@@ -77,14 +104,20 @@ class Ears:
         heard = self._recogniser.hear(audio, sample_rate)
         errors, words = word_errors(sentence.text, heard)
         seconds = audio.shape[-1] / sample_rate
-        ratio = similar = None
+        ratio = similar = right = None
         if compare and sentence.audio is not None:
             recorded, rate = read_audio(sentence.audio)
             ratio = seconds / (recorded.shape[-1] / rate)
         voice_of = self._reference or sentence.audio
+        voice = self._encoder.embed(audio, sample_rate) if voice_of is not None or self._speakers else None
         if compare and voice_of is not None:
-            similar = similarity(self._encoder.embed(audio, sample_rate), self._voice(voice_of))
-        return Heard(sentence.text, heard, errors, words, seconds, seed, ended, ratio, similar)
+            similar = similarity(voice, self._voice(voice_of))
+        if sentence.speaker in self._speakers:
+            right = voice is not None and self._nearest(voice) == sentence.speaker
+        return Heard(sentence.text, heard, errors, words, seconds, seed, ended, ratio, similar, sentence.speaker, right)
+
+    def _nearest(self, voice: np.ndarray) -> int:
+        return max(self._speakers, key=lambda speaker: float(voice @ self._speakers[speaker]))
 
     def _voice(self, path: Path) -> np.ndarray | None:
         if path not in self._voices:

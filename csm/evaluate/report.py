@@ -17,8 +17,10 @@ COLUMNS = {
     "wer": "word error rate",
     "wer_spread": "its spread over seeds",
     "length_ratio": "length ratio",
+    "length_kept": "length within 0.8 to 1.25",
     "ended": "ended by itself",
     "similar": "same voice",
+    "right_voice": "right speaker",
     "seconds": "seconds",
 }
 
@@ -26,20 +28,23 @@ COLUMNS = {
 def summary(heard: Sequence[Heard]) -> dict[str, float | int | None]:
     """Word error rate over all words, its standard deviation over seeds, and what else there is a number of.
 
-    Length ratio is the median, the share that ended and the likeness of the voice are means.
+    Length ratio is the median, the shares and the likeness of the voice are means.
     """
     by_seed: dict[int | None, list[Heard]] = {}
     for one in heard:
         by_seed.setdefault(one.seed, []).append(one)
+    ratios = [one.length_ratio for one in heard]
     rates = [_rate(group) for group in by_seed.values()]
     return {
         "utterances": len(heard),
         "seeds": len(by_seed),
         "wer": _rate(heard),
         "wer_spread": stdev(rates) if len(rates) > 1 else None,
-        "length_ratio": _of(median, [one.length_ratio for one in heard]),
+        "length_ratio": _of(median, ratios),
+        "length_kept": _of(mean, [None if r is None else 0.8 <= r <= 1.25 for r in ratios]),
         "ended": _of(mean, [one.ended for one in heard]),
         "similar": _of(mean, [one.similar for one in heard]),
+        "right_voice": _of(mean, [one.right_voice for one in heard]),
         "seconds": sum(one.seconds for one in heard),
     }
 
@@ -65,15 +70,23 @@ def table(summaries: Mapping[str, Mapping[str, float | int | None]]) -> str:
 def _cell(key: str, value: float | int | None) -> str:
     if value is None or math.isnan(value):
         return ""
-    if key in ("wer", "wer_spread", "ended"):
+    if key in ("wer", "wer_spread", "length_kept", "ended", "right_voice"):
         return f"{value:.1%}"
     return str(value) if isinstance(value, int) else f"{value:.2f}" if key != "seconds" else f"{value:.1f}"
 
 
 def write(folder: Path, told: Mapping[str, object], kinds: Mapping[str, Sequence[Heard]]) -> str:
-    """Write ``eval.json``, with every utterance in it, and ``eval.md``; return the table."""
+    """Write ``eval.json``, with every utterance in it, and ``eval.md``; return the table.
+
+    Several speakers have a line each below the line of all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    summaries = {name: summary(heard) for name, heard in kinds.items()}
+    summaries = {}
+    for name, heard in kinds.items():
+        summaries[name] = summary(heard)
+        speakers = sorted({one.speaker for one in heard})
+        for speaker in speakers if len(speakers) > 1 else ():
+            summaries[f"{name}, speaker {speaker}"] = summary([one for one in heard if one.speaker == speaker])
     utterances = {name: [asdict(one) for one in heard] for name, heard in kinds.items()}
     values = {"options": dict(told), "summary": summaries, "utterances": utterances}
     (folder / "eval.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -20,23 +20,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from csm.codec import Codec
-from csm.weights.recipe.hearing import Recogniser, word_error_rate
+from csm.evaluate.listen import Recogniser
+from csm.evaluate.words import word_errors
 from csm.weights.recipe.recordings import VOICES, Utterance, read_manifest
 from csm.weights.recipe.shape import load_codec
 
 
 def error_rates(codec: Codec | None, recordings: Sequence[Utterance], recogniser: Recogniser) -> dict[str, float]:
     """Word error rate of each voice and of "all"; without a codec, of the recordings as they are."""
-    heard = []
+    counts = []
     for line in tqdm(recordings, desc="floor" if codec is None else f"{codec.num_codebooks} codebooks", mininterval=5):
         audio, rate = read(line)
-        heard.append(recogniser.hear(audio if codec is None else codec.decode(codec.encode(audio)), rate))
+        heard = recogniser.hear(audio if codec is None else codec.decode(codec.encode(audio)), rate)
+        counts.append((VOICES[line.speaker], *word_errors(line.text, heard)))
     rates: dict[str, float] = {}
     for name in (*VOICES, "all"):
-        chosen = [index for index, line in enumerate(recordings) if name in (VOICES[line.speaker], "all")]
-        if chosen:
-            texts = [recordings[index].text for index in chosen]
-            rates[name] = round(word_error_rate(texts, [heard[index] for index in chosen]), 4)
+        errors, words = (sum(count[part] for count in counts if name in (count[0], "all")) for part in (1, 2))
+        if words:
+            rates[name] = round(errors / words, 4)
     return rates
 
 

@@ -20,38 +20,51 @@ SEED = 20_251_121
 # What a slot in braces may become; a slot's own text may hold slots again.
 TEMPLATES = (
     """
-The {adj} {person} {did} the {thing} {time}.|The {person} {did} a {adj} {thing} {spot_where}.
-{name} {moved} {spot_where}.|{name} {did} {count} {adj} {things} {time}.
-{name} and {name} {moved} {spot_where} {time}.|{time_cap}, {name} {did} my {thing}.|I {did} the {adj} {thing}.
-I never {did} your {thing}.|We {moved} {adv} {spot_where}.|They {did} the {thing} {adv}.
-She {did} her {adj} {thing} {time}.|He {did} his {thing} because he was {feeling}.
-My {person} is very {feeling} today.|The {animal} {moved} {spot_where}.|A {adj} {animal} {moved} {prep} the {spot}.
-{count_cap} {animals} {moved} {spot_where}.|The {thing} is {prep} the {thing}.
-The {adj} {thing} is {prep} the {adj} {thing}.|There is a {adj} {thing} {spot_where}.
-There are {count} {things} {prep} the {spot}.|There was some {stuff} {prep} the {thing}.|It will be {weather} {time}.
-Is it {weather} in {place} {time}?|The weather in {place} was {weather} and {weather}.|Where is the {adj} {thing}?
-Where did you {do} the {thing}?|Why did {name} {do} the {adj} {thing}?|When will the {person} {do} the {thing}?
-Did the {person} {do} your {thing}?|Can you {do} the {adj} {thing} for me?|Could you please {do} the {thing} {time}?
-Would you like some {stuff} with your {stuff}?|Who {did} the {thing} {time}?|How many {things} did {name} {do}?
-How far is it from {place} to {place}?|What did the {adj} {person} {do} {time}?|Do you {do} {things} {time}?
-Please {do} the {thing} and {do} the {thing}.|Do not {do} the {adj} {thing}!|{do_cap} the {thing} before you {go}.
-{name} is {number} years old.|The train to {place} leaves at {clock}.|The {thing} costs {number} dollars.
-We need {number} {things} and {count} {things}.|The {spot} opens at {clock} {time}.|Call me at {clock}.
-My number is {digit} {digit} {digit} {digit} {digit}.|{place} is {number} miles from {place}.
-In {year}, {name} {moved} in {place}.|If you {do} the {thing}, I will {do} the {thing}.
-When the {person} {moved}, the {animal} {moved} too.|The {person} who {did} the {thing} is {feeling}.
-{name} said that the {thing} was {adj}.|I think that {name} is {feeling}.|I know that you {did} the {thing}.
-{name} wants to {do} a {thing} in {place}.|We are going to {do} the {thing} {time}.
-I would like to {do} {count} {things}.|You should {do} your {thing} {adv}.|Nobody {did} the {adj} {thing}.
-Everybody {did} the {thing} {time}.|{name} has never been to {place}.|Have you ever been to {place} or {place}?
-{name} teaches {subject} and {subject} in {place}.|I like {subject} more than {subject}.
-{subject_cap} is {adj}, but {subject} is {adj}.|Although it was {weather}, the {person} {moved} {spot_where}.
-After {clock}, the {spot} was {adj} and {adj}.|The {adj} {animal} and the {adj} {animal} {moved} together.
-Her {thing} was as {adj} as a {thing}.|Some {people} {do} {stuff} {time}.
-All the {people} in {place} {moved} {spot_where}.|The {person} gave {name} a {thing}, a {thing} and a {thing}.
-"{phrase_open}," said the {adj} {person}.|{phrase}|{phrase}|No, {name} {did} it {time}.|Yes, I {did} the {thing}.
-One day, a {adj} {person} {moved} {prep} a {adj} {spot}.|Once there was a {person} who {did} {things}.
-The first {thing} is {adj}, the second is {adj}.|Half of the {things} are {adj}.|{number_cap} {people} {moved} {time}.
+The {char} {job} {did} the {adj} {object} {past}.|{name} {did} a {color} {object} {past}.
+I {did} your {object} {past}.|{name} and {name} {moved} {in_outdoors} {past}.
+My {relative} {did} the {object} at the {spot}.|We {moved} {adv}.|She {did} her {color} {object} {past}.
+He {did} his {object} because he was {feeling}.|My {relative} is very {feeling}.
+The {char} {animal} {moved} {in_outdoors}.|A {color} {animal} {moved} {in_outdoors} {past}.
+The {animal} {moved} {adv}.|{count_cap} {animals} {moved} {in_outdoors}.|The {object} is {prep} the {furniture}.
+The {color} {object} is {in_room}.|There is a {adj} {furniture} {in_room}.|There are {count} {objects} {in_room}.
+We found some {food} in the kitchen.|It will be {weather} {future}.|Is it {weather} in {place} today?
+The weather in {place} was {weather} and {weather}.|Where is the {color} {object}?|Where did you {do} the {object}?
+Why did {name} {do} the {adj} {object}?|When will the {job} {do} the {object}?|Did your {relative} {do} my {object}?
+Can you {do} the {adj} {object} for me?|Could you please {do} the {object} {future}?
+Would you like some {drink} with your {food}?|Who {did} the {object} {past}?|How many {objects} did {name} {do}?
+How far is it from {place} to {place}?|What did your {relative} {do} {past}?
+Please {do} the {object} and the {object}.|Do not {do} the {color} {object}!|Please do not {do} my {object}.
+{name} is {number} years old.|The train to {place} leaves at {clock}.|The {object} costs {number} dollars.
+We need {number} {objects} and {count} {objects}.|The {spot} opens at {clock}.|Please call me at {clock}.
+My number is {digit} {digit} {digit} {digit} {digit}.|It is {number} miles from {place} to {place}.
+In {year}, my {relative} lived in {place}.|My {relative} came to {place} in {year}.
+I will {do} the {object} {future}.|When the {job} {moved}, the {animal} {moved}, too.
+The {job} who {did} the {object} is {feeling}.|{name} said that the {object} was {adj}.
+I think that {name} is {feeling}.|I know that you {did} the {object}.|{name} wants to {do} a {object} in {place}.
+We are going to {do} the {object} {future}.|I am not {feeling}.|I would like to {do} {count} {objects}.
+You should {do} your {object} {future}.|Nobody {did} the {adj} {object}.|{name} has never been to {place}.
+Have you ever been to {place} or {place}?|We are going to {place} {future}.
+{name} studies {subject} and {subject} in {place}.|I like {subject} more than {subject}.|I want to learn {subject}.
+My {relative} studied {subject} in {place}.|The {job} {often} {moved_now} {in_outdoors} {habit}.
+I {often} eat {food}.|We {often} have {food} and {drink} for {meal}.|{name} made {food} for {meal} {past}.
+The {food} in {place} is {taste}.|My {relative} does not like {food}.
+I would like {food} and a cup of {hot_drink}, please.|Do you like {food}?
+The {food} and the {drink} are on the table.|Please buy some {food} at the {spot}.|Is there any {drink} left?
+The {char} {animal} found all the {food}.|We had {food} for {meal}, and it was {taste}.|Who wants {food} for {meal}?
+The {char} {job} drove the {color} {vehicle} to {place}.|My {relative} bought a {adj} {vehicle} {past}.
+We went to {place} by {vehicle} {past}.|The {vehicle} stopped in front of the {spot}.
+The {vehicle} is {adj} and {adj}.|{name} was waiting at the {spot} {past}.|I will meet you at the {spot} at {clock}.
+The {spot} is {prep} the {spot}.|Turn left at the {spot} and right at the {spot}.|Is there a {spot} near the {spot}?
+Let us meet at the {spot} {future}.|The {job} from {place} was {char} and {char}.
+My {relative} is a {job}, and my {relative} is a {job}.|A {job} and a {job} {moved} together.
+The {animal} and the {animal} are {feeling}.|I saw a {animal} at the {spot} {past}.
+The {animal} was sleeping {prep} the {furniture}.|{name} has {count} {animals} and a {animal}.
+I am afraid of {animals}.|"{phrase_open}," said the {char} {job}.|{phrase}|{phrase} {phrase}|{phrase} {phrase}
+{phrase} {phrase}|No, {name} {did} it {past}.|Yes, I {did} the {object}.|Hello, {name}. {phrase}
+{phrase} I am {feeling}.|{name}, {name} and {name} {moved} together.|One day, a {char} {job} {moved} {in_outdoors}.
+Once there was a {job} who had {count} {objects}.|Yes, I like {food}.
+The first {object} is {color}, and the second one is {color}.|{number_cap} {jobs} {moved} {past}.
+No, I do not like {food}.
 """.replace("\n", "|")
     .strip("|")
     .split("|")
@@ -60,15 +73,8 @@ The first {thing} is {adj}, the second is {adj}.|Half of the {things} are {adj}.
 _ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
 seventeen eighteen nineteen""".split()
 _TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
-_PLURALS = {"man": "men", "woman": "women", "child": "children", "mouse": "mice", "goose": "geese", "knife": "knives"}
-_PLURALS |= {
-    "wolf": "wolves",
-    "sheep": "sheep",
-    "deer": "deer",
-    "fish": "fish",
-    "fireman": "firemen",
-    "bread": "loaves",
-}
+_PLURALS = {"mouse": "mice", "knife": "knives", "wolf": "wolves", "sheep": "sheep", "fireman": "firemen"}
+_PLURALS |= {"policeman": "policemen"}
 
 
 def number_in_words(number: int) -> str:
@@ -105,9 +111,14 @@ def plural(noun: str) -> str:
     return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 
+def _third_person(verb: str) -> str:
+    first, _, rest = verb.partition("_")
+    return plural(first) + (f" {rest}" if rest else "")
+
+
 def _clock(rng: random.Random) -> str:
     hour = _ONES[rng.randint(1, 12)]
-    return hour + rng.choice((" o'clock", " thirty", " fifteen", " forty five", " twenty", " ten"))
+    return hour + rng.choice((" o'clock", " thirty", " forty five", " twenty"))
 
 
 def _verb(pairs: list[str], part: int) -> Callable[[random.Random], str]:
@@ -125,23 +136,36 @@ def _many(options: list[str]) -> Callable[[random.Random], str]:
 SLOTS: dict[str, Callable[[random.Random], str]] = {
     "name": _one(words.NAMES),
     "place": _one(words.PLACES),
-    "person": _one(words.PEOPLE),
-    "people": _many(words.PEOPLE),
+    "relative": _one(words.RELATIVES),
+    "job": _one(words.JOBS),
+    "jobs": _many(words.JOBS),
     "animal": _one(words.ANIMALS),
     "animals": _many(words.ANIMALS),
-    "thing": _one(words.THINGS),
-    "things": _many([thing for thing in words.THINGS if thing not in words.STUFF]),
-    "stuff": _one(words.STUFF),
+    "object": _one(words.OBJECTS),
+    "objects": _many(words.OBJECTS),
+    "furniture": _one(words.FURNITURE),
+    "vehicle": _one(words.VEHICLES),
+    "food": _one(words.FOODS),
+    "drink": _one(words.DRINKS),
+    "hot_drink": _one(["coffee", "tea"]),
+    "meal": _one(words.MEALS),
     "spot": _one(words.SPOTS),
-    "spot_where": lambda rng: f"{rng.choice(words.PREPOSITIONS)} the {rng.choice(words.SPOTS)}",
+    "in_outdoors": lambda rng: f"{rng.choice(('in', 'near', 'behind', 'outside'))} the {rng.choice(words.OUTDOORS)}",
+    "in_room": lambda rng: f"in the {rng.choice(words.ROOMS)}",
+    "color": _one(words.COLORS),
     "adj": _one(words.ADJECTIVES),
+    "char": _one(words.CHARACTERS),
     "feeling": _one(words.FEELINGS),
+    "taste": _one(words.TASTES),
     "do": _verb(words.ACTIONS, 0),
     "did": _verb(words.ACTIONS, 1),
-    "go": _verb(words.MOVES, 0),
     "moved": _verb(words.MOVES, 1),
+    "moved_now": lambda rng: _third_person(rng.choice(words.MOVES).split(":")[0]),
     "adv": _one(words.ADVERBS),
-    "time": _one(words.TIMES),
+    "often": _one(words.OFTEN),
+    "past": _one(words.PAST),
+    "future": _one(words.FUTURE),
+    "habit": _one(words.HABIT),
     "weather": _one(words.WEATHER),
     "subject": _one(words.SUBJECTS),
     "prep": _one(words.PREPOSITIONS),
@@ -150,7 +174,7 @@ SLOTS: dict[str, Callable[[random.Random], str]] = {
         rng.choice((rng.randint(2, 99), rng.randint(2, 9) * 100, rng.randint(2, 999)))
     ),
     "digit": lambda rng: rng.choice(_ONES[:10]),
-    "year": lambda rng: year_in_words(rng.randint(1700, 2029)),
+    "year": lambda rng: year_in_words(rng.randint(1900, 2029)),
     "clock": _clock,
     "phrase": _one(words.PHRASES),
     "phrase_open": lambda rng: rng.choice(words.PHRASES).rstrip(".?!"),
@@ -189,7 +213,7 @@ def _fill(slot: str, rng: random.Random) -> str:
     if slot.endswith("_cap"):
         text = _fill(slot.removesuffix("_cap"), rng)
         return text[0].upper() + text[1:]
-    return SLOTS[slot](rng)
+    return SLOTS[slot](rng).replace("_", " ")
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ CONFIG = CodecConfig(
     context=32,
     codebook_size=1024,
     codebook_dim=64,
-    num_codebooks=12,
+    num_codebooks=8,
 )
 
 
