@@ -44,7 +44,7 @@ SENTENCES = (
         ("in 1900; in 2000; 1500 cats", "in nineteen hundred in two thousand fifteen hundred cats"),
         (
             "84271 or 12,000 or 1,984",
-            "eight four two seven one and twelve thousand or one thousand nine hundred eighty four",
+            "eight four two seven one or twelve thousand or one thousand nine hundred eighty four",
         ),
         ("To day no body saw a grey theatre", "today nobody saw a gray theater"),
         ("one hundred and five, every one", "one hundred five everyone"),
