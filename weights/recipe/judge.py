@@ -28,16 +28,16 @@ from csm.weights.recipe.shape import load_codec
 
 def error_rates(codec: Codec | None, recordings: Sequence[Utterance], recogniser: Recogniser) -> dict[str, float]:
     """Word error rate of each voice and of "all"; without a codec, of the recordings as they are."""
-    counts = []
+    counts: list[tuple[str, int, int]] = []
     for line in tqdm(recordings, desc="floor" if codec is None else f"{codec.num_codebooks} codebooks", mininterval=5):
         audio, rate = read(line)
         heard = recogniser.hear(audio if codec is None else codec.decode(codec.encode(audio)), rate)
         counts.append((VOICES[line.speaker], *word_errors(line.text, heard)))
     rates: dict[str, float] = {}
     for name in (*VOICES, "all"):
-        errors, words = (sum(count[part] for count in counts if name in (count[0], "all")) for part in (1, 2))
-        if words:
-            rates[name] = round(errors / words, 4)
+        chosen = [(errors, words) for voice, errors, words in counts if name in (voice, "all")]
+        if chosen:
+            rates[name] = round(sum(errors for errors, _ in chosen) / sum(words for _, words in chosen), 4)
     return rates
 
 
