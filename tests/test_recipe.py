@@ -154,7 +154,7 @@ def test_training_goes_on_as_if_it_had_not_stopped_and_the_loss_falls(manifest, 
 
 
 def test_what_is_exported_decodes_as_what_was_trained(manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr("csm.weights.recipe.export.CONFIG", SMALL)
+    monkeypatch.setattr("csm.weights.recipe.export.CODEC", SMALL)
     run = trainer(manifest, tmp_path / "run")
     run.run(until=10)
     assert (tmp_path / "run" / "losses.csv").read_text().count("\n") == 11
@@ -176,7 +176,7 @@ def test_what_is_exported_decodes_as_what_was_trained(manifest, tmp_path, monkey
 
 
 def test_a_run_can_begin_with_an_exported_codec(manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr("csm.weights.recipe.export.CONFIG", SMALL)
+    monkeypatch.setattr("csm.weights.recipe.export.CODEC", SMALL)
     first = trainer(manifest, tmp_path / "first")
     first.run(until=6)
     export_codec(tmp_path / "first" / "checkpoint.pt", tmp_path / "out", SMALL.num_codebooks)
@@ -201,5 +201,5 @@ def test_a_training_of_nothing_is_refused(field):
 
 
 def test_the_codec_is_mimi_s_shape():
-    assert shape.CONFIG.frame_size == FRAME
-    assert shape.CONFIG.sample_rate == 24_000
+    assert shape.CODEC.frame_size == FRAME
+    assert shape.CODEC.sample_rate == 24_000

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from csm.codec import moshi_config
 from csm.config import CodecConfig
 from csm.weights.recipe.recordings import read_manifest
-from csm.weights.recipe.shape import CONFIG, load_codec
+from csm.weights.recipe.shape import CODEC, load_codec
 
 MELS = ((256, 20), (512, 40), (1024, 80), (2048, 80))  # FFT size, bands
 
@@ -305,12 +305,12 @@ def work(rank: int, training: Training, manifest: Path, folder: Path, start: Pat
     if training.workers > 1:
         store = distributed.FileStore(str(folder / "workers"), training.workers)
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=training.workers)
-    clips = Clips(manifest, training.clip_frames * CONFIG.frame_size)
-    trainer = Trainer(CONFIG, training, clips, folder, rank)
+    clips = Clips(manifest, training.clip_frames * CODEC.frame_size)
+    trainer = Trainer(CODEC, training, clips, folder, rank)
     if start is not None:
         config, state = load_codec(start)
-        if replace(config, num_codebooks=CONFIG.num_codebooks) != CONFIG or config.num_codebooks < CONFIG.num_codebooks:
-            raise ValueError(f"{start} has the shape {config}, which is not that of this recipe: {CONFIG}")
+        if replace(config, num_codebooks=CODEC.num_codebooks) != CODEC or config.num_codebooks < CODEC.num_codebooks:
+            raise ValueError(f"{start} has the shape {config}, which is not that of this recipe: {CODEC}")
         trainer.start_from(state)
     trainer.run()
 

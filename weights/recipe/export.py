@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from csm.config import CodecConfig
-from csm.weights.recipe.shape import CONFIG
+from csm.weights.recipe.shape import CODEC
 
 
 def finished_state(state: dict[str, Tensor], config: CodecConfig) -> dict[str, Tensor]:
@@ -42,7 +42,7 @@ def _codebook_of(name: str) -> int:
 def export_codec(checkpoint: Path, folder: Path, num_codebooks: int) -> None:
     """Write a run's ``checkpoint.pt`` as a codec of the first ``num_codebooks`` codebooks."""
     trained = torch.load(checkpoint, weights_only=True)
-    config = replace(CONFIG, num_codebooks=num_codebooks)
+    config = replace(CODEC, num_codebooks=num_codebooks)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(finished_state(trained["mimi"], config), folder / "codec.safetensors", metadata={"format": "pt"})
     values = {
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--codebooks", type=int, default=CONFIG.num_codebooks)
+    parser.add_argument("--codebooks", type=int, default=CODEC.num_codebooks)
     arguments = parser.parse_args()
     export_codec(arguments.run / "checkpoint.pt", arguments.folder, arguments.codebooks)
 

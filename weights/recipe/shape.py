@@ -1,4 +1,4 @@
-"""The codec's shape, and the two files that carry a trained one: codec.safetensors and codec.json."""
+"""The embedded model's shapes and tokenizer, and the two files that carry its codec: codec.safetensors, codec.json."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from csm.config import CodecConfig
+from csm.config import CodecConfig, CSMConfig, TransformerConfig
 
-CONFIG = CodecConfig(
+CODEC = CodecConfig(
     dim=128,
     num_filters=16,
     num_layers=2,
@@ -21,6 +22,29 @@ CONFIG = CodecConfig(
     codebook_dim=64,
     num_codebooks=8,
 )
+SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")
+MODEL = CSMConfig(
+    backbone=TransformerConfig(
+        num_layers=6, dim=256, num_heads=4, num_kv_heads=2, head_dim=64, hidden_dim=640, max_positions=2048
+    ),
+    depth_decoder=TransformerConfig(
+        num_layers=2, dim=192, num_heads=3, num_kv_heads=1, head_dim=64, hidden_dim=512, max_positions=8
+    ),
+    text_vocab_size=256 + len(SPECIAL_TOKENS),
+    audio_vocab_size=CODEC.codebook_size + 3,
+    num_codebooks=CODEC.num_codebooks,
+    codebook_size=CODEC.codebook_size,
+)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer of 256 bytes and the special tokens, in ``tokenizer.json`` form."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
 
 
 def load_codec(folder: Path) -> tuple[CodecConfig, dict[str, Tensor]]:
