@@ -13,19 +13,26 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before csm.kernels defines its kernels: they run interpreted
 
+from noise import CODEC, NOISE
 from safetensors.torch import load_file, save_file
 
 from csm import Generator
 from csm.config import CSMConfig, TransformerConfig
 from csm.weights.config_json import write_hf_config
 from csm.weights.layouts import sesame_table
-from csm.weights.make_tiny import CODEC, byte_tokenizer
+from csm.weights.recipe.shape import byte_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """The embedded checkpoint on the CPU."""
     return Generator.from_pretrained("tiny", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def noisy():
+    """A checkpoint of random weights on the CPU."""
+    return Generator.from_pretrained(NOISE, device="cpu")
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import sphn
 import torch
+from noise import CODEC
 
 from csm.config import CSMConfig, TransformerConfig
 from csm.finetune.batches import Example, Turn
 from csm.weights.config_json import write_hf_config
-from csm.weights.make_tiny import CODEC
 
-# The codec and the tokenizer are the embedded checkpoint's, of which the first 4 codebooks are used.
+# The codec and the tokenizer are those of NOISE, of which the first 4 codebooks are used.
 MICRO = CSMConfig(
     backbone=TransformerConfig(
         num_layers=2, dim=48, num_heads=3, num_kv_heads=1, head_dim=16, hidden_dim=64, max_positions=160

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import CsmConfig, CsmForConditionalGeneration
 
-from csm.weights.make_tiny import byte_tokenizer
+from csm.weights.recipe.shape import byte_tokenizer
 
-AUDIO_TOKEN, AUDIO_EOS_TOKEN = 258, 259  # text ids that the tiny tokenizer does not use
+AUDIO_TOKEN, AUDIO_EOS_TOKEN = 258, 259  # text ids that the byte tokenizer does not use
 TEXT_VOCAB = 260
 
 

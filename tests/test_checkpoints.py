@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from noise import CODEC, CONFIG, random_state
 from safetensors.torch import save_file
 
 from conftest import OLD_CONFIG, SESAME_CONFIG, tensors_of, write_sesame
@@ -20,7 +21,6 @@ from csm.weights import open_checkpoint
 from csm.weights.checkpoint import TINY
 from csm.weights.config_json import read_config, write_hf_config
 from csm.weights.layouts import export, hf_table, mimi_table, sesame_table, target_shapes
-from csm.weights.make_tiny import CODEC, CONFIG, random_state
 from oracle import Shape, random_model, save
 
 
@@ -119,14 +119,6 @@ class TestLayouts:
         assert sum(len(entry.names) for entry in hf_table(CSM_1B)) + len(mimi_table(MIMI)) == 538
         parameters = sum(torch.Size(shape).numel() for shape in target_shapes(sesame_table(CSM_1B)).values())
         assert round(parameters / 1e9, 3) == 1.553
-
-    def test_the_embedded_checkpoint_is_what_its_script_writes(self, tmp_path):
-        from csm.weights.make_tiny import main
-
-        main(tmp_path)
-        assert (tmp_path / "config.json").read_bytes() == (TINY / "config.json").read_bytes()
-        written, shipped = tensors_of(tmp_path / "model.safetensors"), tensors_of(TINY / "model.safetensors")
-        assert same(written, shipped)
 
     def test_transformers_reads_the_embedded_checkpoint(self):
         from transformers import CsmForConditionalGeneration

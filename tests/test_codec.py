@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from noise import CODEC, NOISE, random_state
 from safetensors.torch import save_file
 
 from csm import AudioError, CheckpointError, Generator
@@ -13,7 +14,6 @@ from csm.audio import to_mono
 from csm.codec import Codec
 from csm.config import MIMI
 from csm.weights.layouts import mimi_table
-from csm.weights.make_tiny import CODEC, random_state
 from oracle import Shape, random_model, save
 
 
@@ -221,7 +221,7 @@ def kyutai_names(state):
 def test_a_file_in_kyutais_layout(tmp_path):
     state = random_state(mimi_table(CODEC), seed=9)
     save_file(kyutai_names(state), tmp_path / "mimi.safetensors")
-    generator = Generator.from_pretrained("tiny", device="cpu", codec=tmp_path / "mimi.safetensors")
+    generator = Generator.from_pretrained(NOISE, device="cpu", codec=tmp_path / "mimi.safetensors")
     expected = Codec(CODEC, 8, state, torch.device("cpu"))
     codes = random_codes(4, expected)
     assert torch.equal(generator.decode(codes), expected.decode(codes))
@@ -229,12 +229,12 @@ def test_a_file_in_kyutais_layout(tmp_path):
 
 def test_a_codec_of_another_shape_is_refused(tmp_path):
     save_file(kyutai_names(random_state(mimi_table(MIMI), seed=9)), tmp_path / "mimi.safetensors")
-    generator = Generator.from_pretrained("tiny", device="cpu", codec=tmp_path / "mimi.safetensors")
+    generator = Generator.from_pretrained(NOISE, device="cpu", codec=tmp_path / "mimi.safetensors")
     with pytest.raises(CheckpointError, match=r"mimi\.safetensors: not a Mimi"):
         generator.decode(torch.zeros(1, 8, dtype=torch.int64))
 
 
 def test_codes_need_no_codec(monkeypatch):
     monkeypatch.setattr("csm.generator.read_codec", lambda *_: pytest.fail("the codec was loaded"))
-    generator = Generator.from_pretrained("tiny", device="cpu")
+    generator = Generator.from_pretrained(NOISE, device="cpu")
     assert generator.generate_codes("Hello.", 0, max_audio_length_ms=160, seed=0).shape == (2, 8)

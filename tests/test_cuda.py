@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from noise import NOISE
 
 import bench
 from csm import Generator, Segment
@@ -36,7 +37,7 @@ def exact_float32():
 
 
 def generator(dtype=torch.float32, batches=(1, 2, 4)):
-    made = Generator.from_pretrained("tiny", device="cuda", dtype=dtype)
+    made = Generator.from_pretrained(NOISE, device="cuda", dtype=dtype)
     if batches:
         made.warmup(batches)
     return made
@@ -174,11 +175,11 @@ def test_batch_is_alone(captured):
         assert (audio - alone).abs().max() <= 1e-4
 
 
-def test_seeds_equal_the_cpus(captured, tiny):
+def test_seeds_equal_the_cpus(captured, noisy):
     codes = torch.randint(256, (40, 8), generator=torch.Generator().manual_seed(0))
     for request in REQUESTS:
         request = {**request, "context": [Segment(0, "Before.", codes=codes)]}
-        assert torch.equal(captured.generate_codes(**request), tiny.generate_codes(**request))
+        assert torch.equal(captured.generate_codes(**request), noisy.generate_codes(**request))
 
 
 def test_noise_equals_the_cpus():
@@ -234,11 +235,11 @@ def test_an_abandoned_batch_does_not_disturb_the_next_request(captured):
 def test_training_takes_steps_and_goes_on(tmp_path, mode):
     """bfloat16 on the device: steps, a checkpoint, more steps from it, and what was learned speaks there."""
     data = write_data(tmp_path / "data")
-    options = ["--data", data, "--model", "tiny", "--out", tmp_path / "run", "--device", "cuda", "--quiet", *mode]
+    options = ["--data", data, "--model", NOISE, "--out", tmp_path / "run", "--device", "cuda", "--quiet", *mode]
     options += ["--precision", "bfloat16", "--batch-size", 4, "--save-every", 2, "--eval-every", 2]
     for steps in (2, 4):
         assert main(["finetune", *map(str, [*options, "--steps", steps, *(["--resume"] if steps > 2 else [])])]) == 0
     result = dict(lora=tmp_path / "run" / "adapter") if "--lora" in mode else {}
-    name = "tiny" if result else tmp_path / "run" / "model"
+    name = NOISE if result else tmp_path / "run" / "model"
     spoken = Generator.from_pretrained(name, device="cuda", dtype=torch.bfloat16, **result)
     assert spoken.generate(**REQUESTS[0]).isfinite().all()

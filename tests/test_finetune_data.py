@@ -10,6 +10,7 @@ import sphn
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from noise import CONFIG, NOISE
 
 from csm import Generator, read_audio
 from csm.__main__ import main
@@ -19,7 +20,6 @@ from csm.finetune.data import DataOptions, conversations, hold_out, load_corpus
 from csm.finetune.manifest import read_manifest
 from csm.prompt import TextTokenizer
 from csm.weights import open_checkpoint
-from csm.weights.make_tiny import CONFIG
 from micro import random_examples, write_config, write_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,7 +106,7 @@ def refused(folder, tmp_path, capsys):
         "--data",
         folder,
         "--model",
-        "tiny",
+        NOISE,
         "--out",
         tmp_path / "run",
         "--device",
@@ -167,17 +167,17 @@ def test_ljspeech(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def source():
-    return CodecSource(open_checkpoint("tiny"), None, 8)
+    return CodecSource(open_checkpoint(NOISE), None, 8)
 
 
-def test_codes_are_those_of_the_codec_and_are_kept(tiny, source, tmp_path, monkeypatch):
+def test_codes_are_those_of_the_codec_and_are_kept(noisy, source, tmp_path, monkeypatch):
     clips = read_manifest(write_data(tmp_path / "data")).clips
     store = CodeStore(tmp_path / "codes", source)
     monkeypatch.setattr("csm.finetune.codes.SHARD_CLIPS", 3)
     encode_missing(store, clips, jobs=1, progress=False)
     codes = store.read(clips)
     for clip, codes_TK in zip(clips, codes, strict=True):
-        assert torch.equal(codes_TK.long(), tiny.encode(*read_audio(clip.audio)))
+        assert torch.equal(codes_TK.long(), noisy.encode(*read_audio(clip.audio)))
         assert store.num_frames(clip) == codes_TK.shape[0]
 
     # A later run, after a shard was lost: what is there is kept, and only the rest is encoded.
@@ -298,7 +298,7 @@ def test_what_was_trained_loads_anywhere(tmp_path):
     from transformers import CsmForConditionalGeneration
 
     data, config = write_data(tmp_path / "data"), write_config(tmp_path / "config.json")
-    arguments = ["finetune", "--data", data, "--model", "tiny", "--device", "cpu", "--quiet", "--steps", 2]
+    arguments = ["finetune", "--data", data, "--model", NOISE, "--device", "cpu", "--quiet", "--steps", 2]
     assert main([*map(str, [*arguments, "--config", config, "--out", tmp_path / "run"])]) == 0
     ours = Generator.from_pretrained(tmp_path / "run" / "model", device="cpu")
     shutil.copytree(tmp_path / "run" / "model", tmp_path / "hf")

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from noise import CONFIG, NOISE
 from safetensors.torch import load_file, save_file
 from test_finetune_train import micro_model
 
@@ -15,7 +16,6 @@ from csm.__main__ import main
 from csm.finetune.batches import Example, Turn, collate
 from csm.finetune.loss import Trainee
 from csm.lora import PARTS, TARGETS, Lora, LoraConfig, adapted_layers, load_adapter, save_adapter
-from csm.weights.make_tiny import CONFIG
 from micro import MICRO, random_examples, write_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +34,7 @@ def adapter(config=CONFIG, seed=5, **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    save_adapter(adapter(), tmp_path / "adapter", base="tiny")
+    save_adapter(adapter(), tmp_path / "adapter", base=NOISE)
     return tmp_path / "adapter"
 
 
@@ -54,19 +54,19 @@ def greedy_beside(model, lora, text_ids, num_frames):
     return codes
 
 
-def test_merged_and_unmerged_generate_the_same_codes(tiny, folder):
+def test_merged_and_unmerged_generate_the_same_codes(noisy, folder):
     frames = 12
-    plain = tiny.generate_codes(TEXT, max_audio_length_ms=frames * 80, temperature=0)
+    plain = noisy.generate_codes(TEXT, max_audio_length_ms=frames * 80, temperature=0)
     with torch.no_grad():
-        beside = greedy_beside(tiny.model, load_adapter(folder, CONFIG), tiny._tokenizer.encode(0, TEXT), frames)
-    merged = Generator.from_pretrained("tiny", device="cpu", lora=folder)
+        beside = greedy_beside(noisy.model, load_adapter(folder, CONFIG), noisy._tokenizer.encode(0, TEXT), frames)
+    merged = Generator.from_pretrained(NOISE, device="cpu", lora=folder)
     codes = merged.generate_codes(TEXT, max_audio_length_ms=frames * 80, temperature=0)
     assert torch.equal(codes, beside)
     assert not torch.equal(codes, plain)
 
 
 def test_taken_out_again_nothing_is_left(folder):
-    generator = Generator.from_pretrained("tiny", device="cpu")
+    generator = Generator.from_pretrained(NOISE, device="cpu")
     model, lora = generator.model, load_adapter(folder, CONFIG)
 
     def speak():
@@ -108,15 +108,15 @@ def test_the_file_holds_the_adapter_alone(folder):
     assert tensors.keys() == {f"{layer.name}.{part}" for layer in layers for part in "AB"}
     assert tensors["backbone.layers.0.mlp.up.B"].shape == (CONFIG.backbone.hidden_dim, 4)
     values = json.loads((folder / "adapter_config.json").read_text())
-    assert (values["rank"], values["alpha"], values["base_model"]) == (4, 8.0, "tiny")
+    assert (values["rank"], values["alpha"], values["base_model"]) == (4, 8.0, NOISE)
 
 
 def test_one_for_another_shape_is_refused_by_name(tmp_path, capsys):
     save_adapter(adapter(MICRO), tmp_path / "other")
     name = r"tensor backbone.layers.0.attention.q.A has shape \(4, 48\); the model asks for \(4, 128\)"
     with pytest.raises(CheckpointError, match=name):
-        Generator.from_pretrained("tiny", device="cpu", lora=tmp_path / "other")
-    arguments = ["--model", "tiny", "--text", "No.", "--lora", tmp_path / "other", "--out", tmp_path / "no.wav"]
+        Generator.from_pretrained(NOISE, device="cpu", lora=tmp_path / "other")
+    arguments = ["--model", NOISE, "--text", "No.", "--lora", tmp_path / "other", "--out", tmp_path / "no.wav"]
     assert generate.main(list(map(str, arguments))) == 2
     said = capsys.readouterr().err
     assert "backbone.layers.0.attention.q.A" in said and str(tmp_path / "other") in said
@@ -162,10 +162,10 @@ def test_a_bad_configuration_is_named(folder, change, match):
 def test_trained_by_the_command_and_spoken_by_generate(tmp_path, capsys):
     """``finetune --lora`` to ``generate.py --lora``; and ``--merge`` writes the same voice as a whole model."""
     data, out = write_data(tmp_path / "data"), tmp_path / "run"
-    arguments = ["--data", data, "--model", "tiny", "--out", out, "--steps", 6, "--lora", "--rank", 2, "--merge"]
+    arguments = ["--data", data, "--model", NOISE, "--out", out, "--steps", 6, "--lora", "--rank", 2, "--merge"]
     arguments += ["--targets", "q", "v", "down", "--learning-rate", 0.02, "--warmup", 0, "--ema", 0.5]
     assert main(["finetune", *map(str, arguments), "--device", "cpu", "--quiet"]) == 0
-    adapted = Generator.from_pretrained("tiny", device="cpu", lora=out / "adapter")
+    adapted = Generator.from_pretrained(NOISE, device="cpu", lora=out / "adapter")
     merged = Generator.from_pretrained(out / "model", device="cpu")
     for name, parameter in adapted.model.named_parameters():
         torch.testing.assert_close(parameter, dict(merged.model.named_parameters())[name], atol=1e-6, rtol=0)
@@ -179,14 +179,14 @@ def test_trained_by_the_command_and_spoken_by_generate(tmp_path, capsys):
         assert generate.main([*map(str, arguments), "--quiet"]) == 0
         return wav.read_bytes()
 
-    voices = [spoken("--model", "tiny", "--lora", out / "adapter"), spoken("--model", out / "model")]
-    assert voices[0] == voices[1] != spoken("--model", "tiny")
+    voices = [spoken("--model", NOISE, "--lora", out / "adapter"), spoken("--model", out / "model")]
+    assert voices[0] == voices[1] != spoken("--model", NOISE)
 
 
 def test_adapters_train_over_bfloat16_weights(tmp_path):
     """The frozen weights are half as wide, adapters and optimiser are not; a sample on the way leaves no trace."""
     data = write_data(tmp_path / "data")
-    options = ["--data", data, "--model", "tiny", "--lora", "--precision", "bfloat16", "--checkpointing", "--steps", 3]
+    options = ["--data", data, "--model", NOISE, "--lora", "--precision", "bfloat16", "--checkpointing", "--steps", 3]
     options += ["--eval-every", 0, "--warmup", 0, "--sample-seconds", 0.2]
     tensors = []
     for name, more in (("silent", []), ("heard", ["--sample-every", 1])):

@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from noise import CODEC, NOISE, random_state
 from safetensors.torch import load_file, save_file
 
 from csm import CheckpointError, CSMError, Generator, read_audio
@@ -28,7 +29,6 @@ from csm.model import CSM
 from csm.weights import open_checkpoint, read_codec
 from csm.weights.config_json import write_hf_config
 from csm.weights.layouts import mimi_table
-from csm.weights.make_tiny import CODEC, random_state
 from micro import MICRO, SENTENCES, random_examples, write_config, write_data
 
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def test_gradients_match_finite_differences(mode):
 
 def finetune(data, config, out, *options, steps=12):
     """The command, in this process."""
-    arguments = ["--data", data, "--model", "tiny", "--config", config, "--out", out, "--steps", steps, *options]
+    arguments = ["--data", data, "--model", NOISE, "--config", config, "--out", out, "--steps", steps, *options]
     assert main(["finetune", *map(str, arguments), "--device", "cpu", "--quiet"]) == 0
     return out
 
@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, config, tmp_path,
     options = [*WHOLE, *mode, "--save-every", 3]
     whole = finetune(data, config, tmp_path / "whole", *options, steps=14)
     killed = tmp_path / "killed"
-    arguments = ["--data", data, "--model", "tiny", "--config", config, "--out", killed, "--steps", 14, *options]
+    arguments = ["--data", data, "--model", NOISE, "--config", config, "--out", killed, "--steps", 14, *options]
     command = [sys.executable, "-m", "csm", "finetune", *map(str, arguments), "--device", "cpu", "--quiet"]
     log = killed / "train.csv"
     process = subprocess.Popen(command, env=ONE_THREAD)
@@ -158,7 +158,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, config, tmp_path,
 
 def test_dropout_is_resumed_too(data, tmp_path):
     """Adapters with dropout, stopped and gone on with in one process."""
-    options = ["--lora", "--rank", 2, "--dropout", 0.3, *WHOLE, "--save-every", 2, "--data", data, "--model", "tiny"]
+    options = ["--lora", "--rank", 2, "--dropout", 0.3, *WHOLE, "--save-every", 2, "--data", data, "--model", NOISE]
 
     def run(out, steps, *more):
         arguments = [*options, "--out", tmp_path / out, "--steps", steps, *more]
@@ -176,7 +176,7 @@ def test_dropout_is_resumed_too(data, tmp_path):
 )
 def test_other_adapters_or_another_base_are_not_gone_on_with(data, tmp_path, capsys, change, said):
     base = tmp_path / "base"
-    shutil.copytree(open_checkpoint("tiny").folder, base)
+    shutil.copytree(open_checkpoint(NOISE).folder, base)
     options = ["--lora", "--rank", 2, *WHOLE, "--data", data, "--out", tmp_path / "run", "--device", "cpu", "--quiet"]
     assert main(["finetune", *map(str, [*options, "--model", base, "--steps", 1])]) == 0
     if change == "model":
@@ -191,7 +191,7 @@ def test_other_adapters_or_another_base_are_not_gone_on_with(data, tmp_path, cap
 
 def test_sigterm_saves_and_says_so(data, config, tmp_path, capsys):
     out = tmp_path / "run"
-    arguments = ["--data", data, "--model", "tiny", "--config", config, "--out", out, "--steps", 10_000, *WHOLE]
+    arguments = ["--data", data, "--model", NOISE, "--config", config, "--out", out, "--steps", 10_000, *WHOLE]
     command = [sys.executable, "-m", "csm", "finetune", *map(str, arguments), "--device", "cpu", "--quiet"]
     process = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
     log = out / "train.csv"
@@ -220,7 +220,7 @@ def test_two_processes_on_half_batches_equal_one(data, config, tmp_path):
         "float64",
     ]
     one = finetune(data, config, tmp_path / "one", *options, steps=8)
-    arguments = ["--data", data, "--model", "tiny", "--config", config, "--out", tmp_path / "two", "--steps", 8]
+    arguments = ["--data", data, "--model", NOISE, "--config", config, "--out", tmp_path / "two", "--steps", 8]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "csm"]
     command += ["finetune", *map(str, [*arguments, *options]), "--device", "cpu", "--quiet"]
     subprocess.run(command, check=True, capture_output=True, env=ONE_THREAD, timeout=120)
@@ -415,7 +415,7 @@ def test_only_the_newest_checkpoints_are_kept_and_half_written_ones_do_not_count
 
 def test_a_run_is_not_begun_twice(data, config, tmp_path, capsys):
     out = finetune(data, config, tmp_path / "run", steps=1)
-    arguments = ["--data", data, "--model", "tiny", "--config", config, "--out", out, "--steps", 2, "--quiet"]
+    arguments = ["--data", data, "--model", NOISE, "--config", config, "--out", out, "--steps", 2, "--quiet"]
     assert main(["finetune", *map(str, arguments)]) == 2
     assert "holds a run (checkpoint-00000001.pt): --resume goes on with it" in capsys.readouterr().err
 
@@ -434,7 +434,7 @@ def test_what_a_run_leaves_behind(data, config, tmp_path, capsys):
     if importlib.util.find_spec("matplotlib"):
         assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     told = json.loads((out / "options.json").read_text())
-    assert (told["steps"], told["model"], told["data"]) == (4, "tiny", str(data))
+    assert (told["steps"], told["model"], told["data"]) == (4, NOISE, str(data))
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_out_of_memory_says_what_helps(data, config, tmp_path, capsys, monkeypat
         raise error
 
     monkeypatch.setattr(Trainee, "forward", fail)
-    arguments = ["--data", data, "--model", "tiny", "--config", config, "--out", tmp_path / "run", "--batch-rows", 512]
+    arguments = ["--data", data, "--model", NOISE, "--config", config, "--out", tmp_path / "run", "--batch-rows", 512]
     assert main(["finetune", *map(str, arguments), "--device", "cpu", "--quiet", "--eval-every", "0"]) == 2
     said = capsys.readouterr().err
     assert "out of memory" in said and "Traceback" not in said
@@ -480,9 +480,9 @@ def test_a_configuration_that_the_codec_does_not_fit_is_refused(data, tmp_path, 
     values = json.loads(write_config(tmp_path / "config.json", odd).read_text())
     values["codec_config"]["num_quantizers"] = 9
     (tmp_path / "config.json").write_text(json.dumps(values))
-    arguments = ["--data", data, "--model", "tiny", "--config", tmp_path / "config.json", "--out", tmp_path / "run"]
+    arguments = ["--data", data, "--model", NOISE, "--config", tmp_path / "config.json", "--out", tmp_path / "run"]
     assert main(["finetune", *map(str, arguments), "--device", "cpu"]) == 2
-    assert "9 codebooks of 256; the codec of tiny has 8 of 256" in capsys.readouterr().err
+    assert f"9 codebooks of 256; the codec of {NOISE} has 8 of 256" in capsys.readouterr().err
 
 
 def test_help_says_what_there_is(capsys):

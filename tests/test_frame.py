@@ -69,15 +69,15 @@ def started(model, texts, **params):
     return state
 
 
-def test_no_sync_and_no_position_of_pythons(tiny):
+def test_no_sync_and_no_position_of_pythons(noisy):
     """The ops of a step, with their shapes and constants, are the same whatever the state holds."""
     calls = []
     for texts, frames in ((["Hello.", "a"], 0), (["Something longer than that.", "bc"], 5)):
-        state = started(tiny.model, texts)
+        state = started(noisy.model, texts)
         for _ in range(frames):
-            decode_frame(tiny.model, state)
+            decode_frame(noisy.model, state)
         with Recorder() as recorder:
-            decode_frame(tiny.model, state)
+            decode_frame(noisy.model, state)
         calls.append(recorder.calls)
     assert len(calls[0]) > 100
     assert calls[0] == calls[1]
@@ -118,75 +118,75 @@ def test_no_host_access_in_the_steps_source():
         assert not called & {"item", "tolist", "cpu", "numpy", "cuda", "synchronize"} - allowed, module.__name__
 
 
-def test_buffers_stay_where_they_are(tiny):
-    state = started(tiny.model, ["Hello.", "Hi."])
+def test_buffers_stay_where_they_are(noisy):
+    state = started(noisy.model, ["Hello.", "Hi."])
     addresses = [buffer.data_ptr() for buffer in state.buffers().values()]
     assert len(set(addresses)) == len(addresses) == 15
     for _ in range(1000):
-        decode_frame(tiny.model, state)
+        decode_frame(noisy.model, state)
     assert [buffer.data_ptr() for buffer in state.buffers().values()] == addresses
     assert state.frame_B.tolist() == [1000, 1000]
 
 
-def test_counters_advance_and_stop_at_the_end_of_the_cache(tiny):
-    state = started(tiny.model, ["Hello."])
+def test_counters_advance_and_stop_at_the_end_of_the_cache(noisy):
+    state = started(noisy.model, ["Hello."])
     first = len("Hello.") + 1
     assert state.position_B.item() == first
-    decode_frame(tiny.model, state)
+    decode_frame(noisy.model, state)
     assert (state.position_B.item(), state.frame_B.item()) == (first + 1, 1)
-    limit = tiny.config.backbone.max_positions - 1
+    limit = noisy.config.backbone.max_positions - 1
     state.position_B.fill_(limit)
-    decode_frame(tiny.model, state)
+    decode_frame(noisy.model, state)
     assert state.position_B.item() == limit
 
 
-def test_a_restarted_slot_forgets(tiny):
+def test_a_restarted_slot_forgets(noisy):
     """A slot used before, its caches poisoned, gives what a fresh one gives."""
-    state = started(tiny.model, ["Something else entirely, and long."])
+    state = started(noisy.model, ["Something else entirely, and long."])
     for _ in range(6):
-        decode_frame(tiny.model, state)
-    Prefill(tiny.model).start(state, 0, *prompt("Hello.")[:2], SamplingParams(seed=7))
-    fresh = started(tiny.model, ["Hello."])
+        decode_frame(noisy.model, state)
+    Prefill(noisy.model).start(state, 0, *prompt("Hello.")[:2], SamplingParams(seed=7))
+    fresh = started(noisy.model, ["Hello."])
     beyond = len("Hello.") + 1
     state.backbone_cache.k_LBGSd[:, :, :, beyond:] = 1e4
     state.depth_cache.k_LBGSd.fill_(1e4)
     for _ in range(5):
-        decode_frame(tiny.model, state)
-        decode_frame(tiny.model, fresh)
+        decode_frame(noisy.model, state)
+        decode_frame(noisy.model, fresh)
         assert torch.equal(state.codes_BK, fresh.codes_BK)
 
 
-def test_a_span_that_holds_every_position_is_enough(tiny):
+def test_a_span_that_holds_every_position_is_enough(noisy):
     texts = ["Hello.", "x" * 250]
-    whole, bounded = started(tiny.model, texts), started(tiny.model, texts)
+    whole, bounded = started(noisy.model, texts), started(noisy.model, texts)
     for frame in range(8):
-        decode_frame(tiny.model, whole)
-        decode_frame(tiny.model, bounded, bounded.backbone_cache.span_of(252 + 1 + frame))
+        decode_frame(noisy.model, whole)
+        decode_frame(noisy.model, bounded, bounded.backbone_cache.span_of(252 + 1 + frame))
         assert torch.equal(whole.codes_BK, bounded.codes_BK)
     span_of = whole.backbone_cache.span_of
     assert [span_of(n) for n in (1, 256, 257, 2047, 2048, 9999)] == [256, 256, 512, 2048, 2048, 2048]
 
 
-def test_slots_do_not_disturb_each_other(tiny):
+def test_slots_do_not_disturb_each_other(noisy):
     texts = ["Hello.", "A much longer sentence than the first one.", "No."]
-    together = started(tiny.model, texts)
-    alone = [FrameState.allocate(tiny.config, 1, CPU, tiny.model.dtype) for _ in texts]
+    together = started(noisy.model, texts)
+    alone = [FrameState.allocate(noisy.config, 1, CPU, noisy.model.dtype) for _ in texts]
     for slot, (text, state) in enumerate(zip(texts, alone, strict=True)):
-        Prefill(tiny.model).start(state, 0, *prompt(text)[:2], SamplingParams(seed=slot + 7))
+        Prefill(noisy.model).start(state, 0, *prompt(text)[:2], SamplingParams(seed=slot + 7))
     for _ in range(20):
-        decode_frame(tiny.model, together)
+        decode_frame(noisy.model, together)
         for slot, state in enumerate(alone):
-            decode_frame(tiny.model, state)
+            decode_frame(noisy.model, state)
             assert torch.equal(together.codes_BK[slot], state.codes_BK[0])
 
 
-def test_ids_that_the_codec_does_not_know_are_never_spoken(tiny):
+def test_ids_that_the_codec_does_not_know_are_never_spoken(noisy):
     """Even where their logits tower above all others."""
-    state = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
-    size = tiny.config.codebook_size
+    state = {name: tensor.clone() for name, tensor in noisy.model.state_dict().items()}
+    size = noisy.config.codebook_size
     state["codebook0_head"][size:] = 1e3 * state["codebook0_head"][:1].sign()
     state["depth_heads"][:, size:] = 1e3
-    model = type(tiny.model).from_state_dict(tiny.config, state, CPU)
+    model = type(noisy.model).from_state_dict(noisy.config, state, CPU)
     frames = started(model, ["Hello.", "Hi."], temperature=5.0, top_k=size)
     for _ in range(20):
         decode_frame(model, frames)

@@ -13,6 +13,7 @@ from statistics import median
 
 import pytest
 import torch
+from noise import random_state
 from safetensors.torch import save_file
 
 from conftest import OLD_CONFIG
@@ -20,7 +21,7 @@ from csm.config import CSM_1B, MIMI
 from csm.weights.checkpoint import MIMI_FILE
 from csm.weights.config_json import write_hf_config
 from csm.weights.layouts import export, hf_table, mimi_table, sesame_table
-from csm.weights.make_tiny import byte_tokenizer, random_state
+from csm.weights.recipe.shape import byte_tokenizer
 
 pytestmark = pytest.mark.fullsize
 

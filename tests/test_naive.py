@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from noise import CODEC
 from safetensors.torch import save_file
 
 from conftest import SESAME_CONFIG, write_sesame
@@ -14,7 +15,7 @@ from csm.model import rope_frequencies
 from csm.prefill import Prefill
 from csm.sampling import SamplingParams
 from csm.weights.config_json import write_hf_config
-from csm.weights.make_tiny import CODEC, byte_tokenizer
+from csm.weights.recipe.shape import byte_tokenizer
 from naive import frequencies, next_frame
 
 SIZES = {

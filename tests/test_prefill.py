@@ -38,9 +38,12 @@ def start(prefill, rows, slot=1, turn_ends=()):
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @settings(deadline=None, max_examples=12)
 @given(num_rows=st.integers(1, 700), cuts=st.sets(st.integers(1, 600), max_size=3))
-def test_passes_write_what_one_pass_writes(tiny, lengths, num_rows, cuts):
+def test_passes_write_what_one_pass_writes(noisy, lengths, num_rows, cuts):
     rows, turn_ends = prompt(num_rows), tuple(sorted(cut for cut in cuts if cut < num_rows))
-    state, expected = start(Prefill(tiny.model, lengths=lengths), rows, 1, turn_ends), expected_cache(tiny.model, *rows)
+    state, expected = (
+        start(Prefill(noisy.model, lengths=lengths), rows, 1, turn_ends),
+        expected_cache(noisy.model, *rows),
+    )
     own = state.backbone_cache.slots(1, 2)
     for actual, whole in ((own.k_LBGSd, expected.k_LBGSd), (own.v_LBGSd, expected.v_LBGSd)):
         ours, theirs = actual[:, :, :, : num_rows - 1], whole[:, :, :, : num_rows - 1]
@@ -51,29 +54,29 @@ def test_passes_write_what_one_pass_writes(tiny, lengths, num_rows, cuts):
 
 
 @pytest.mark.parametrize("num_rows", [2047, 2048])
-def test_no_pass_runs_beyond_the_end_of_the_cache(tiny, num_rows):
+def test_no_pass_runs_beyond_the_end_of_the_cache(noisy, num_rows):
     rows = prompt(num_rows)
-    state, expected = start(Prefill(tiny.model, lengths=(256,)), rows), expected_cache(tiny.model, *rows)
+    state, expected = start(Prefill(noisy.model, lengths=(256,)), rows), expected_cache(noisy.model, *rows)
     ours, theirs = state.backbone_cache.k_LBGSd[:, 1:2, :, : num_rows - 1], expected.k_LBGSd[:, :, :, : num_rows - 1]
     torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_what_a_longer_prompt_left_behind_is_not_looked_at(tiny, lengths):
+def test_what_a_longer_prompt_left_behind_is_not_looked_at(noisy, lengths):
     """One Prefill for several requests: the same codes as from one that was never used."""
-    used = Prefill(tiny.model, lengths=lengths)
+    used = Prefill(noisy.model, lengths=lengths)
     start(used, prompt(400))
     used.cache.k_LBGSd.fill_(1e4)
-    again, fresh = start(used, prompt(50)), start(Prefill(tiny.model, lengths=lengths), prompt(50))
+    again, fresh = start(used, prompt(50)), start(Prefill(noisy.model, lengths=lengths), prompt(50))
     for _ in range(6):
-        decode_frame(tiny.model, again)
-        decode_frame(tiny.model, fresh)
+        decode_frame(noisy.model, again)
+        decode_frame(noisy.model, fresh)
         assert torch.equal(again.codes_BK[1], fresh.codes_BK[1])
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_a_copied_prefix_is_what_would_be_computed(tiny, lengths):
-    prefill, rows = Prefill(tiny.model, PrefixCache(4096), lengths), prompt(600)
+def test_a_copied_prefix_is_what_would_be_computed(noisy, lengths):
+    prefill, rows = Prefill(noisy.model, PrefixCache(4096), lengths), prompt(600)
     turn_ends = (130, 433)
     new = start(prefill, rows, turn_ends=turn_ends)
     prefill.cache.k_LBGSd.fill_(1e4)
@@ -82,17 +85,17 @@ def test_a_copied_prefix_is_what_would_be_computed(tiny, lengths):
         assert torch.equal(buffer, copied.buffers()[name]), name
 
 
-def test_captured_passes_are_the_ones_that_run(tiny, monkeypatch):
+def test_captured_passes_are_the_ones_that_run(noisy, monkeypatch):
     """Where nothing is captured a Graph runs its callable: every pass of a prompt comes from the table."""
     monkeypatch.setattr("csm.graph.graphs_enabled", lambda device: False)
-    prefill = Prefill(tiny.model, lengths=(32, 256))
+    prefill = Prefill(noisy.model, lengths=(32, 256))
     prefill.capture(Pool.__new__(Pool))
     assert sorted(prefill._graphs) == [(n, span) for n in (32, 256) for span in (256, 512, 1024, 2048)]
     replayed = []
     for key, graph in prefill._graphs.items():
         monkeypatch.setattr(graph, "_step", lambda step=graph._step, key=key: (replayed.append(key), step()))
     rows = prompt(600)
-    state, expected = start(prefill, rows), expected_cache(tiny.model, *rows)
+    state, expected = start(prefill, rows), expected_cache(noisy.model, *rows)
     assert replayed == [(256, 256), (256, 512), (256, 1024)]
     ours, theirs = state.backbone_cache.k_LBGSd[:, 1:2, :, :599], expected.k_LBGSd[:, :, :, :599]
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)

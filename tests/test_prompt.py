@@ -11,13 +11,13 @@ from tokenizers import Tokenizer, models
 from csm import AudioError, CheckpointError, PromptError, PromptTooLongError, RoomWarning, Segment
 from csm.config import CSM_1B
 from csm.prompt import TextTokenizer, build_prompt
-from csm.weights.make_tiny import byte_tokenizer
+from csm.weights.recipe.shape import byte_tokenizer
 
 
-def test_rows_of_a_conversation(tiny):
+def test_rows_of_a_conversation(noisy):
     """The layout of the reference implementation, spelt out."""
     codes = torch.arange(24).view(3, 8)
-    prompt = tiny._request("Hi", 1, [Segment(0, "Yo", codes=codes)])
+    prompt = noisy._request("Hi", 1, [Segment(0, "Yo", codes=codes)])
     ids = byte_tokenizer().encode
     first = [256, *ids("[0]Yo", add_special_tokens=False).ids, 257]
     last = [256, *ids("[1]Hi", add_special_tokens=False).ids, 257]
@@ -29,25 +29,25 @@ def test_rows_of_a_conversation(tiny):
     assert prompt.mask_TC.tolist() == [text] * len(first) + [audio] * 4 + [text] * len(last)
 
 
-def test_a_prompt_that_just_fits_speaks_one_frame(tiny):
-    limit = tiny.config.backbone.max_positions
+def test_a_prompt_that_just_fits_speaks_one_frame(noisy):
+    limit = noisy.config.backbone.max_positions
     room = limit - len("[0]") - 2
     with pytest.warns(RoomWarning, match=r"room for 0\.08 s of audio, of the 90 s"):
-        assert tiny._request("x" * room, 0).max_frames == 1
+        assert noisy._request("x" * room, 0).max_frames == 1
     with pytest.raises(PromptTooLongError, match=f"takes {limit + 1} positions.*has {limit}"):
-        tiny._request("x" * (room + 1), 0)
+        noisy._request("x" * (room + 1), 0)
 
 
-def test_context_counts_too(tiny):
+def test_context_counts_too(noisy):
     codes = torch.zeros(2030, 8, dtype=torch.int64)
     with pytest.raises(PromptTooLongError, match="takes 2049 positions.*has 2048"):
-        tiny._request("Hello", 0, [Segment(0, "abc", codes=codes)])
+        noisy._request("Hello", 0, [Segment(0, "abc", codes=codes)])
 
 
-def test_reference_audio_that_does_not_fit_is_refused_before_it_is_encoded(tiny, monkeypatch):
-    monkeypatch.setattr(type(tiny.codec), "encode", lambda *_: pytest.fail("it was encoded"))
+def test_reference_audio_that_does_not_fit_is_refused_before_it_is_encoded(noisy, monkeypatch):
+    monkeypatch.setattr(type(noisy.codec), "encode", lambda *_: pytest.fail("it was encoded"))
     with pytest.raises(PromptTooLongError, match="takes 2250 positions.*has 2048"):
-        tiny._request("Hello", 0, [Segment(0, "abc", torch.zeros(2250 * 1920))])
+        noisy._request("Hello", 0, [Segment(0, "abc", torch.zeros(2250 * 1920))])
 
 
 BAD_CODES = {
@@ -64,10 +64,10 @@ BAD_CODES = {
 
 
 @pytest.mark.parametrize("name", BAD_CODES)
-def test_bad_codes_are_named(tiny, name):
+def test_bad_codes_are_named(noisy, name):
     codes, message = BAD_CODES[name]
     with pytest.raises(AudioError, match=message):
-        tiny.generate("Hello", 0, [Segment(0, "abc", codes=codes)])
+        noisy.generate("Hello", 0, [Segment(0, "abc", codes=codes)])
 
 
 @pytest.mark.parametrize(
@@ -84,20 +84,20 @@ def test_bad_codes_are_named(tiny, name):
         (0, " \n\t", "empty"),
     ],
 )
-def test_bad_turns_are_named(tiny, speaker, text, message):
+def test_bad_turns_are_named(noisy, speaker, text, message):
     with pytest.raises(PromptError, match=message):
-        tiny.generate(text, speaker)
+        noisy.generate(text, speaker)
     with pytest.raises(PromptError, match=message):
-        tiny.generate("Hi", 0, [Segment(speaker, text, codes=torch.zeros(1, 8, dtype=torch.int64))])
+        noisy.generate("Hi", 0, [Segment(speaker, text, codes=torch.zeros(1, 8, dtype=torch.int64))])
 
 
-def test_a_context_turn_needs_sound(tiny):
+def test_a_context_turn_needs_sound(noisy):
     with pytest.raises(PromptError, match="neither audio nor codes"):
-        tiny.generate("Hi", 0, [Segment(0, "Hello")])
+        noisy.generate("Hi", 0, [Segment(0, "Hello")])
 
 
-def test_text_that_spells_a_special_token_is_text(tiny):
-    ids = tiny._tokenizer.encode(0, "a<|end_of_text|>b")
+def test_text_that_spells_a_special_token_is_text(noisy):
+    ids = noisy._tokenizer.encode(0, "a<|end_of_text|>b")
     assert ids.count(257) == 1
     assert ids[-1] == 257
     assert len(ids) == 2 + len("[0]a<|end_of_text|>b")

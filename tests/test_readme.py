@@ -16,7 +16,7 @@ import csm
 import generate
 from csm.__main__ import main, parse_arguments
 from csm.lora import Lora, LoraConfig, save_adapter
-from csm.weights.make_tiny import CONFIG
+from csm.weights import open_checkpoint
 from micro import write_data
 
 ROOT = Path(generate.__file__).parent
@@ -58,7 +58,7 @@ def shell_lines():
 @pytest.mark.parametrize("line", [line for line in shell_lines() if "generate.py" in line])
 def test_generate_lines(line, short, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    save_adapter(Lora(CONFIG, LoraConfig()), Path("run/adapter"))
+    save_adapter(Lora(open_checkpoint("tiny").config, LoraConfig()), Path("run/adapter"))
     python, script, *args = shlex.split(HUB_NAME.sub("tiny", line))
     assert (python, script) == (".venv/bin/python", "generate.py")
     assert generate.main(args) == 0

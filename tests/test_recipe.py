@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import sphn
 import torch
+from noise import CODEC, CONFIG
 
-from csm.codec import Codec
-from csm.weights.make_tiny import CODEC
+from conftest import tensors_of
+from csm import Generator
+from csm.weights import open_checkpoint, read_codec
 from csm.weights.recipe import shape
 from csm.weights.recipe.codec import Clips, MelLoss, Trainer, Training
-from csm.weights.recipe.export import export_codec
+from csm.weights.recipe.export import export_codec, export_model
 from csm.weights.recipe.recordings import VOICES, Utterance, plan, read_manifest, record_all
 from csm.weights.recipe.sentences import number_in_words, plural, sentences, split_of, year_in_words
 
@@ -153,35 +155,45 @@ def test_training_goes_on_as_if_it_had_not_stopped_and_the_loss_falls(manifest, 
     assert sum(mel[-4:]) < 0.9 * sum(mel[:4])
 
 
-def test_what_is_exported_decodes_as_what_was_trained(manifest, tmp_path, monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
+    model = replace(CONFIG, num_codebooks=4, codebook_size=32, audio_vocab_size=35)
+    model = replace(model, depth_decoder=replace(model.depth_decoder, max_positions=4))
     monkeypatch.setattr("csm.weights.recipe.export.CODEC", SMALL)
+    monkeypatch.setattr("csm.weights.recipe.export.MODEL", model)
+    return model
+
+
+def test_what_is_exported_decodes_as_what_was_trained(manifest, tmp_path, small):
     run = trainer(manifest, tmp_path / "run")
     run.run(until=10)
     assert (tmp_path / "run" / "losses.csv").read_text().count("\n") == 11
     audio = Clips(manifest, 10 * FRAME).draw(1, np.random.default_rng(0))[0, 0]
-    for number in (4, 3):
-        run.save()
-        export_codec(tmp_path / "run" / "checkpoint.pt", tmp_path / "out", number)
-        config, state = shape.load_codec(tmp_path / "out")
-        codec = Codec(config, number, state, torch.device("cpu"))
-        assert config == replace(SMALL, num_codebooks=number)
-        codes_TK = codec.encode(audio)
-        run.mimi.eval()
-        run.mimi.set_num_codebooks(number)
-        with torch.no_grad():
-            codes_1KT = run.mimi.encode(audio.view(1, 1, -1))
-            expected = run.mimi.decode(codes_TK.T[None])[0, 0]
-        assert (codes_TK == codes_1KT[0].T).float().mean() > 0.9  # float16 may move a few
-        assert (codec.decode(codes_TK) - expected).norm() < 0.02 * expected.norm()
+    export_codec(tmp_path / "run", tmp_path / "start")
+    run.mimi.eval()
+    with torch.no_grad():
+        codes_1KT = run.mimi.encode(audio.view(1, 1, -1))
+        expected = run.mimi.decode(codes_1KT)[0, 0]
+    export_model(tmp_path / "start", tmp_path / "shipped")
+    for folder in ("start", "shipped"):
+        generator = Generator.from_pretrained(tmp_path / folder, device="cpu")
+        assert generator.config == small
+        assert (generator.encode(audio) == codes_1KT[0].T).float().mean() > 0.9  # float16 may move a few
+        assert (generator.decode(codes_1KT[0].T) - expected).norm() < 0.02 * expected.norm()
+        assert len(generator.generate_codes("Hi.", max_audio_length_ms=160, topk=30, seed=0)) == 2
+    start, shipped = (tensors_of(tmp_path / folder / "model.safetensors") for folder in ("start", "shipped"))
+    assert start.keys() == shipped.keys()
+    for name, tensor in shipped.items():
+        assert tensor.dtype == (torch.float16 if name.startswith("codec_model.") else torch.bfloat16)
+        assert torch.equal(tensor, start[name].to(tensor.dtype))
 
 
-def test_a_run_can_begin_with_an_exported_codec(manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr("csm.weights.recipe.export.CODEC", SMALL)
+def test_a_run_can_begin_with_a_checkpoint_s_codec(manifest, tmp_path, small):
     first = trainer(manifest, tmp_path / "first")
     first.run(until=6)
-    export_codec(tmp_path / "first" / "checkpoint.pt", tmp_path / "out", SMALL.num_codebooks)
+    export_codec(tmp_path / "first", tmp_path / "out")
     second = trainer(manifest, tmp_path / "second")
-    second.start_from(shape.load_codec(tmp_path / "out")[1])
+    second.start_from(read_codec(open_checkpoint(tmp_path / "out"), None, torch.device("cpu")))
     begun = second.take_step()
     assert begun["codebooks"] > 0
     assert begun["mel"] < 0.95 * trainer(manifest, tmp_path / "third").take_step()["mel"]

@@ -273,9 +273,9 @@ def test_where_kernels_run(monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_step_speaks_the_references_codes(tiny, monkeypatch, batch):
+def test_the_step_speaks_the_references_codes(noisy, monkeypatch, batch):
     """A whole frame of the embedded checkpoint, float32, at several temperatures."""
-    model = tiny.model.to(DEVICE)
+    model = noisy.model.to(DEVICE)
     codes = []
     for ops in ("reference", "triton"):
         monkeypatch.setenv("CSM_OPS", "reference")

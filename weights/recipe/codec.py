@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from csm.codec import moshi_config
 from csm.config import CodecConfig
+from csm.weights import open_checkpoint, read_codec
 from csm.weights.recipe.recordings import read_manifest
-from csm.weights.recipe.shape import CODEC, load_codec
+from csm.weights.recipe.shape import CODEC
 
 MELS = ((256, 20), (512, 40), (1024, 80), (2048, 80))  # FFT size, bands
 
@@ -144,12 +145,9 @@ class Trainer:
         self._load()
 
     def start_from(self, state: dict[str, Tensor]) -> None:
-        """Begin with an exported codec's weights and codebooks, of which it may have more than this one.
-
-        A run that has begun already goes on as it is.
-        """
+        """Begin with a trained codec's weights and codebooks; a run that has begun already goes on as it is."""
         if self.step == 0:
-            self.mimi.load_state_dict({name: state[name] for name in self.mimi.state_dict()})
+            self.mimi.load_state_dict(state)
             self.has_codebooks = True
 
     def run(self, until: int | None = None) -> None:
@@ -308,9 +306,10 @@ def work(rank: int, training: Training, manifest: Path, folder: Path, start: Pat
     clips = Clips(manifest, training.clip_frames * CODEC.frame_size)
     trainer = Trainer(CODEC, training, clips, folder, rank)
     if start is not None:
-        config, state = load_codec(start)
-        if replace(config, num_codebooks=CODEC.num_codebooks) != CODEC or config.num_codebooks < CODEC.num_codebooks:
-            raise ValueError(f"{start} has the shape {config}, which is not that of this recipe: {CODEC}")
+        checkpoint = open_checkpoint(start)
+        if checkpoint.codec_config != CODEC:
+            raise ValueError(f"{start} has a codec of another shape, {checkpoint.codec_config}, than this: {CODEC}")
+        state = read_codec(checkpoint, None, torch.device("cpu"))
         trainer.start_from(state)
     trainer.run()
 
@@ -319,7 +318,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--start", type=Path, help="a folder that export wrote, to begin with instead of from nothing")
+    parser.add_argument("--start", type=Path, help="a checkpoint whose codec to begin with instead of from nothing")
     for field in fields(Training):
         flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
         how: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}

@@ -1,13 +1,8 @@
-"""The embedded model's shapes and tokenizer, and the two files that carry its codec: codec.safetensors, codec.json."""
+"""The embedded checkpoint's shapes and tokenizer."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
 
 from csm.config import CodecConfig, CSMConfig, TransformerConfig
 
@@ -45,11 +40,3 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer
-
-
-def load_codec(folder: Path) -> tuple[CodecConfig, dict[str, Tensor]]:
-    """What ``export`` wrote, in float32, as ``csm.codec.Codec`` takes it."""
-    values = json.loads((folder / "codec.json").read_text(encoding="utf-8"))["config"]
-    config = CodecConfig(**(values | {"ratios": tuple(values["ratios"])}))
-    state = load_file(folder / "codec.safetensors")
-    return config, {name: tensor.float() for name, tensor in state.items()}

@@ -1,26 +1,24 @@
-"""Write the embedded checkpoint: ``python -m csm.weights.make_tiny FOLDER``.
+"""NOISE, a small checkpoint of random weights: it never falls silent, and every seed and context changes what it says.
 
-A small CSM, a small Mimi and a byte-level tokenizer in HF Transformers' layout. The weights are random, drawn from a
-seed: it makes noise, not speech. It exists so that every line of code can run anywhere.
+For tests of how a thing is computed, whatever it says. What is said is tested with the embedded checkpoint, "tiny".
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from csm.config import CodecConfig, CSMConfig, TransformerConfig
 from csm.weights.config_json import write_hf_config
 from csm.weights.layouts import Table, export, hf_table, mimi_table, target_shapes
+from csm.weights.recipe.shape import byte_tokenizer
 
-SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")
 CODEC = CodecConfig(
     dim=64,
     num_filters=8,
@@ -38,21 +36,11 @@ CONFIG = CSMConfig(
     depth_decoder=TransformerConfig(
         num_layers=2, dim=96, num_heads=3, num_kv_heads=1, head_dim=32, hidden_dim=256, max_positions=8
     ),
-    text_vocab_size=256 + len(SPECIAL_TOKENS),
+    text_vocab_size=258,
     audio_vocab_size=259,
     num_codebooks=8,
     codebook_size=256,
 )
-
-
-def byte_tokenizer() -> Tokenizer:
-    """A tokenizer of 256 bytes and the special tokens, in ``tokenizer.json`` form."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    return tokenizer
 
 
 def random_state(table: Table, seed: int) -> dict[str, Tensor]:
@@ -73,8 +61,8 @@ def random_state(table: Table, seed: int) -> dict[str, Tensor]:
     return state
 
 
-def main(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def write(folder: Path) -> None:
+    """A small CSM, a small Mimi and a byte-level tokenizer in HF Transformers' layout."""
     tensors: dict[str, Tensor] = {}
     for seed, table in enumerate((hf_table(CONFIG), mimi_table(CODEC))):
         tensors |= dict(export(random_state(table, seed), table))
@@ -85,5 +73,6 @@ def main(folder: Path) -> None:
     byte_tokenizer().save(str(folder / "tokenizer.json"))
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+_folder = tempfile.TemporaryDirectory(prefix="csm-noise-")  # removed when the tests end
+NOISE = _folder.name
+write(Path(NOISE))
