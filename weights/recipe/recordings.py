@@ -1,8 +1,10 @@
 """Have sentences read aloud: ``python -m csm.weights.recipe.recordings FOLDER --split train --count 20000``.
 
 Four voices of flite (Carnegie Mellon University, BSD-like licence; ``apt install flite``), one speaker id each.
-Training sentences are read by the voices in turn, held-out ones by every voice. Makes ``SPLIT/VOICE/NUMBER-HASH.wav``
-(24 kHz mono) and ``SPLIT.jsonl``, a manifest, in the folder. What is there is not read again.
+Training sentences are read by the voices in turn, held-out ones by every voice. ``--voices espeak-ng`` (``apt install
+espeak-ng``) is a fifth, with the next speaker id, for adapting to a voice that was not trained. Makes
+``SPLIT/VOICE/NUMBER-HASH.wav`` (24 kHz mono) and ``SPLIT.jsonl``, a manifest, in the folder. What is there is not read
+again.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +27,9 @@ from tqdm import tqdm
 
 from csm.weights.recipe.sentences import SPLITS, sentences
 
-VOICES = ("slt", "rms", "awb", "kal16")  # a voice's place is its speaker id
+VOICES = ("slt", "rms", "awb", "kal16")  # of flite
+ESPEAK = "espeak-ng"
+SPEAKERS = (*VOICES, ESPEAK)  # a voice's place is its speaker id
 SAMPLE_RATE = 24_000
 TURNS = 8  # of a conversation
 
@@ -44,41 +48,43 @@ class Utterance:
     order: int
 
 
-def plan(split: str, count: int) -> Iterator[tuple[int, str, int]]:
+def plan(split: str, count: int, voices: Sequence[str] = VOICES) -> Iterator[tuple[int, str, int]]:
     """(number of the sentence, sentence, speaker id) of every recording of a split's first ``count`` sentences."""
     for number, sentence in enumerate(sentences(split, count)):
-        for speaker in [number % len(VOICES)] if split == "train" else range(len(VOICES)):
-            yield number, sentence, speaker
+        for voice in [voices[number % len(voices)]] if split == "train" else voices:
+            yield number, sentence, SPEAKERS.index(voice)
 
 
 def speak(text: str, voice: str) -> np.ndarray:
-    """A sentence in a voice of flite as float32 samples at 24 kHz."""
+    """A sentence in one of SPEAKERS as float32 samples at 24 kHz."""
     command = ["flite", "-voice", voice, "-t", text, "-o", "/dev/stdout"]
+    if voice == ESPEAK:
+        command = [ESPEAK, "-v", "en-us", "--stdout", text]
     wav = subprocess.run(command, check=True, capture_output=True).stdout
     rate = int.from_bytes(wav[24:28], "little")
     start = wav.index(b"data") + 8
     samples = torch.frombuffer(bytearray(wav[start:]), dtype=torch.int16).float() / 32768
-    # A sharp filter: the default one leaves a mirror image of the highest kilohertz above flite's 8 kHz.
+    # A sharp filter: the default one leaves a mirror image of the highest kilohertz above what was there.
     return audio_functional.resample(samples, rate, SAMPLE_RATE, lowpass_filter_width=64).numpy()
 
 
 def record(folder: Path, split: str, number: int, text: str, speaker: int) -> Utterance:
     """Read one sentence into its file, unless it is there, and return its line of the manifest."""
     mark = hashlib.sha256(text.encode()).hexdigest()[:8]  # another sentence of that number is another file
-    path = folder / split / VOICES[speaker] / f"{number:06d}-{mark}.wav"
+    path = folder / split / SPEAKERS[speaker] / f"{number:06d}-{mark}.wav"
     if not path.exists():
         part = path.with_suffix(".part")
-        sphn.write_wav(str(part), speak(text, VOICES[speaker]), SAMPLE_RATE)
+        sphn.write_wav(str(part), speak(text, SPEAKERS[speaker]), SAMPLE_RATE)
         part.replace(path)
-    talk, order = divmod(number, TURNS) if split == "train" else (number * len(VOICES) + speaker, 0)
+    talk, order = divmod(number, TURNS) if split == "train" else (number * len(SPEAKERS) + speaker, 0)
     return Utterance(str(path.relative_to(folder)), text, speaker, f"{split}-{talk}", order)
 
 
-def record_all(folder: Path, split: str, count: int, workers: int) -> Path:
+def record_all(folder: Path, split: str, count: int, workers: int, voices: Sequence[str] = VOICES) -> Path:
     """Record a split and write its manifest, whose path is returned."""
-    for voice in VOICES:
+    for voice in voices:
         (folder / split / voice).mkdir(parents=True, exist_ok=True)
-    jobs = list(plan(split, count))
+    jobs = list(plan(split, count, voices))
     torch.set_num_threads(1)
     with ThreadPoolExecutor(workers) as pool:
         lines = pool.map(lambda job: record(folder, split, *job), jobs)
@@ -103,10 +109,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--count", type=int, default=20_000, help="sentences (default 20000)")
+    parser.add_argument(
+        "--voices", nargs="+", choices=SPEAKERS, default=VOICES, help="who reads them (default: flite's)"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    print(record_all(arguments.folder, arguments.split, arguments.count, arguments.workers))
+    print(record_all(arguments.folder, arguments.split, arguments.count, arguments.workers, arguments.voices))
 
 
 if __name__ == "__main__":
