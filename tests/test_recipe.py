@@ -199,6 +199,22 @@ def test_a_run_can_begin_with_a_checkpoint_s_codec(manifest, tmp_path, small):
     assert begun["mel"] < 0.95 * trainer(manifest, tmp_path / "third").take_step()["mel"]
 
 
+def test_the_decoder_alone_learns_and_the_codes_stay(manifest, tmp_path, small):
+    first = trainer(manifest, tmp_path / "first")
+    first.run(until=8)
+    export_codec(tmp_path / "first", tmp_path / "out")
+    (tmp_path / "second").mkdir()
+    clips = Clips(manifest, 4 * FRAME)
+    second = Trainer(SMALL, replace(TRAINING, decoder_only=True), clips, tmp_path / "second")
+    second.start_from(read_codec(open_checkpoint(tmp_path / "out"), None, torch.device("cpu")))
+    before = {name: tensor.clone() for name, tensor in second.mimi.state_dict().items()}
+    losses = [second.take_step()["mel"] for _ in range(12)]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    for name, tensor in second.mimi.state_dict().items():
+        learns = name.startswith(("decoder.", "decoder_transformer.", "upsample."))
+        assert torch.equal(tensor, before[name]) != learns, name
+
+
 def test_codebooks_keep_no_graph(manifest, tmp_path):
     """moshi replaces unused codes by latents: with their graph, every step's memory would stay."""
     run = trainer(manifest, tmp_path / "run")

@@ -3,6 +3,7 @@
 moshi's own MimiModel, as an autoencoder of clips of about a second: L1 distances of mel spectrograms at several sizes,
 plain and logarithmic, of the waveform, and the quantiser's commitment. First the plain autoencoder, then k-means
 codebooks over many clips, then quantised, with a random number of codebooks in some steps so that fewer can be used.
+``--decoder-only`` goes on with the decoder of a codec whose codes must stay what they are.
 
 Shapes: B clips, N samples, K codebooks, T frames, C latent channels, M mel bands.
 """
@@ -49,6 +50,7 @@ class Training:
     workers: int = 2
     seed: int = 0
     save_every: int = 250
+    decoder_only: bool = False  # the codes of a trained codec stay what they are
     compiled: bool = True  # torch.compile of the convolutions: half the time of a step, a minute before the first
 
     def __post_init__(self) -> None:
@@ -133,11 +135,15 @@ class Trainer:
         torch.manual_seed(training.seed)
         self.mimi = loaders.get_mimi(None, mimi_config=moshi_config(config), num_codebooks=config.num_codebooks)
         self.mimi.train()
+        if training.decoder_only:
+            self.mimi.eval().requires_grad_(False)
+            for part in (self.mimi.upsample, self.mimi.decoder_transformer, self.mimi.decoder):
+                part.train().requires_grad_(True)
         self.mel_loss = MelLoss(config.sample_rate)
         if training.compiled:
             self.mimi.encoder.compile()
             self.mimi.decoder.compile()
-        self.parameters = list(self.mimi.parameters())
+        self.parameters = [parameter for parameter in self.mimi.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.8, 0.99), weight_decay=1e-3, fused=True)
         self.step = 0
         self.seconds = 0.0
@@ -191,6 +197,12 @@ class Trainer:
     def _through(self, audio_B1N: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """The codec's output and commitment loss; with 0 codebooks, what it would be unquantised."""
         mimi, length = self.mimi, audio_B1N.shape[-1]
+        if self.training.decoder_only:
+            mimi.set_num_codebooks(self.config.num_codebooks)
+            with torch.no_grad():
+                latent_BCT = mimi.encode_to_latent(audio_B1N)
+            (latent_BCT,) = mimi.decoder_transformer(mimi._to_encoder_framerate(latent_BCT))
+            return mimi.decoder(latent_BCT)[..., :length], latent_BCT.new_zeros(())
         if number:
             mimi.set_num_codebooks(number)
             result = mimi(audio_B1N)
@@ -311,6 +323,8 @@ def work(rank: int, training: Training, manifest: Path, folder: Path, start: Pat
             raise ValueError(f"{start} has a codec of another shape, {checkpoint.codec_config}, than this: {CODEC}")
         state = read_codec(checkpoint, None, torch.device("cpu"))
         trainer.start_from(state)
+    elif training.decoder_only:
+        raise ValueError("--decoder-only goes on with a codec that is there: name its checkpoint with --start")
     trainer.run()
 
 
