@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import sphn
 import torch
-from noise import CODEC, CONFIG
+from noise import CODEC, CONFIG, random_state
+from safetensors.torch import load_file
 
 from conftest import tensors_of
 from csm import Generator
-from csm.weights import open_checkpoint, read_codec
+from csm.codec import Codec
+from csm.weights.layouts import mimi_table
 from csm.weights.recipe import shape
 from csm.weights.recipe.codec import Clips, MelLoss, Trainer, Training
-from csm.weights.recipe.export import export_codec, export_model
+from csm.weights.recipe.export import export_codec, export_model, export_start
 from csm.weights.recipe.recordings import VOICES, Utterance, plan, read_manifest, record_all
 from csm.weights.recipe.sentences import number_in_words, plural, sentences, split_of, year_in_words
 
@@ -169,7 +171,8 @@ def test_what_is_exported_decodes_as_what_was_trained(manifest, tmp_path, small)
     run.run(until=10)
     assert (tmp_path / "run" / "losses.csv").read_text().count("\n") == 11
     audio = Clips(manifest, 10 * FRAME).draw(1, np.random.default_rng(0))[0, 0]
-    export_codec(tmp_path / "run", tmp_path / "start")
+    export_codec(tmp_path / "run" / "checkpoint.pt", tmp_path / "codec.safetensors")
+    export_start(tmp_path / "codec.safetensors", tmp_path / "start")
     run.mimi.eval()
     with torch.no_grad():
         codes_1KT = run.mimi.encode(audio.view(1, 1, -1))
@@ -191,9 +194,9 @@ def test_what_is_exported_decodes_as_what_was_trained(manifest, tmp_path, small)
 def test_a_run_can_begin_with_a_checkpoint_s_codec(manifest, tmp_path, small):
     first = trainer(manifest, tmp_path / "first")
     first.run(until=6)
-    export_codec(tmp_path / "first", tmp_path / "out")
+    export_codec(tmp_path / "first" / "checkpoint.pt", tmp_path / "codec.safetensors")
     second = trainer(manifest, tmp_path / "second")
-    second.start_from(read_codec(open_checkpoint(tmp_path / "out"), None, torch.device("cpu")))
+    second.start_from(load_file(tmp_path / "codec.safetensors"))
     begun = second.take_step()
     assert begun["codebooks"] > 0
     assert begun["mel"] < 0.95 * trainer(manifest, tmp_path / "third").take_step()["mel"]
@@ -202,17 +205,35 @@ def test_a_run_can_begin_with_a_checkpoint_s_codec(manifest, tmp_path, small):
 def test_the_decoder_alone_learns_and_the_codes_stay(manifest, tmp_path, small):
     first = trainer(manifest, tmp_path / "first")
     first.run(until=8)
-    export_codec(tmp_path / "first", tmp_path / "out")
+    export_codec(tmp_path / "first" / "checkpoint.pt", tmp_path / "codec.safetensors")
     (tmp_path / "second").mkdir()
     clips = Clips(manifest, 4 * FRAME)
     second = Trainer(SMALL, replace(TRAINING, decoder_only=True), clips, tmp_path / "second")
-    second.start_from(read_codec(open_checkpoint(tmp_path / "out"), None, torch.device("cpu")))
+    second.start_from(load_file(tmp_path / "codec.safetensors"))
     before = {name: tensor.clone() for name, tensor in second.mimi.state_dict().items()}
     losses = [second.take_step()["mel"] for _ in range(12)]
     assert sum(losses[-4:]) < sum(losses[:4])
     for name, tensor in second.mimi.state_dict().items():
         learns = name.startswith(("decoder.", "decoder_transformer.", "upsample."))
         assert torch.equal(tensor, before[name]) != learns, name
+
+
+def test_folded_scales_and_added_layers_change_nothing(manifest, tmp_path):
+    """A codec of two layers whose scales are moshi's, gone on with as one of three without them."""
+    state = random_state(mimi_table(SMALL), seed=1)
+    audio = Clips(manifest, 6 * FRAME).draw(1, np.random.default_rng(0))
+    deeper = replace(SMALL, num_layers=3)
+    run = Trainer(deeper, TRAINING, Clips(manifest, FRAME), tmp_path)
+    run.start_from(state)
+    found = run.mimi.state_dict()
+    assert all((tensor == 1).all() for name, tensor in found.items() if ".layer_scale" in name)
+    codec, expected = (
+        Codec(config, 4, weights, torch.device("cpu")) for config, weights in ((deeper, found), (SMALL, state))
+    )
+    codes_TK = expected.encode(audio[0, 0])
+    assert torch.equal(codec.encode(audio[0, 0]), codes_TK)
+    assert (codec.decode(codes_TK) - expected.decode(codes_TK)).abs().max() < 1e-5
+    assert expected.decode(codes_TK).std() > 1e-3
 
 
 def test_codebooks_keep_no_graph(manifest, tmp_path):

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import sphn
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, distributed, multiprocessing, nn
 from torchaudio.functional import melscale_fbanks
 from tqdm import tqdm
 
 from csm.codec import moshi_config
 from csm.config import CodecConfig
-from csm.weights import open_checkpoint, read_codec
 from csm.weights.recipe.recordings import read_manifest
 from csm.weights.recipe.shape import CODEC
 
@@ -92,6 +92,25 @@ class MelLoss(nn.Module):
         return magnitude.transpose(1, 2) @ filters
 
 
+# What each scale of a transformer's layer multiplies.
+SCALED = {"layer_scale_1.scale": "self_attn.out_projs.0.weight", "layer_scale_2.scale": "linear2.weight"}
+
+
+def fold_layer_scales(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same codec with layer scales of 1, multiplied into the weights before them.
+
+    moshi's begin at 0.01. AdamW moves every number by about the learning rate a step, whatever its size: behind such a
+    scale, a layer's weights count for a hundredth of what they learn, and after thousands of steps for little more.
+    """
+    state = dict(state)
+    for scale, weight in SCALED.items():
+        for name in [name for name in state if name.endswith(scale)]:
+            before = name.removesuffix(scale) + weight
+            state[before] = state[before] * state[name][:, None]
+            state[name] = torch.ones_like(state[name])
+    return state
+
+
 class Clips:
     """Random clips of the recordings of a manifest, which are kept as one array of 16-bit samples beside it."""
 
@@ -134,6 +153,7 @@ class Trainer:
         self.config, self.training, self.clips, self.folder, self.rank = config, training, clips, folder, rank
         torch.manual_seed(training.seed)
         self.mimi = loaders.get_mimi(None, mimi_config=moshi_config(config), num_codebooks=config.num_codebooks)
+        self.mimi.load_state_dict(fold_layer_scales(self.mimi.state_dict()))
         self.mimi.train()
         if training.decoder_only:
             self.mimi.eval().requires_grad_(False)
@@ -151,9 +171,16 @@ class Trainer:
         self._load()
 
     def start_from(self, state: dict[str, Tensor]) -> None:
-        """Begin with a trained codec's weights and codebooks; a run that has begun already goes on as it is."""
+        """Begin with a trained codec's weights and codebooks; a run that has begun already goes on as it is.
+
+        Layers that it lacks add nothing at first: their last weights are zero.
+        """
         if self.step == 0:
-            self.mimi.load_state_dict(state)
+            mine = self.mimi.state_dict()
+            for name in mine.keys() - state.keys():
+                if name.endswith(tuple(SCALED.values())):
+                    mine[name] = torch.zeros_like(mine[name])
+            self.mimi.load_state_dict(mine | fold_layer_scales(state))
             self.has_codebooks = True
 
     def run(self, until: int | None = None) -> None:
@@ -318,13 +345,9 @@ def work(rank: int, training: Training, manifest: Path, folder: Path, start: Pat
     clips = Clips(manifest, training.clip_frames * CODEC.frame_size)
     trainer = Trainer(CODEC, training, clips, folder, rank)
     if start is not None:
-        checkpoint = open_checkpoint(start)
-        if checkpoint.codec_config != CODEC:
-            raise ValueError(f"{start} has a codec of another shape, {checkpoint.codec_config}, than this: {CODEC}")
-        state = read_codec(checkpoint, None, torch.device("cpu"))
-        trainer.start_from(state)
+        trainer.start_from({name: tensor.float() for name, tensor in load_file(start).items()})
     elif training.decoder_only:
-        raise ValueError("--decoder-only goes on with a codec that is there: name its checkpoint with --start")
+        raise ValueError("--decoder-only goes on with a codec that is there: name it with --start")
     trainer.run()
 
 
@@ -332,7 +355,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--start", type=Path, help="a checkpoint whose codec to begin with instead of from nothing")
+    parser.add_argument("--start", type=Path, help="a codec that export wrote, to begin with instead of from nothing")
     for field in fields(Training):
         flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
         how: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}

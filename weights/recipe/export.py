@@ -1,7 +1,9 @@
 """From training to a checkpoint in HF's layout: config.json, tokenizer.json, model.safetensors.
 
-- ``python -m csm.weights.recipe.export codec RUN FOLDER``: a trained codec and a model without training, from which
-  ``python -m csm finetune --config FOLDER/config.json --model FOLDER`` starts.
+- ``python -m csm.weights.recipe.export codec RUN/checkpoint.pt codec.safetensors``: a trained codec alone, in moshi's
+  names and float16.
+- ``python -m csm.weights.recipe.export start codec.safetensors FOLDER``: a checkpoint of that codec and a model without
+  training, from which ``python -m csm finetune --config FOLDER/config.json --model FOLDER`` starts.
 - ``python -m csm.weights.recipe.export model RUN/model FOLDER``: what came of that as it is shipped, the model in
   bfloat16 and the codec in float16.
 """
@@ -10,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from csm.config import CodecConfig, CSMConfig
@@ -26,23 +29,24 @@ from csm.weights.recipe.shape import CODEC, MODEL, byte_tokenizer
 CPU = torch.device("cpu")
 
 
-def finished_codec(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A training state with its codebooks as they are used rather than as running sums.
+def export_codec(trained: Path, file: Path) -> None:
+    """The codec of a checkpoint of ``csm.weights.recipe.codec``, its codebooks as they are used, not as running sums.
 
     A sum and its count, each rounded, would give a less exact quotient than the rounded quotient over a count of one.
     """
-    state = dict(state)
+    state = dict(torch.load(trained, weights_only=True)["mimi"])
     for name in [name for name in state if name.endswith("embedding_sum")]:
         usage = name.replace("embedding_sum", "cluster_usage")
         state[name] = state[name] / state[usage].clamp(min=1e-5)[:, None]
         state[usage] = torch.ones_like(state[usage])
-    return state
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.to(torch.float16).contiguous() for name, tensor in state.items()}, file)
 
 
-def export_codec(run: Path, folder: Path, seed: int = 0) -> None:
-    """The codec of a run of ``csm.weights.recipe.codec`` and a model's random weights."""
-    trained = torch.load(run / "checkpoint.pt", weights_only=True)
-    _write(folder, MODEL, initial_state(MODEL, seed), CODEC, finished_codec(trained["mimi"]))
+def export_start(codec: Path, folder: Path, seed: int = 0) -> None:
+    """A checkpoint of a codec that ``export_codec`` wrote, and a model's random weights."""
+    state = {name: tensor.float() for name, tensor in load_file(codec).items()}
+    _write(folder, MODEL, initial_state(MODEL, seed), CODEC, state)
 
 
 def export_model(source: Path, folder: Path) -> None:
@@ -65,16 +69,20 @@ def _write(
     byte_tokenizer().save(str(folder / "tokenizer.json"))
 
 
+EXPORTS: dict[str, Callable[[Path, Path], None]] = {
+    "codec": export_codec,
+    "start": export_start,
+    "model": export_model,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("codec", "model"))
+    parser.add_argument("what", choices=EXPORTS)
     parser.add_argument("source", type=Path)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("target", type=Path)
     arguments = parser.parse_args()
-    if arguments.what == "codec":
-        export_codec(arguments.source, arguments.folder)
-    else:
-        export_model(arguments.source, arguments.folder)
+    EXPORTS[arguments.what](arguments.source, arguments.target)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from csm.config import CodecConfig, CSMConfig, TransformerConfig
 CODEC = CodecConfig(
     dim=128,
     num_filters=16,
-    num_layers=2,
+    num_layers=4,
     num_heads=4,
     hidden_dim=384,
     context=32,
