@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: demo test check fix slow fullsize kernels gpu tiny voice clean
+.PHONY: demo test check fix slow fullsize kernels gpu voice clean
 
 demo: .venv/installed
 	$(BIN)/python generate.py --model tiny --text "Hello from a model that you can read in an evening." --max-seconds 4 --out out.wav
@@ -37,20 +37,17 @@ gpu: $(if $(GPU_PYTHON),,.venv/installed-bench)
 	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m cuda -rs | tee results/tests.txt; test $${PIPESTATUS[0]} -eq 0
 	$(or $(GPU_PYTHON),$(BIN)/python) bench.py --batch 1 2 4 8 16 32 64 --profile --out results
 
-# The embedded checkpoint, made again from its seed.
-tiny: .venv/installed
-	$(BIN)/python -m csm.weights.make_tiny weights/tiny
-
-# The codec of the embedded voice from nothing: recordings by four voices of flite, which must be installed, an hour or
-# more of training on two cores, and its figures. Stopped, it goes on where it was.
+# The codec of the embedded voice from nothing: recordings by four voices of flite, which must be installed, some hours of
+# training on two cores, and its word error rates. Stopped, it goes on where it was.
 VOICE ?= voice
 RECIPE := $(BIN)/python -m csm.weights.recipe
-voice: .venv/installed-voice
-	$(RECIPE).recordings $(VOICE) --split train --count 10000
-	$(RECIPE).recordings $(VOICE) --split test --count 150
+voice: .venv/installed-eval
+	$(RECIPE).recordings $(VOICE) --split train --count 20000
+	$(RECIPE).recordings $(VOICE) --split test --count 100
 	$(RECIPE).codec $(VOICE)/train.jsonl $(VOICE)/codec
-	$(RECIPE).export $(VOICE)/codec weights/tiny_codec
-	$(RECIPE).judge $(VOICE)/test.jsonl weights/tiny_codec --save
+	$(RECIPE).export codec $(VOICE)/codec/checkpoint.pt $(VOICE)/codec.safetensors
+	$(RECIPE).export start $(VOICE)/codec.safetensors $(VOICE)/start
+	$(BIN)/python -m csm eval --data $(VOICE)/test.jsonl --recordings --codec --no-speech --model $(VOICE)/start --out $(VOICE)/eval
 
 clean:
 	rm -rf .venv .typecheck build csm.egg-info

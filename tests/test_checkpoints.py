@@ -8,10 +8,11 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from noise import CODEC, CONFIG, random_state
+from noise import CODEC, CONFIG, NOISE, random_state
 from safetensors.torch import save_file
 
 from conftest import OLD_CONFIG, SESAME_CONFIG, tensors_of, write_sesame
@@ -119,6 +120,11 @@ class TestLayouts:
         assert sum(len(entry.names) for entry in hf_table(CSM_1B)) + len(mimi_table(MIMI)) == 538
         parameters = sum(torch.Size(shape).numel() for shape in target_shapes(sesame_table(CSM_1B)).values())
         assert round(parameters / 1e9, 3) == 1.553
+
+    def test_the_embedded_checkpoint_is_noise(self):
+        """Until it is trained it is what tests/noise.py writes."""
+        assert (Path(NOISE) / "config.json").read_bytes() == (TINY / "config.json").read_bytes()
+        assert same(*(tensors_of(Path(folder) / "model.safetensors") for folder in (NOISE, TINY)))
 
     def test_transformers_reads_the_embedded_checkpoint(self):
         from transformers import CsmForConditionalGeneration

@@ -37,11 +37,11 @@ MELS = ((256, 20), (512, 40), (1024, 80), (2048, 80))  # FFT size, bands
 class Training:
     """What a run is told. ``steps`` is the whole run's, at whose end the learning rate is zero."""
 
-    steps: int = 8000
+    steps: int = 16_000
     warm_steps: int = 500  # unquantised, before the codebooks are made
     clips: int = 4  # per worker and step
     clip_frames: int = 16
-    learning_rate: float = 1.2e-3
+    learning_rate: float = 7e-4
     warmup: int = 100
     fewest_codebooks: int = 4
     dropout: float = 0.25  # share of the steps with fewer than all codebooks
