@@ -13,7 +13,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before csm.kernels defines its kernels: they run interpreted
 
-from noise import CODEC, NOISE
 from safetensors.torch import load_file, save_file
 
 from csm import Generator
@@ -21,6 +20,7 @@ from csm.config import CSMConfig, TransformerConfig
 from csm.weights.config_json import write_hf_config
 from csm.weights.layouts import sesame_table
 from csm.weights.recipe.shape import byte_tokenizer
+from noise import CODEC, NOISE
 
 
 @pytest.fixture(scope="session")

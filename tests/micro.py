@@ -5,11 +5,11 @@ import json
 import numpy as np
 import sphn
 import torch
-from noise import CODEC
 
 from csm.config import CSMConfig, TransformerConfig
 from csm.finetune.batches import Example, Turn
 from csm.weights.config_json import write_hf_config
+from noise import CODEC
 
 # The codec and the tokenizer are those of NOISE, of which the first 4 codebooks are used.
 MICRO = CSMConfig(

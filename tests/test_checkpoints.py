@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from noise import CODEC, CONFIG, NOISE, random_state
 from safetensors.torch import save_file
 
 from conftest import OLD_CONFIG, SESAME_CONFIG, tensors_of, write_sesame
@@ -22,6 +21,7 @@ from csm.weights import open_checkpoint
 from csm.weights.checkpoint import TINY
 from csm.weights.config_json import read_config, write_hf_config
 from csm.weights.layouts import export, hf_table, mimi_table, sesame_table, target_shapes
+from noise import CODEC, CONFIG, NOISE, random_state
 from oracle import Shape, random_model, save
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from noise import CODEC, NOISE, random_state
 from safetensors.torch import save_file
 
 from csm import AudioError, CheckpointError, Generator
@@ -14,6 +13,7 @@ from csm.audio import to_mono
 from csm.codec import Codec
 from csm.config import MIMI
 from csm.weights.layouts import mimi_table
+from noise import CODEC, NOISE, random_state
 from oracle import Shape, random_model, save
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from noise import NOISE
 
 import bench
 from csm import Generator, Segment
@@ -16,6 +15,7 @@ from csm.prefill import Prefill
 from csm.prompt import text_rows
 from csm.sampling import SamplingParams
 from micro import write_data
+from noise import NOISE
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

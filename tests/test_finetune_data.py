@@ -10,7 +10,6 @@ import sphn
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from noise import CONFIG, NOISE
 
 from csm import Generator, read_audio
 from csm.__main__ import main
@@ -21,6 +20,7 @@ from csm.finetune.manifest import read_manifest
 from csm.prompt import TextTokenizer
 from csm.weights import open_checkpoint
 from micro import random_examples, write_config, write_data
+from noise import CONFIG, NOISE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from noise import CONFIG, NOISE
 from safetensors.torch import load_file, save_file
 from test_finetune_train import micro_model
 
@@ -17,6 +16,7 @@ from csm.finetune.batches import Example, Turn, collate
 from csm.finetune.loss import Trainee
 from csm.lora import PARTS, TARGETS, Lora, LoraConfig, adapted_layers, load_adapter, save_adapter
 from micro import MICRO, random_examples, write_data
+from noise import CONFIG, NOISE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "Merged or not."

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_hf_oracle import SHAPES
 
 from conftest import SESAME_CONFIG
 from csm import Generator
 from csm.finetune.batches import Example, Turn, collate, draw_frames
+from csm.finetune.forward import plain_attention
 from csm.finetune.initial import initial_state
 from csm.finetune.loss import Trainee, combine, count
 from csm.frame import FrameState, decode_frame
@@ -173,3 +175,23 @@ def test_every_frame_is_drawn_as_often_as_any_other():
         probability = expected / num_frames
         spread = (2000 * probability * (1 - probability)) ** 0.5
         assert (hits - 2000 * probability).abs().max() <= 5 * spread
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "positions"), [(6, 2, 17), (4, 4, 1), (3, 1, 8)])
+def test_plain_attention_is_attention(dtype, heads, kv_heads, positions):
+    """Grouped heads, each position and those before: as PyTorch's own op in float64, in values and in gradients."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, count, positions, 16, generator=generator).to(dtype) for count in (heads, kv_heads, kv_heads)
+    )
+    inputs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+    wide = [tensor.double().requires_grad_() for tensor in (q, k, v)]
+    found = plain_attention(*inputs)
+    expected = F.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.06, "rtol": 0.06}
+    torch.testing.assert_close(found.double(), expected, **close)
+    for one, other in zip(inputs, wide, strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, **close)

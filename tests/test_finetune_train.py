@@ -13,7 +13,6 @@ import time
 
 import pytest
 import torch
-from noise import CODEC, NOISE, random_state
 from safetensors.torch import load_file, save_file
 
 from csm import CheckpointError, CSMError, Generator, read_audio
@@ -30,6 +29,7 @@ from csm.weights import open_checkpoint, read_codec
 from csm.weights.config_json import write_hf_config
 from csm.weights.layouts import mimi_table
 from micro import MICRO, SENTENCES, random_examples, write_config, write_data
+from noise import CODEC, NOISE, random_state
 
 CPU = torch.device("cpu")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -13,7 +13,6 @@ from statistics import median
 
 import pytest
 import torch
-from noise import random_state
 from safetensors.torch import save_file
 
 from conftest import OLD_CONFIG
@@ -22,6 +21,7 @@ from csm.weights.checkpoint import MIMI_FILE
 from csm.weights.config_json import write_hf_config
 from csm.weights.layouts import export, hf_table, mimi_table, sesame_table
 from csm.weights.recipe.shape import byte_tokenizer
+from noise import random_state
 
 pytestmark = pytest.mark.fullsize
 

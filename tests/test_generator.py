@@ -6,10 +6,10 @@ import threading
 import numpy as np
 import pytest
 import torch
-from noise import NOISE
 
 import csm.engine
 from csm import AudioError, CSMError, Generator, RoomWarning, SamplingError, Segment
+from noise import NOISE
 
 
 def speak(generator, text="Hello there.", milliseconds=1600, **options):

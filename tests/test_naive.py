@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from noise import CODEC
 from safetensors.torch import save_file
 
 from conftest import SESAME_CONFIG, write_sesame
@@ -17,6 +16,7 @@ from csm.sampling import SamplingParams
 from csm.weights.config_json import write_hf_config
 from csm.weights.recipe.shape import byte_tokenizer
 from naive import frequencies, next_frame
+from noise import CODEC
 
 SIZES = {
     "backbone": (3, 6, 2),

@@ -2,25 +2,26 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sphn
 import torch
-from noise import CODEC, CONFIG, random_state
 from safetensors.torch import load_file
+from torch import multiprocessing
 
 from conftest import tensors_of
 from csm import Generator
 from csm.codec import Codec
 from csm.weights.layouts import mimi_table
-from csm.weights.recipe import shape
-from csm.weights.recipe.codec import Clips, MelLoss, Trainer, Training
+from csm.weights.recipe import picture, shape
+from csm.weights.recipe.codec import Clips, MelLoss, Trainer, Training, work
 from csm.weights.recipe.export import export_codec, export_model, export_start
 from csm.weights.recipe.recordings import VOICES, Utterance, plan, read_manifest, record_all
 from csm.weights.recipe.sentences import number_in_words, plural, sentences, split_of, year_in_words
+from noise import CODEC, CONFIG, NOISE, random_state
 
 FRAME = 1920
 
@@ -126,7 +127,20 @@ def test_manifest_paths_are_relative_to_it(manifest):
     assert first == Utterance(str(manifest.parent / "0.wav"), "-", 0, "0", 0)
 
 
-def test_clips_come_from_one_recording_each(manifest):
+def test_clips_come_from_one_recording_each(tmp_path):
+    lines = [Utterance(f"{level}.wav", "-", 0, "0", level) for level in range(1, 6)]
+    for line in lines:
+        sphn.write_wav(str(tmp_path / line.audio), np.full(5000 * line.order, line.order / 10, np.float32), 24_000)
+    path = tmp_path / "levels.jsonl"
+    path.write_text("\n".join(json.dumps(asdict(line)) for line in lines))
+    for clip in Clips(path, 8000).draw(100, np.random.default_rng(0))[:, 0]:
+        levels = {round(float(value), 2) for value in clip.unique()}
+        assert len(levels - {0.0}) == 1, levels
+    path.write_text("\n".join(json.dumps(asdict(line)) for line in lines[:2]))
+    assert list(Clips(path, 8000).ends) == [5000, 15_000]  # not what was gathered of the longer manifest
+
+
+def test_clips_are_drawn_from_a_seed(manifest):
     clips = Clips(manifest, FRAME)
     assert list(clips.ends) == [48_000, 96_000, 144_000, 192_000]
     drawn = clips.draw(50, np.random.default_rng(0))
@@ -191,7 +205,7 @@ def test_what_is_exported_decodes_as_what_was_trained(manifest, tmp_path, small)
         assert torch.equal(tensor, start[name].to(tensor.dtype))
 
 
-def test_a_run_can_begin_with_a_checkpoint_s_codec(manifest, tmp_path, small):
+def test_a_run_can_begin_with_a_trained_codec(manifest, tmp_path):
     first = trainer(manifest, tmp_path / "first")
     first.run(until=6)
     export_codec(tmp_path / "first" / "checkpoint.pt", tmp_path / "codec.safetensors")
@@ -202,20 +216,42 @@ def test_a_run_can_begin_with_a_checkpoint_s_codec(manifest, tmp_path, small):
     assert begun["mel"] < 0.95 * trainer(manifest, tmp_path / "third").take_step()["mel"]
 
 
-def test_the_decoder_alone_learns_and_the_codes_stay(manifest, tmp_path, small):
+def test_workers_learn_as_one_and_go_on_as_if_they_had_not_stopped(manifest, tmp_path):
+    """Two processes, stopped before the codebooks are made and after, against two that are not."""
+    training = replace(TRAINING, workers=2, steps=12, save_every=100)
+    Clips(manifest, 1)  # gathered once
+    for name, stops in (("whole", [12]), ("part", [2, 7, 12])):
+        (tmp_path / name).mkdir()
+        for until in stops:
+            (tmp_path / name / "workers").unlink(missing_ok=True)
+            arguments = (SMALL, training, manifest, tmp_path / name, None, until)
+            multiprocessing.spawn(work, arguments, nprocs=2)
+    whole, part = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "part"))
+    assert whole["step"] == part["step"] == 12
+    for name, tensor in whole["mimi"].items():
+        assert torch.equal(tensor, part["mimi"][name]), name
+    rows = (tmp_path / "part" / "losses.csv").read_text().splitlines()
+    assert [int(row.split(",")[0]) for row in rows[1:]] == list(range(1, 13))
+
+
+def test_the_decoder_alone_learns_and_the_codes_stay(manifest, tmp_path):
     first = trainer(manifest, tmp_path / "first")
     first.run(until=8)
     export_codec(tmp_path / "first" / "checkpoint.pt", tmp_path / "codec.safetensors")
     (tmp_path / "second").mkdir()
     clips = Clips(manifest, 4 * FRAME)
     second = Trainer(SMALL, replace(TRAINING, decoder_only=True), clips, tmp_path / "second")
-    second.start_from(load_file(tmp_path / "codec.safetensors"))
-    before = {name: tensor.clone() for name, tensor in second.mimi.state_dict().items()}
+    before = load_file(tmp_path / "codec.safetensors")
+    second.start_from(before)
     losses = [second.take_step()["mel"] for _ in range(12)]
     assert sum(losses[-4:]) < sum(losses[:4])
-    for name, tensor in second.mimi.state_dict().items():
-        learns = name.startswith(("decoder.", "decoder_transformer.", "upsample."))
+    second.save()
+    export_codec(tmp_path / "second" / "checkpoint.pt", tmp_path / "again.safetensors")
+    for name, tensor in load_file(tmp_path / "again.safetensors").items():
+        learns = name.startswith(("decoder.", "decoder_transformer.", "upsample.")) and "layer_scale" not in name
         assert torch.equal(tensor, before[name]) != learns, name
+    with pytest.raises(ValueError, match="trains other parts"):
+        trainer(manifest, tmp_path / "second")
 
 
 def test_folded_scales_and_added_layers_change_nothing(manifest, tmp_path):
@@ -234,6 +270,18 @@ def test_folded_scales_and_added_layers_change_nothing(manifest, tmp_path):
     assert torch.equal(codec.encode(audio[0, 0]), codes_TK)
     assert (codec.decode(codes_TK) - expected.decode(codes_TK)).abs().max() < 1e-5
     assert expected.decode(codes_TK).std() > 1e-3
+
+
+def test_a_picture_of_what_is_said(manifest, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="only the train extra brings it")
+    line = asdict(read_manifest(manifest)[0]) | {"text": "Hello."}
+    (tmp_path / "one.jsonl").write_text(json.dumps(line))
+    monkeypatch.setattr("sys.argv", ["picture", str(tmp_path / "one.jsonl"), NOISE, str(tmp_path / "out.png")])
+    monkeypatch.setattr(Generator, "generate", lambda *_, **__: torch.rand(9600) - 0.5)
+    picture.main()
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert sphn.read(str(tmp_path / "out.wav"))[0].shape == (1, 9600)
+    assert "Hello." in capsys.readouterr().out
 
 
 def test_codebooks_keep_no_graph(manifest, tmp_path):

@@ -274,7 +274,7 @@ def test_where_kernels_run(monkeypatch):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_step_speaks_the_references_codes(noisy, monkeypatch, batch):
-    """A whole frame of the embedded checkpoint, float32, at several temperatures."""
+    """A whole frame of the noisy checkpoint, float32, at several temperatures."""
     model = noisy.model.to(DEVICE)
     codes = []
     for ops in ("reference", "triton"):

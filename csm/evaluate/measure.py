@@ -89,6 +89,7 @@ class Ears:
             voices = [voice for path in own[:VOICE_RECORDINGS] if (voice := self._voice(path)) is not None]
             if voices:
                 speakers[speaker] = np.mean(voices, axis=0)
+                speakers[speaker] /= np.linalg.norm(speakers[speaker])
         return speakers
 
     def hear(
@@ -109,10 +110,11 @@ class Ears:
             recorded, rate = read_audio(sentence.audio)
             ratio = seconds / (recorded.shape[-1] / rate)
         voice_of = self._reference or sentence.audio
-        voice = self._encoder.embed(audio, sample_rate) if voice_of is not None or self._speakers else None
+        known = sentence.speaker in self._speakers
+        voice = self._encoder.embed(audio, sample_rate) if known or (compare and voice_of is not None) else None
         if compare and voice_of is not None:
             similar = similarity(voice, self._voice(voice_of))
-        if sentence.speaker in self._speakers:
+        if known:
             right = voice is not None and self._nearest(voice) == sentence.speaker
         return Heard(sentence.text, heard, errors, words, seconds, seed, ended, ratio, similar, sentence.speaker, right)
 
@@ -126,7 +128,7 @@ class Ears:
 
 
 def recordings(ears: Ears, sentences: Sequence[Sentence], progress: bool = True) -> list[Heard]:
-    """The recogniser's floor: the recordings themselves."""
+    """The recogniser's floor: the recordings themselves, some of which are among those that voices are known by."""
 
     def one(sentence: Sentence) -> Heard:
         assert sentence.audio is not None

@@ -74,11 +74,11 @@ def _attend(qkv_BTE: Tensor, turn_1Tp2: Tensor, config: TransformerConfig) -> Te
     q_BTHd, k_BTGd = rotated.split([config.num_heads, config.num_kv_heads], dim=2)
     q, k, v = (t.transpose(1, 2) for t in (q_BTHd, k_BTGd, heads[:, :, num_rotated:]))
     plain = q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] <= PLAIN_POSITIONS
-    attend = _plain_attention if plain else partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    attend = plain_attention if plain else partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     return attend(q, k, v).transpose(1, 2).flatten(2)
 
 
-def _plain_attention(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
+def plain_attention(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor) -> Tensor:
     """Causal attention op by op, the softmax in float32."""
     q, k, v = q_BHTd.unflatten(1, (k_BGTd.shape[1], -1)), k_BGTd.unsqueeze(2), v_BGTd.unsqueeze(2)
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5

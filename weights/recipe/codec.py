@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,7 +45,7 @@ class Training:
     learning_rate: float = 7e-4
     warmup: int = 100
     fewest_codebooks: int = 4
-    dropout: float = 0.25  # share of the steps with fewer than all codebooks
+    dropout: float = 0.25  # share of the steps whose number of codebooks is drawn
     commitment: float = 0.5
     codebook_clips: int = 512  # per worker, for the k-means start
     workers: int = 2
@@ -54,7 +55,7 @@ class Training:
     compiled: bool = True  # torch.compile of the convolutions: half the time of a step, a minute before the first
 
     def __post_init__(self) -> None:
-        for name in ("steps", "clips", "clip_frames", "fewest_codebooks", "workers", "save_every"):
+        for name in ("steps", "warmup", "clips", "clip_frames", "fewest_codebooks", "workers", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
@@ -116,7 +117,8 @@ class Clips:
 
     def __init__(self, manifest: Path, samples: int):
         self.samples = samples
-        array, ends = manifest.with_suffix(".samples.npy"), manifest.with_suffix(".ends.npy")
+        digest = hashlib.sha256(manifest.read_bytes()).hexdigest()[:8]  # of other recordings there is another array
+        array, ends = (manifest.with_suffix(f".{digest}.{what}.npy") for what in ("samples", "ends"))
         if not array.exists():
             self._gather(manifest, array, ends)
         self.array = np.load(array, mmap_mode="r")
@@ -125,7 +127,10 @@ class Clips:
     @staticmethod
     def _gather(manifest: Path, array: Path, ends: Path) -> None:
         lines = tqdm(read_manifest(manifest), desc="gathering", mininterval=5)
-        pieces = [np.round(sphn.read(line.audio)[0][0] * 32767).astype(np.int16) for line in lines]
+        pieces = [
+            np.round(sphn.read(line.audio, sample_rate=CODEC.sample_rate)[0][0] * 32767).astype(np.int16)
+            for line in lines
+        ]
         np.save(ends, np.cumsum([len(piece) for piece in pieces]))
         part = array.with_suffix(".part.npy")
         np.save(part, np.concatenate(pieces))
@@ -293,6 +298,7 @@ class Trainer:
     def save(self) -> None:
         """Write ``checkpoint.pt`` whole or not at all."""
         state = {
+            "decoder_only": self.training.decoder_only,
             "step": self.step,
             "seconds": self.seconds,
             "has_codebooks": self.has_codebooks,
@@ -306,24 +312,26 @@ class Trainer:
 
     def _load(self) -> None:
         path = self.folder / "checkpoint.pt"
-        if not path.exists():
-            return
-        state = torch.load(path, weights_only=True)
+        if path.exists():
+            self._restore(torch.load(path, weights_only=True))
+        if self.rank == 0:
+            self._forget_later_losses()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["decoder_only"] != self.training.decoder_only:
+            raise ValueError(f"{self.folder} holds a run that trains other parts (--decoder-only): give another folder")
         self.mimi.load_state_dict(state["mimi"])
         self.optimizer.load_state_dict(state["optimizer"])
         for codebook, check in zip(self._codebooks(), state["unused_checks"], strict=True):
             codebook._next_unused_check = check
         self.step, self.seconds, self.has_codebooks = state["step"], state["seconds"], state["has_codebooks"]
-        if self.rank == 0:
-            self._forget_later_losses()
 
     def _forget_later_losses(self) -> None:
         """Leave in the log what led to the checkpoint: the steps after it are taken again."""
         log = self.folder / "losses.csv"
         if log.exists():
-            head, *rows = log.read_text(encoding="utf-8").splitlines()
-            kept = [row for row in rows if int(row.split(",")[0]) <= self.step]
-            log.write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
+            rows = [row for row in log.read_text(encoding="utf-8").splitlines(keepends=True) if row.endswith("\n")]
+            log.write_text("".join(rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= self.step]))
 
     def _log(self, losses: dict[str, float]) -> None:
         row = {"step": self.step, "seconds": round(self.seconds, 1)} | losses
@@ -336,19 +344,25 @@ class Trainer:
             writer.writerow(row)
 
 
-def work(rank: int, training: Training, manifest: Path, folder: Path, start: Path | None) -> None:
+def work(
+    rank: int,
+    config: CodecConfig,
+    training: Training,
+    manifest: Path,
+    folder: Path,
+    start: Path | None,
+    until: int | None = None,
+) -> None:
     """What one worker process does."""
     torch.set_num_threads(1)  # workers wait for each other once a step, threads would hundreds of times
     if training.workers > 1:
         store = distributed.FileStore(str(folder / "workers"), training.workers)
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=training.workers)
-    clips = Clips(manifest, training.clip_frames * CODEC.frame_size)
-    trainer = Trainer(CODEC, training, clips, folder, rank)
+    clips = Clips(manifest, training.clip_frames * config.frame_size)
+    trainer = Trainer(config, training, clips, folder, rank)
     if start is not None:
         trainer.start_from({name: tensor.float() for name, tensor in load_file(start).items()})
-    elif training.decoder_only:
-        raise ValueError("--decoder-only goes on with a codec that is there: name it with --start")
-    trainer.run()
+    trainer.run(until)
 
 
 def main() -> None:
@@ -363,13 +377,15 @@ def main() -> None:
     options = vars(parser.parse_args())
     manifest, folder, start = (options.pop(name) for name in ("manifest", "folder", "start"))
     training = Training(**options)
+    if training.decoder_only and start is None and not (folder / "checkpoint.pt").exists():
+        raise SystemExit("--decoder-only goes on with a codec that is there: name it with --start")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "workers").unlink(missing_ok=True)
     Clips(manifest, 1)  # gathered once, before there are several
     if training.workers == 1:
-        work(0, training, manifest, folder, start)
+        work(0, CODEC, training, manifest, folder, start)
     else:
-        multiprocessing.spawn(work, (training, manifest, folder, start), nprocs=training.workers)
+        multiprocessing.spawn(work, (CODEC, training, manifest, folder, start), nprocs=training.workers)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from csm.finetune.initial import initial_state
 from csm.weights import open_checkpoint, read_codec, read_model
 from csm.weights.config_json import write_hf_config
 from csm.weights.layouts import export, hf_table, mimi_table
+from csm.weights.recipe.codec import fold_layer_scales
 from csm.weights.recipe.shape import CODEC, MODEL, byte_tokenizer
 
 CPU = torch.device("cpu")
@@ -33,8 +34,9 @@ def export_codec(trained: Path, file: Path) -> None:
     """The codec of a checkpoint of ``csm.weights.recipe.codec``, its codebooks as they are used, not as running sums.
 
     A sum and its count, each rounded, would give a less exact quotient than the rounded quotient over a count of one.
+    Layer scales are folded before the rounding: who goes on with the codec folds again, and must not change its codes.
     """
-    state = dict(torch.load(trained, weights_only=True)["mimi"])
+    state = fold_layer_scales(torch.load(trained, weights_only=True)["mimi"])
     for name in [name for name in state if name.endswith("embedding_sum")]:
         usage = name.replace("embedding_sum", "cluster_usage")
         state[name] = state[name] / state[usage].clamp(min=1e-5)[:, None]

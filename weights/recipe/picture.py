@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from csm import Generator, WavWriter, read_audio
+from csm.audio import to_mono
 from csm.weights.recipe.codec import MelLoss
 from csm.weights.recipe.recordings import SPEAKERS, read_manifest
 
@@ -47,7 +48,7 @@ def main() -> None:
     line = read_manifest(arguments.manifest)[arguments.line]
     generator = Generator.from_pretrained(arguments.model, "cpu")
     spoken = generator.generate(line.text, line.speaker, seed=arguments.seed)
-    recorded, _ = read_audio(line.audio)
+    recorded = to_mono(*read_audio(line.audio), generator.sample_rate)
     sounds = {f"{SPEAKERS[line.speaker]}, recorded": recorded, f"{SPEAKERS[line.speaker]}, spoken by the model": spoken}
     draw(sounds, generator.sample_rate, arguments.out)
     with WavWriter(arguments.out.with_suffix(".wav")) as wav:

@@ -3,8 +3,8 @@
 Four voices of flite (Carnegie Mellon University, BSD-like licence; ``apt install flite``), one speaker id each.
 Training sentences are read by the voices in turn, held-out ones by every voice. ``--voices espeak-ng`` (``apt install
 espeak-ng``) is a fifth, with the next speaker id, for adapting to a voice that was not trained. Makes
-``SPLIT/VOICE/NUMBER-HASH.wav`` (24 kHz mono) and ``SPLIT.jsonl``, a manifest, in the folder. What is there is not read
-again.
+``SPLIT/VOICE/NUMBER-HASH.wav`` (24 kHz mono) and a manifest, ``SPLIT.jsonl`` or ``SPLIT-VOICES.jsonl``, in the folder.
+What is there is not read again.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def record_all(folder: Path, split: str, count: int, workers: int, voices: Seque
         done = [
             json.dumps(asdict(line)) for line in tqdm(lines, total=len(jobs), desc=f"reading ({split})", mininterval=5)
         ]
-    manifest = folder / f"{split}.jsonl"
+    own = "" if tuple(voices) == VOICES else "-" + "-".join(voices)  # beside flite's manifest, not over it
+    manifest = folder / f"{split}{own}.jsonl"
     part = manifest.with_suffix(".part")
     part.write_text("\n".join(done) + "\n", encoding="utf-8")
     part.replace(manifest)

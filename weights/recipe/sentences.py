@@ -204,7 +204,7 @@ def sentences(split: str, count: int, seed: int = SEED) -> list[str]:
 def _endless(rng: random.Random) -> Iterator[str]:
     while True:
         sentence = re.sub(r"{(\w+)}", lambda match: _fill(match[1], rng), rng.choice(TEMPLATES))
-        sentence = re.sub(r"\b([Aa]) (?=[aeiou])(?!use|uni|one)", r"\1n ", sentence)
+        sentence = re.sub(r"\b([Aa]) (?=[aeiou]|hon)(?!use|uni|one)", r"\1n ", sentence)
         if len(sentence.split()) <= 18:
             yield sentence[0].upper() + sentence[1:]
 
