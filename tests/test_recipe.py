@@ -297,6 +297,20 @@ def test_a_training_of_nothing_is_refused(field):
         replace(TRAINING, **{field: 0})
 
 
+def test_the_trained_codec_streams_what_it_decodes(tmp_path):
+    """The one that is kept, made a checkpoint of: its codes of a glide, frame by frame and at once."""
+    folder = Path(shape.__file__).parents[1] / "tiny_codec"
+    export_start(folder / "codec.safetensors", tmp_path)
+    generator = Generator.from_pretrained(tmp_path, device="cpu")
+    time = torch.arange(2 * 24_000) / 24_000
+    codes_TK = generator.encode(0.3 * torch.sin(2 * torch.pi * (150 + 100 * time) * time))
+    assert codes_TK.shape == (25, shape.CODEC.num_codebooks)
+    whole, decoder = generator.decode(codes_TK), generator.codec.stream_decoder()
+    streamed = torch.cat([decoder.step(frame[None])[0] for frame in codes_TK])
+    assert whole.std() > 0.02
+    assert (streamed - whole).abs().max() < 1e-5
+
+
 def test_the_codec_is_mimi_s_shape():
     assert shape.CODEC.frame_size == FRAME
     assert shape.CODEC.sample_rate == 24_000
