@@ -18,6 +18,7 @@ from csm.codec import Codec
 from csm.weights.layouts import mimi_table
 from csm.weights.recipe import picture, shape
 from csm.weights.recipe.codec import Clips, MelLoss, Trainer, Training, work
+from csm.weights.recipe.conversations import OPEN_IDS, TURNS, conversations
 from csm.weights.recipe.export import export_codec, export_model, export_start
 from csm.weights.recipe.recordings import VOICES, Utterance, plan, read_manifest, record_all
 from csm.weights.recipe.sentences import number_in_words, plural, sentences, split_of, year_in_words
@@ -67,6 +68,30 @@ def test_training_sentences_take_turns_and_held_out_ones_have_every_voice():
     assert [speaker for _, _, speaker in plan("train", 8)] == [0, 1, 2, 3] * 2
     assert [speaker for _, _, speaker in plan("test", 2)] == [0, 1, 2, 3] * 2
     assert len({text for _, text, _ in plan("test", 2)}) == 2
+
+
+def test_conversations_use_every_recording_once_and_open_ids_for_one_voice_each():
+    lines = [Utterance(f"{n}.wav", f"Line {n}.", n % 4, f"train-{n // 8}", n % 8) for n in range(400)]
+    talks = list(conversations(lines))
+    assert talks == list(conversations(lines)) != list(conversations(lines, seed=1))
+    assert sorted(line.audio for line in talks) == sorted(line.audio for line in lines)
+    voice_of = {line.audio: line.speaker for line in lines}
+    text_of = {line.audio: line.text for line in lines}
+    assert all(line.text == text_of[line.audio] for line in talks)
+    by_talk: dict[str, list[Utterance]] = {}
+    for line in talks:
+        by_talk.setdefault(line.conversation, []).append(line)
+    open_talks, meanings = 0, set()
+    for talk in by_talk.values():
+        assert len(talk) <= TURNS and len({line.order for line in talk}) == len(talk)
+        voices = {(line.speaker, voice_of[line.audio]) for line in talk}
+        assert len({speaker for speaker, _ in voices}) == len({voice for _, voice in voices}) == len(voices) <= 2
+        if talk[0].speaker in OPEN_IDS:
+            open_talks, meanings = open_talks + 1, meanings | voices
+        else:
+            assert all(speaker == voice for speaker, voice in voices)
+    assert 0.35 < open_talks / len(by_talk) < 0.65
+    assert len(meanings) == len(OPEN_IDS) * len(VOICES)  # every open id has been every voice
 
 
 @pytest.mark.skipif(shutil.which("flite") is None, reason="flite is not installed")

@@ -20,14 +20,14 @@ CODEC = CodecConfig(
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")
 MODEL = CSMConfig(
     backbone=TransformerConfig(
-        num_layers=6, dim=256, num_heads=4, num_kv_heads=2, head_dim=64, hidden_dim=640, max_positions=2048
+        num_layers=6, dim=256, num_heads=4, num_kv_heads=2, head_dim=64, hidden_dim=768, max_positions=2048
     ),
     depth_decoder=TransformerConfig(
-        num_layers=2, dim=192, num_heads=3, num_kv_heads=1, head_dim=64, hidden_dim=512, max_positions=8
+        num_layers=2, dim=192, num_heads=3, num_kv_heads=1, head_dim=64, hidden_dim=512, max_positions=4
     ),
     text_vocab_size=256 + len(SPECIAL_TOKENS),
     audio_vocab_size=CODEC.codebook_size + 3,
-    num_codebooks=CODEC.num_codebooks,
+    num_codebooks=4,  # of the codec's 8: they are half of what is drawn, and words are as clear (docs/log.md)
     codebook_size=CODEC.codebook_size,
 )
 
