@@ -293,6 +293,21 @@ def test_a_batch_lays_rows_where_they_belong():
     assert batch.frame_S.shape[0] >= len(examples)  # one of each sequence at least
 
 
+def test_noise_changes_what_is_read_and_not_what_is_to_be_said():
+    example = random_examples(1, turns=(2, 2), frames=(300, 301))[0]
+    plain, noisy, again = (collate([example], "a", 1.0, code_noise=share) for share in (0.0, 0.2, 0.2))
+    assert torch.equal(plain.read_AK, plain.code_AK) and torch.equal(plain.code_AK, noisy.code_AK)
+    assert torch.equal(noisy.read_AK, again.read_AK)
+    assert not torch.equal(noisy.read_AK, collate([example], "b", 1.0, code_noise=0.2).read_AK)
+    changed_A = (noisy.read_AK != noisy.code_AK).any(dim=1)
+    assert 0.12 < changed_A.float().mean() < 0.28  # a frame may be drawn in its own place
+    ends = [300, 601]
+    assert not changed_A[ends].any()  # the end of a turn is read as it is
+    for turn, first in zip(example.turns, (0, 301), strict=True):
+        said = {tuple(frame) for frame in turn.codes_TK.tolist()}
+        assert {tuple(frame) for frame in noisy.read_AK[first : first + 300].tolist()} <= said
+
+
 def test_what_was_trained_loads_anywhere(tmp_path):
     """The folder of a run, in HF Transformers too, and as the start of another run."""
     from transformers import CsmForConditionalGeneration

@@ -73,6 +73,7 @@ def conversation_examples(turns: Sequence[Turn], context: int, mask_context: boo
 class Batch(NamedTuple):
     """Sequences side by side. ``*_at`` are places b * T + t; ``target_N`` indexes A, ``frame_S`` indexes N.
 
+    ``read_AK`` is what the backbone reads, ``code_AK`` what was said and is to be predicted: the same without noise.
     ``weight_S`` is how many trained frames each drawn one stands for: their sum is N, in expectation and in fact.
     ``counts`` says whether the batch counts in the loss at all: a process without a share computes one that does not.
     """
@@ -82,6 +83,7 @@ class Batch(NamedTuple):
     token_M: Tensor
     token_at_M: Tensor
     code_AK: Tensor
+    read_AK: Tensor
     code_at_A: Tensor
     target_N: Tensor
     frame_S: Tensor
@@ -105,12 +107,27 @@ def draw_frames(num_frames: int, share: float, key: str) -> tuple[list[int], flo
     return sorted(chosen), num_frames / count
 
 
-def collate(examples: Sequence[Example], keys: Sequence[str], depth_share: float, counts: bool = True) -> Batch:
-    """A batch of examples. ``keys`` seed what is drawn in each: ``depth_share`` of its trained frames."""
+def swap_frames(codes_TK: Tensor, share: float, key: str) -> Tensor:
+    """The codes with a random ``share`` of the frames, each on its own, in the place of which stands another one."""
+    num_frames = codes_TK.shape[0]
+    if share == 0 or num_frames == 0:
+        return codes_TK
+    rng = random.Random(f"swap/{key}")
+    return codes_TK[[rng.randrange(num_frames) if rng.random() < share else frame for frame in range(num_frames)]]
+
+
+def collate(
+    examples: Sequence[Example], keys: Sequence[str], depth_share: float, counts: bool = True, code_noise: float = 0.0
+) -> Batch:
+    """A batch of examples.
+
+    ``keys`` seed what is drawn in each: ``depth_share`` of its trained frames, and ``code_noise`` of the frames of a
+    turn, which are read as another frame of that turn.
+    """
     num_positions = max(example.num_positions for example in examples)
     tokens: list[int] = []
     token_at: list[Tensor] = []
-    codes, code_at, targets, frames, weights = [], [], [], [], []
+    codes, read, code_at, targets, frames, weights = [], [], [], [], [], []
     num_codes = num_targets = 0
     for index, (example, key) in enumerate(zip(examples, keys, strict=True)):
         place, trained = index * num_positions, num_targets
@@ -120,7 +137,9 @@ def collate(examples: Sequence[Example], keys: Sequence[str], depth_share: float
             token_at.append(torch.arange(place, place + len(ids)))
             place += len(ids)
             num_rows = codes_TK.shape[0] + 1
-            codes += [codes_TK.long(), codes_TK.new_zeros(1, codes_TK.shape[1], dtype=torch.int64)]
+            end_1K = codes_TK.new_zeros(1, codes_TK.shape[1], dtype=torch.int64)
+            codes += [codes_TK.long(), end_1K]
+            read += [swap_frames(codes_TK, code_noise, f"{key}/{order}").long(), end_1K]
             code_at.append(torch.arange(place, place + num_rows))
             place += num_rows
             if order >= example.first_trained:
@@ -130,7 +149,7 @@ def collate(examples: Sequence[Example], keys: Sequence[str], depth_share: float
         chosen, weight = draw_frames(num_targets - trained, depth_share, key)
         frames.append(torch.tensor(chosen) + trained)
         weights.append(torch.full((len(chosen),), weight))
-    rows = (torch.tensor(tokens), torch.cat(token_at), torch.cat(codes), torch.cat(code_at))
+    rows = (torch.tensor(tokens), torch.cat(token_at), torch.cat(codes), torch.cat(read), torch.cat(code_at))
     return Batch(len(examples), num_positions, *rows, torch.cat(targets), torch.cat(frames), torch.cat(weights), counts)
 
 

@@ -112,7 +112,8 @@ def name_of(clip: Clip) -> str:
 
 def encode_missing(store: CodeStore, clips: Sequence[Clip], jobs: int, progress: bool) -> None:
     """Encode what the store has not, ``jobs`` processes at a time; a shard is kept as soon as it is done."""
-    missing = store.missing(clips)
+    # Of like length one after the other: on a CPU a new length costs the making of its kernels.
+    missing = sorted(store.missing(clips), key=lambda clip: clip.audio.stat().st_size)
     size = min(SHARD_CLIPS, max(1, len(missing) // (4 * jobs)))
     shards = [missing[first : first + size] for first in range(0, len(missing), size)]
     bar = tqdm(desc="encoding recordings", total=len(missing), unit="clip", disable=None if progress else True)

@@ -76,6 +76,7 @@ HELP = {
     "clip": "longest gradient; 0 is none",
     "depth_share": "of the frames that the depth decoder is trained on; 1 is all",
     "depth_weight": "of its loss, codebook 0's being 1",
+    "code_noise": "share of the frames that are read as another one of their turn: less is learned by heart",
     "precision": "of matrix products; bfloat16 is autocast",
     "checkpointing": "compute activations twice and keep few",
     "ema": "decay of averaged weights, which are then what is evaluated and written; 0 is none",

@@ -21,6 +21,10 @@ from csm.finetune.forward import final_norm, hidden_states
 from csm.lora import Lora
 from csm.model import CSM
 
+# Sizes are rounded up to multiples of these: on a CPU every new shape of a matrix product costs the making of its
+# kernel, which for a small model is a third of a step (docs/log.md).
+ROUND_POSITIONS = 8
+ROUND_FRAMES = 32
 EVALUATED_AT_ONCE = 128  # frames of the depth decoder: about 0.4 GB of activations for CSM-1B in bfloat16
 
 
@@ -67,6 +71,8 @@ class Trainee(nn.Module):
         at_once = batch.frame_S.shape[0] if torch.is_grad_enabled() else EVALUATED_AT_ONCE
         depth_J = h_ND.new_zeros(code_NK.shape[1] - 1)
         for frame_S, weight_S in zip(batch.frame_S.split(at_once), batch.weight_S.split(at_once), strict=True):
+            extra = -frame_S.shape[0] % ROUND_FRAMES  # frame 0 again, which there weighs nothing
+            frame_S, weight_S = F.pad(frame_S, (0, extra)), F.pad(weight_S, (0, extra))
             logits_JSV = self.depth_logits(h_ND[frame_S], code_NK[frame_S])
             depth_J = depth_J + (_cross_entropy(logits_JSV, code_NK[frame_S, 1:].T) * weight_S).sum(dim=1)
         sums = Sums(codebook0_N.sum(), depth_J)
@@ -75,7 +81,10 @@ class Trainee(nn.Module):
     def predicting_states(self, batch: Batch) -> Tensor:
         """The backbone's normed hidden state at the position before each trained frame: (N, D)."""
         x_BTD = embed(self.model, batch).unflatten(0, (batch.num_sequences, batch.num_positions))
+        room = self.model.config.backbone.max_positions - batch.num_positions
+        x_BTD = F.pad(x_BTD, (0, 0, 0, min(-batch.num_positions % ROUND_POSITIONS, room)))
         hidden_BTD = hidden_states(self.model.backbone, x_BTD, "backbone", self.lora, self.checkpointing)
+        hidden_BTD = hidden_BTD[:, : batch.num_positions]
         at_N = batch.code_at_A[batch.target_N] - 1
         return final_norm(self.model.backbone, hidden_BTD.flatten(0, 1)[at_N])
 
@@ -92,7 +101,7 @@ class Trainee(nn.Module):
 def embed(model: CSM, batch: Batch) -> Tensor:
     """Embedded rows, (B * T, D): a text token's embedding, or the sum of a frame's; zeros where there is padding."""
     text_MD = F.embedding(batch.token_M, model.text_embedding)
-    audio_AD = F.embedding_bag(batch.code_AK + model.offset_K, model.audio_embedding, mode="sum")
+    audio_AD = F.embedding_bag(batch.read_AK + model.offset_K, model.audio_embedding, mode="sum")
     x_PD = text_MD.new_zeros(batch.num_sequences * batch.num_positions, text_MD.shape[1])
     return x_PD.index_copy(0, batch.token_at_M, text_MD).index_copy(0, batch.code_at_A, audio_AD)
 

@@ -34,6 +34,7 @@ class TrainOptions:
     clip: float = 1.0
     depth_share: float = 1 / 16
     depth_weight: float = 1.0
+    code_noise: float = 0.0
     precision: str = "float32"
     checkpointing: bool = False
     ema: float = 0.0
@@ -53,7 +54,7 @@ class TrainOptions:
         for name in ("learning_rate", "weight_decay", "clip", "depth_weight", "final_rate"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, f"{name} must be at least 0, not {value}")
-        for name in ("beta1", "beta2", "ema"):
+        for name in ("beta1", "beta2", "ema", "code_noise"):
             _require(0 <= getattr(self, name) < 1, f"{name} must be within 0 and 1, not {getattr(self, name)}")
         _require(0 < self.depth_share <= 1, f"depth_share must be above 0 and at most 1, not {self.depth_share}")
         _require(self.schedule in SCHEDULES, f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule}")

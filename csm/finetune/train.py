@@ -170,7 +170,7 @@ class Trainer:
         share = indices[self.processes.rank :: self.processes.count]
         examples = [self.train[index] for index in share or indices[:1]]
         keys = [f"frames/{options.seed}/{place.epoch}/{index}" for index in share or indices[:1]]
-        return collate(examples, keys, options.depth_share, counts=bool(share))
+        return collate(examples, keys, options.depth_share, bool(share), options.code_noise)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.options.precision != "bfloat16":

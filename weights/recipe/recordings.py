@@ -31,14 +31,13 @@ VOICES = ("slt", "rms", "awb", "kal16")  # of flite
 ESPEAK = "espeak-ng"
 SPEAKERS = (*VOICES, ESPEAK)  # a voice's place is its speaker id
 SAMPLE_RATE = 24_000
-TURNS = 8  # of a conversation
 
 
 @dataclass(frozen=True)
 class Utterance:
     """A line of the manifest, as ``python -m csm finetune`` reads it; ``audio`` is a path relative to the manifest.
 
-    Eight training sentences, two by each voice, are a conversation: a turn can have others before it as context.
+    Every recording is a conversation of its own here; ``csm.weights.recipe.conversations`` puts them together.
     """
 
     audio: str
@@ -76,8 +75,7 @@ def record(folder: Path, split: str, number: int, text: str, speaker: int) -> Ut
         part = path.with_suffix(".part")
         sphn.write_wav(str(part), speak(text, SPEAKERS[speaker]), SAMPLE_RATE)
         part.replace(path)
-    talk, order = divmod(number, TURNS) if split == "train" else (number * len(SPEAKERS) + speaker, 0)
-    return Utterance(str(path.relative_to(folder)), text, speaker, f"{split}-{talk}", order)
+    return Utterance(str(path.relative_to(folder)), text, speaker, f"{split}-{number}-{speaker}", 0)
 
 
 def record_all(folder: Path, split: str, count: int, workers: int, voices: Sequence[str] = VOICES) -> Path:
