@@ -83,14 +83,14 @@ def test_conversations_use_every_recording_once_and_open_ids_for_one_voice_each(
         by_talk.setdefault(line.conversation, []).append(line)
     open_talks, meanings = 0, set()
     for talk in by_talk.values():
-        assert len(talk) <= TURNS and len({line.order for line in talk}) == len(talk)
+        assert len(talk) <= max(TURNS) and len({line.order for line in talk}) == len(talk)
         voices = {(line.speaker, voice_of[line.audio]) for line in talk}
         assert len({speaker for speaker, _ in voices}) == len({voice for _, voice in voices}) == len(voices) <= 2
         if talk[0].speaker in OPEN_IDS:
             open_talks, meanings = open_talks + 1, meanings | voices
         else:
             assert all(speaker == voice for speaker, voice in voices)
-    assert 0.35 < open_talks / len(by_talk) < 0.65
+    assert 0.2 < open_talks / len(by_talk) < 0.55  # half of those with several turns
     assert len(meanings) == len(OPEN_IDS) * len(VOICES)  # every open id has been every voice
 
 
@@ -329,7 +329,7 @@ def test_the_trained_codec_streams_what_it_decodes(tmp_path):
     generator = Generator.from_pretrained(tmp_path, device="cpu")
     time = torch.arange(2 * 24_000) / 24_000
     codes_TK = generator.encode(0.3 * torch.sin(2 * torch.pi * (150 + 100 * time) * time))
-    assert codes_TK.shape == (25, shape.CODEC.num_codebooks)
+    assert codes_TK.shape == (25, shape.MODEL.num_codebooks)
     whole, decoder = generator.decode(codes_TK), generator.codec.stream_decoder()
     streamed = torch.cat([decoder.step(frame[None])[0] for frame in codes_TK])
     assert whole.std() > 0.02

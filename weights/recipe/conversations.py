@@ -1,8 +1,9 @@
 """Put recordings into conversations: ``python -m csm.weights.recipe.conversations train.jsonl talks.jsonl``.
 
-Three turns by one or two voices. In half of the conversations every voice has the speaker id that the model knows it
-by; in the others it has one of OPEN_IDS, another one each time, so that nothing but the turns before tells whose voice
-an id stands for. From the first a model learns to go on, from the second to take a voice from reference audio.
+One to three turns by one or two voices. In half of those with several turns every voice has the speaker id that the
+model knows it by; in the others it has one of OPEN_IDS, another one each time, so that nothing but the turns before
+tells whose voice an id stands for. From the first a model learns to go on, from the second to take a voice from
+reference audio.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from csm.weights.recipe.recordings import VOICES, Utterance, read_manifest
 
-TURNS = 3
+TURNS = (1, 2, 2, 3)  # drawn from
 OPEN_IDS = range(len(VOICES), 2 * len(VOICES))
 OPEN_SHARE = 0.5
 
@@ -31,8 +32,10 @@ def conversations(utterances: Sequence[Utterance], seed: int = 0) -> Iterator[Ut
     while any(left):
         at_hand = [voice for voice, lines in enumerate(left) if lines]
         pair = rng.sample(at_hand, min(2, len(at_hand)))
-        ids = dict(zip(pair, rng.sample(OPEN_IDS, len(pair)) if rng.random() < OPEN_SHARE else pair, strict=True))
-        for order in range(TURNS):
+        turns = rng.choice(TURNS)
+        opened = turns > 1 and rng.random() < OPEN_SHARE
+        ids = dict(zip(pair, rng.sample(OPEN_IDS, len(pair)) if opened else pair, strict=True))
+        for order in range(turns):
             voice = rng.choice(pair)
             if left[voice]:
                 yield replace(left[voice].pop(), speaker=ids[voice], conversation=f"talk-{number}", order=order)
