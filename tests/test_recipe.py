@@ -17,7 +17,17 @@ from csm import Generator
 from csm.codec import Codec
 from csm.weights.layouts import mimi_table
 from csm.weights.recipe import picture, shape
-from csm.weights.recipe.codec import Clips, MelLoss, Trainer, Training, work
+from csm.weights.recipe.codec import (
+    LABEL_SAMPLES,
+    PHONES,
+    UNKNOWN,
+    Clips,
+    MelLoss,
+    Trainer,
+    Training,
+    read_phones,
+    work,
+)
 from csm.weights.recipe.conversations import OPEN_IDS, TURNS, conversations
 from csm.weights.recipe.export import export_codec, export_model, export_start
 from csm.weights.recipe.recordings import VOICES, Utterance, plan, read_manifest, record_all
@@ -103,6 +113,11 @@ def test_recordings_and_their_manifest(tmp_path):
         audio, rate = sphn.read(line.audio)
         assert (audio.shape[0], rate) == (1, 24_000)
         assert 0.5 < audio.shape[1] / rate < 12 and abs(audio).max() > 0.05
+        phones = read_phones(Path(line.audio), audio.shape[1] // 240, 240)
+        said = [PHONES[phone] for phone in phones]
+        assert said[0] == said[-1] == "pau" and len(set(said)) > 5
+        quiet, loud = (audio[0, : phones.size * 240].reshape(-1, 240)[mask].std() for mask in (phones == 0, phones > 0))
+        assert quiet < 0.3 * loud  # they are where the sound is
     times = [Path(line.audio).stat().st_mtime_ns for line in lines]
     before = manifest.read_text()
     record_all(tmp_path, "test", 1, workers=2)  # nothing is read again
@@ -113,7 +128,7 @@ def test_recordings_and_their_manifest(tmp_path):
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
-    """Four recordings that no synthesiser is needed for: gliding tones."""
+    """Four recordings that no synthesiser is needed for: gliding tones, each said to be a pause and a phone."""
     folder = tmp_path_factory.mktemp("tones")
     time = np.arange(2 * 24_000, dtype=np.float32) / 24_000
     lines = []
@@ -121,6 +136,7 @@ def manifest(tmp_path_factory):
         sphn.write_wav(
             str(folder / f"{number}.wav"), 0.3 * np.sin(2 * np.pi * (200 + 150 * number * time) * time), 24_000
         )
+        (folder / f"{number}.phones").write_text(f"pau:0.25 {PHONES[number + 1]}:2.0\n")
         lines.append({"audio": f"{number}.wav", "text": "-", "speaker": 0, "conversation": str(number), "order": 0})
     path = folder / "tones.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
@@ -158,7 +174,7 @@ def test_clips_come_from_one_recording_each(tmp_path):
         sphn.write_wav(str(tmp_path / line.audio), np.full(5000 * line.order, line.order / 10, np.float32), 24_000)
     path = tmp_path / "levels.jsonl"
     path.write_text("\n".join(json.dumps(asdict(line)) for line in lines))
-    for clip in Clips(path, 8000).draw(100, np.random.default_rng(0))[:, 0]:
+    for clip in Clips(path, 8000).draw(100, np.random.default_rng(0))[0][:, 0]:
         levels = {round(float(value), 2) for value in clip.unique()}
         assert len(levels - {0.0}) == 1, levels
     path.write_text("\n".join(json.dumps(asdict(line)) for line in lines[:2]))
@@ -168,10 +184,37 @@ def test_clips_come_from_one_recording_each(tmp_path):
 def test_clips_are_drawn_from_a_seed(manifest):
     clips = Clips(manifest, FRAME)
     assert list(clips.ends) == [48_000, 96_000, 144_000, 192_000]
-    drawn = clips.draw(50, np.random.default_rng(0))
-    assert drawn.shape == (50, 1, FRAME)
-    assert torch.equal(drawn, clips.draw(50, np.random.default_rng(0)))
+    (drawn, labels), (again, labels_again) = (clips.draw(50, np.random.default_rng(0)) for _ in range(2))
+    assert drawn.shape == (50, 1, FRAME) and labels.shape == (50, FRAME // LABEL_SAMPLES)
+    assert torch.equal(drawn, again) and torch.equal(labels, labels_again)
     assert 0.2 < drawn.abs().max() <= 0.31
+
+
+def test_labels_are_of_the_samples_beside_them(tmp_path):
+    """Two recordings whose samples say which phone they are."""
+    lines = [Utterance(f"{number}.wav", "-", 0, "0", number) for number in range(2)]
+    for line, length in zip(lines, (9000, 20_001), strict=True):
+        phone_N = np.full(length, 0.5, np.float32)
+        phone_N[:2400] = 0.0
+        phone_N[6000:] = 0.25
+        sphn.write_wav(str(tmp_path / line.audio), phone_N, 24_000)
+        (tmp_path / line.audio).with_suffix(".phones").write_text(f"pau:0.1 b:0.25 zh:{length / 24_000:.3f}\n")
+    path = tmp_path / "two.jsonl"
+    path.write_text("\n".join(json.dumps(asdict(line)) for line in lines))
+    audio, labels = Clips(path, 6 * FRAME).draw(200, np.random.default_rng(0))
+    middles = audio[:, 0, LABEL_SAMPLES // 2 :: LABEL_SAMPLES]
+    # A label is of the 10 ms that its sample is in: at a border it may be the neighbour's.
+    expected = torch.zeros_like(labels)
+    expected[middles > 0.2] = PHONES.index("zh")
+    expected[middles > 0.4] = PHONES.index("b")
+    assert (labels == expected).float().mean() > 0.97
+    assert {*labels.unique().tolist()} == {0, PHONES.index("b"), PHONES.index("zh")}
+
+
+def test_phones_that_nobody_wrote_down_are_unknown(tmp_path):
+    assert (read_phones(tmp_path / "none.wav", 7, 240) == UNKNOWN).all()
+    (tmp_path / "one.phones").write_text("pau:0.015 ae:0.030\n")
+    assert read_phones(tmp_path / "one.wav", 5, 240).tolist() == [0, 0, 2, 0, 0]  # at 0, 10, ..., 40 ms
 
 
 def test_mel_loss_is_zero_for_the_same_and_grows_with_the_distance():
@@ -194,6 +237,37 @@ def test_training_goes_on_as_if_it_had_not_stopped_and_the_loss_falls(manifest, 
     mel = [float(row.split(",")[3]) for row in rows[1:]]
     assert len(mel) == 24
     assert sum(mel[-4:]) < 0.9 * sum(mel[:4])
+    for name, tensor in whole.phone_head.state_dict().items():
+        assert torch.equal(tensor, resumed.phone_head.state_dict()[name]), name
+
+
+def test_codebook_0_is_taught_the_phones_and_nothing_else(manifest, tmp_path):
+    run = trainer(manifest, tmp_path / "run")
+    run.run(until=8)
+    rng = np.random.default_rng(0)
+    losses = run._losses(*run.clips.draw(2, rng), 4, rng)
+    projection = run.mimi.quantizer.rvq_first.input_proj.weight
+    for name, taught in (("mel", False), ("likeness", False), ("phones", True)):
+        (gradient,) = torch.autograd.grad(losses[name], projection, retain_graph=True, allow_unused=True)
+        assert (gradient is not None and bool(gradient.any())) == taught, name
+    run.training = replace(TRAINING, steps=200)
+    phones = [run.take_step()["phones"] for _ in range(60)]
+    assert sum(phones[-5:]) < 0.6 * sum(phones[:5])
+
+
+def test_two_readings_differ_by_what_they_are_off(manifest, tmp_path):
+    losses = {}
+    for jitter in (0.0, 5.0):
+        run = trainer(manifest, tmp_path / str(jitter))
+        run.training = replace(TRAINING, jitter=jitter)
+        rng = np.random.default_rng(0)
+        losses[jitter] = run._losses(*run.clips.draw(2, rng), 0, rng)["likeness"]
+    assert losses[0.0] == 0 < losses[5.0]
+    audio_11N = torch.arange(1.0, 2001.0).view(1, 1, -1)
+    for _ in range(20):
+        off = run._off(audio_11N, rng)[0, 0]
+        shift = int(off[1000] - audio_11N[0, 0, 1000])
+        assert abs(shift) <= 120 and torch.equal(off[200:-200], audio_11N[0, 0, 200 + shift : 1800 + shift])
 
 
 @pytest.fixture
@@ -209,7 +283,7 @@ def test_what_is_exported_decodes_as_what_was_trained(manifest, tmp_path, small)
     run = trainer(manifest, tmp_path / "run")
     run.run(until=10)
     assert (tmp_path / "run" / "losses.csv").read_text().count("\n") == 11
-    audio = Clips(manifest, 10 * FRAME).draw(1, np.random.default_rng(0))[0, 0]
+    audio = Clips(manifest, 10 * FRAME).draw(1, np.random.default_rng(0))[0][0, 0]
     export_codec(tmp_path / "run" / "checkpoint.pt", tmp_path / "codec.safetensors")
     export_start(tmp_path / "codec.safetensors", tmp_path / "start")
     run.mimi.eval()
@@ -282,7 +356,7 @@ def test_the_decoder_alone_learns_and_the_codes_stay(manifest, tmp_path):
 def test_folded_scales_and_added_layers_change_nothing(manifest, tmp_path):
     """A codec of two layers whose scales are moshi's, gone on with as one of three without them."""
     state = random_state(mimi_table(SMALL), seed=1)
-    audio = Clips(manifest, 6 * FRAME).draw(1, np.random.default_rng(0))
+    audio, _ = Clips(manifest, 6 * FRAME).draw(1, np.random.default_rng(0))
     deeper = replace(SMALL, num_layers=3)
     run = Trainer(deeper, TRAINING, Clips(manifest, FRAME), tmp_path)
     run.start_from(state)

@@ -1,11 +1,16 @@
 """Train the small Mimi: ``python -m csm.weights.recipe.codec train.jsonl RUN``, again to go on where it stopped.
 
 moshi's own MimiModel, as an autoencoder of clips of about a second: L1 distances of mel spectrograms at several sizes,
-plain and logarithmic, of the waveform, and the quantiser's commitment. First the plain autoencoder, then k-means
-codebooks over many clips, then quantised, with a random number of codebooks in some steps so that fewer can be used.
+plain and logarithmic, and the quantiser's commitment. First the plain autoencoder, then k-means codebooks over many
+clips, then quantised, with a random number of codebooks in some steps so that the first ones say the most.
 ``--decoder-only`` goes on with the decoder of a codec whose codes must stay what they are.
 
-Shapes: B clips, N samples, K codebooks, T frames, C latent channels, M mel bands.
+A language model has to predict the codes, so they are to hold what is said and not where in a frame a wave happens to
+stand: every clip is read twice, each time some milliseconds off what is to be given back, both readings are to have the
+same latents, and there is no waveform loss. And codebook 0, which moshi's quantiser keeps beside the others to be
+taught, is taught the phones and nothing else.
+
+Shapes: B clips, N samples, K codebooks, T frames, C latent channels, M mel bands, L phone labels a frame, P phones.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import sphn
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed, multiprocessing, nn
+from torch.nn import functional as F
 from torchaudio.functional import melscale_fbanks
 from tqdm import tqdm
 
@@ -31,7 +37,13 @@ from csm.config import CodecConfig
 from csm.weights.recipe.recordings import read_manifest
 from csm.weights.recipe.shape import CODEC
 
-MELS = ((256, 20), (512, 40), (1024, 80), (2048, 80))  # FFT size, bands
+# FFT size, bands. No window is shorter than two periods of a low voice: a shorter one sees where each period begins.
+MELS = ((512, 40), (1024, 80), (2048, 80))
+PHONES = (  # of flite's voices, pauses first
+    "pau aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th uh uw v w y z zh"
+).split()
+LABEL_SAMPLES = 480  # 20 ms have one phone, that of their middle
+UNKNOWN = 255  # the label of a recording whose phones nobody wrote down
 
 
 @dataclass(frozen=True)
@@ -44,9 +56,12 @@ class Training:
     clip_frames: int = 16
     learning_rate: float = 7e-4
     warmup: int = 100
-    fewest_codebooks: int = 4
+    fewest_codebooks: int = 1
     dropout: float = 0.25  # share of the steps whose number of codebooks is drawn
     commitment: float = 0.5
+    phones: float = 0.5  # weight of the phones' cross-entropy
+    likeness: float = 1.0  # weight of the distance between the latents of two readings
+    jitter: float = 5.0  # milliseconds that a reading is off, at most
     codebook_clips: int = 512  # per worker, for the k-means start
     workers: int = 2
     seed: int = 0
@@ -113,40 +128,64 @@ def fold_layer_scales(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Clips:
-    """Random clips of the recordings of a manifest, which are kept as one array of 16-bit samples beside it."""
+    """Random clips of the recordings of a manifest, kept as one array of 16-bit samples and one of phones beside it."""
 
     def __init__(self, manifest: Path, samples: int):
         self.samples = samples
-        digest = hashlib.sha256(manifest.read_bytes()).hexdigest()[:8]  # of other recordings there is another array
-        array, ends = (manifest.with_suffix(f".{digest}.{what}.npy") for what in ("samples", "ends"))
+        digest = hashlib.sha256(manifest.read_bytes()).hexdigest()[:8]  # of other recordings there are other arrays
+        names = ("samples", "ends", "labels")
+        array, ends, labels = (manifest.with_suffix(f".{digest}.{what}.npy") for what in names)
         if not array.exists():
-            self._gather(manifest, array, ends)
+            self._gather(manifest, array, ends, labels)
         self.array = np.load(array, mmap_mode="r")
         self.ends = np.load(ends)  # of each recording within the array
+        self.labels = np.load(labels)  # one a 10 ms, of each recording as many as begin in it
+        lengths = np.diff(self.ends, prepend=0)
+        self.label_begins = np.cumsum(-(-lengths // self._label_step)) - -(-lengths // self._label_step)
 
-    @staticmethod
-    def _gather(manifest: Path, array: Path, ends: Path) -> None:
-        lines = tqdm(read_manifest(manifest), desc="gathering", mininterval=5)
-        pieces = [
-            np.round(sphn.read(line.audio, sample_rate=CODEC.sample_rate)[0][0] * 32767).astype(np.int16)
-            for line in lines
-        ]
+    _label_step = LABEL_SAMPLES // 2
+
+    @classmethod
+    def _gather(cls, manifest: Path, array: Path, ends: Path, labels: Path) -> None:
+        pieces, phones = [], []
+        for line in tqdm(read_manifest(manifest), desc="gathering", mininterval=5):
+            samples = sphn.read(line.audio, sample_rate=CODEC.sample_rate)[0][0]
+            pieces.append(np.round(samples * 32767).astype(np.int16))
+            phones.append(read_phones(Path(line.audio), -(-len(samples) // cls._label_step), cls._label_step))
         np.save(ends, np.cumsum([len(piece) for piece in pieces]))
+        np.save(labels, np.concatenate(phones))
         part = array.with_suffix(".part.npy")
         np.save(part, np.concatenate(pieces))
         part.replace(array)
 
-    def draw(self, count: int, rng: np.random.Generator) -> Tensor:
-        """(count, 1, samples): each from one recording, silence before and after it included."""
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """(count, 1, samples) of audio, silence before and after a recording included, and (count, labels) of phones.
+
+        Each clip is of one recording. A label is the phone in the middle of LABEL_SAMPLES.
+        """
         clips = np.zeros((count, 1, self.samples), np.float32)
-        for clip, which in zip(clips, rng.integers(len(self.ends), size=count), strict=True):
+        labels = np.zeros((count, self.samples // LABEL_SAMPLES), np.int64)
+        middles = np.arange(labels.shape[1]) * LABEL_SAMPLES + LABEL_SAMPLES // 2
+        for row, which in enumerate(rng.integers(len(self.ends), size=count)):
             begin = int(self.ends[which - 1]) if which else 0
             length = int(self.ends[which]) - begin
             first = int(rng.integers(-self.samples // 4, max(length - self.samples // 2, 1)))
             piece = self.array[begin + max(first, 0) : begin + min(first + self.samples, length)]
             place = max(-first, 0)
-            clip[0, place : place + len(piece)] = piece / np.float32(32768)
-        return torch.from_numpy(clips)
+            clips[row, 0, place : place + len(piece)] = piece / np.float32(32768)
+            inside = (first + middles >= 0) & (first + middles < length)
+            labels[row, inside] = self.labels[self.label_begins[which] + (first + middles[inside]) // self._label_step]
+        return torch.from_numpy(clips), torch.from_numpy(labels)
+
+
+def read_phones(audio: Path, count: int, step: int) -> np.ndarray:
+    """The phone at every ``step`` samples of a recording, (count,) places in PHONES; UNKNOWN if nobody wrote them."""
+    path = audio.with_suffix(".phones")
+    if not path.exists():
+        return np.full(count, UNKNOWN, np.uint8)
+    phones, ends = zip(*(item.split(":") for item in path.read_text(encoding="utf-8").split()), strict=True)
+    places = np.searchsorted(np.array(ends, float), np.arange(count) * step / CODEC.sample_rate, side="right")
+    return np.array([PHONES.index(phone) for phone in (*phones, "pau")], np.uint8)[places]
 
 
 class Trainer:
@@ -159,6 +198,8 @@ class Trainer:
         torch.manual_seed(training.seed)
         self.mimi = loaders.get_mimi(None, mimi_config=moshi_config(config), num_codebooks=config.num_codebooks)
         self.mimi.load_state_dict(fold_layer_scales(self.mimi.state_dict()))
+        self.labels = config.frame_size // LABEL_SAMPLES  # a frame
+        self.phone_head = nn.Linear(config.codebook_dim, self.labels * len(PHONES))
         self.mimi.train()
         if training.decoder_only:
             self.mimi.eval().requires_grad_(False)
@@ -168,7 +209,8 @@ class Trainer:
         if training.compiled:
             self.mimi.encoder.compile()
             self.mimi.decoder.compile()
-        self.parameters = [parameter for parameter in self.mimi.parameters() if parameter.requires_grad]
+        learning = [*self.mimi.parameters(), *self.phone_head.requires_grad_(not training.decoder_only).parameters()]
+        self.parameters = [parameter for parameter in learning if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.8, 0.99), weight_decay=1e-3, fused=True)
         self.step = 0
         self.seconds = 0.0
@@ -178,14 +220,14 @@ class Trainer:
     def start_from(self, state: dict[str, Tensor]) -> None:
         """Begin with a trained codec's weights and codebooks; a run that has begun already goes on as it is.
 
-        Layers that it lacks add nothing at first: their last weights are zero.
+        Layers that it lacks add nothing at first: their last weights are zero. Codebooks beyond mine are left out.
         """
         if self.step == 0:
             mine = self.mimi.state_dict()
             for name in mine.keys() - state.keys():
                 if name.endswith(tuple(SCALED.values())):
                     mine[name] = torch.zeros_like(mine[name])
-            self.mimi.load_state_dict(mine | fold_layer_scales(state))
+            self.mimi.load_state_dict({name: (mine | fold_layer_scales(state))[name] for name in mine})
             self.has_codebooks = True
 
     def run(self, until: int | None = None) -> None:
@@ -209,12 +251,12 @@ class Trainer:
         number = self._codebooks_of_step()
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        audio_B1N = self.clips.draw(self.training.clips, rng)
-        output_B1N, commitment = self._through(audio_B1N, number)
-        mel = self.mel_loss(output_B1N[:, 0], audio_B1N[:, 0])
-        wave = (output_B1N - audio_B1N).abs().mean()
+        audio_B1N, label_BX = self.clips.draw(self.training.clips, rng)
+        losses = self._losses(audio_B1N, label_BX, number, rng)
+        weights = {"commitment": self.training.commitment, "phones": self.training.phones}
+        weights["likeness"] = self.training.likeness
         self.optimizer.zero_grad()
-        (mel + wave + self.training.commitment * commitment).backward()
+        torch.stack([loss * weights.get(name, 1.0) for name, loss in losses.items()]).sum().backward()
         for codebook in self._codebooks():
             # moshi replaces unused codes by latents with their graph: undone, each step's graph would hold the last's.
             codebook.embedding_sum.detach_()
@@ -223,30 +265,56 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters, 5.0)
         self.optimizer.step()
         self.step += 1
-        values = {"mel": mel, "wave": wave, "commitment": commitment, "gradient": norm}
-        return {"codebooks": number} | {name: round(float(value.detach()), 5) for name, value in values.items()}
+        losses["gradient"] = norm
+        return {"codebooks": number} | {name: round(float(value.detach()), 5) for name, value in losses.items()}
 
-    def _through(self, audio_B1N: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """The codec's output and commitment loss; with 0 codebooks, what it would be unquantised."""
-        mimi, length = self.mimi, audio_B1N.shape[-1]
+    def _losses(self, audio_B1N: Tensor, label_BX: Tensor, number: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """The losses of a step with a number of codebooks; with 0, of the codec as it would be unquantised."""
+        mimi, zero = self.mimi, audio_B1N.new_zeros(())
+        mimi.set_num_codebooks(number or self.config.num_codebooks)
         if self.training.decoder_only:
-            mimi.set_num_codebooks(self.config.num_codebooks)
             with torch.no_grad():
                 latent_BCT = mimi.encode_to_latent(audio_B1N)
-            (latent_BCT,) = mimi.decoder_transformer(mimi._to_encoder_framerate(latent_BCT))
-            return mimi.decoder(latent_BCT)[..., :length], latent_BCT.new_zeros(())
+            return {"mel": self._mel(latent_BCT, audio_B1N)}
+        first, rest = mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest
+        latent_2BCT = self._latent(torch.cat([self._off(audio_B1N, rng), self._off(audio_B1N, rng)]))
+        latent_BCT = latent_2BCT.chunk(2)[0]
+        spoken_2BCT, fine_2BCT = first.input_proj(latent_2BCT), rest.input_proj(latent_2BCT)
+        one_BCT, other_BCT = fine_2BCT.chunk(2)
+        likeness = (one_BCT - other_BCT).square().mean() / fine_2BCT.detach().var(dim=(0, 2)).mean()
+        commitment = zero
         if number:
-            mimi.set_num_codebooks(number)
-            result = mimi(audio_B1N)
-            return result.x, result.penalty
-        (latent_BCT,) = mimi.encoder_transformer(mimi.encoder(audio_B1N))
-        latent_BCT = mimi._to_framerate(latent_BCT)
-        parts = [
-            part.output_proj(part.input_proj(latent_BCT))
-            for part in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest)
-        ]
-        (latent_BCT,) = mimi.decoder_transformer(mimi._to_encoder_framerate(parts[0] + parts[1]))
-        return mimi.decoder(latent_BCT)[..., :length], latent_BCT.new_zeros(())
+            result = first.vq(spoken_2BCT)
+            spoken_2BCT, commitment = result.quantized, result.loss.sum()
+        logits = self.phone_head(spoken_2BCT.transpose(1, 2)).unflatten(-1, (self.labels, len(PHONES)))
+        phones = F.cross_entropy(logits.flatten(0, 2), label_BX.repeat(2, 1).flatten(), ignore_index=UNKNOWN)
+        if (label_BX == UNKNOWN).all():
+            phones = zero
+        # What is to be given back tells codebook 0 nothing: it has the phones alone.
+        output_BCT = first.output_proj(spoken_2BCT.chunk(2)[0].detach())
+        if number == 0:
+            output_BCT = output_BCT + rest.output_proj(one_BCT)
+        elif number > 1:
+            result = rest(latent_BCT, self.config.frame_rate)
+            output_BCT, commitment = output_BCT + result.x, (commitment + (number - 1) * result.penalty) / number
+        mel = self._mel(output_BCT, audio_B1N)
+        return {"mel": mel, "phones": phones, "likeness": likeness, "commitment": commitment}
+
+    def _off(self, audio_B1N: Tensor, rng: np.random.Generator) -> Tensor:
+        """The same clips, each read up to ``jitter`` milliseconds too early or too late."""
+        most = int(self.training.jitter * self.config.sample_rate / 1000)
+        padded_B1N = F.pad(audio_B1N, (most, most))
+        begins = rng.integers(0, 2 * most + 1, size=len(audio_B1N))
+        clips = [clip[:, begin : begin + audio_B1N.shape[-1]] for clip, begin in zip(padded_B1N, begins, strict=True)]
+        return torch.stack(clips)
+
+    def _latent(self, audio_B1N: Tensor) -> Tensor:
+        (latent_BCT,) = self.mimi.encoder_transformer(self.mimi.encoder(audio_B1N))
+        return self.mimi._to_framerate(latent_BCT)
+
+    def _mel(self, latent_BCT: Tensor, audio_B1N: Tensor) -> Tensor:
+        (latent_BCT,) = self.mimi.decoder_transformer(self.mimi._to_encoder_framerate(latent_BCT))
+        return self.mel_loss(self.mimi.decoder(latent_BCT)[:, 0, : audio_B1N.shape[-1]], audio_B1N[:, 0])
 
     @torch.no_grad()
     def make_codebooks(self) -> None:
@@ -255,8 +323,7 @@ class Trainer:
         self.mimi.set_num_codebooks(self.config.num_codebooks)
         latents = []
         for _ in range(max(self.training.codebook_clips // 32, 1)):
-            (latent_BCT,) = self.mimi.encoder_transformer(self.mimi.encoder(self.clips.draw(32, rng)))
-            latents.append(self.mimi._to_framerate(latent_BCT))
+            latents.append(self._latent(self.clips.draw(32, rng)[0]))
         for _ in range(self.config.num_codebooks):
             self.mimi.quantizer(torch.cat(latents), self.config.frame_rate)
         self.has_codebooks = True
@@ -303,6 +370,7 @@ class Trainer:
             "seconds": self.seconds,
             "has_codebooks": self.has_codebooks,
             "mimi": self.mimi.state_dict(),
+            "phone_head": self.phone_head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "unused_checks": [codebook._next_unused_check for codebook in self._codebooks()],
         }
@@ -321,6 +389,7 @@ class Trainer:
         if state["decoder_only"] != self.training.decoder_only:
             raise ValueError(f"{self.folder} holds a run that trains other parts (--decoder-only): give another folder")
         self.mimi.load_state_dict(state["mimi"])
+        self.phone_head.load_state_dict(state["phone_head"])
         self.optimizer.load_state_dict(state["optimizer"])
         for codebook, check in zip(self._codebooks(), state["unused_checks"], strict=True):
             codebook._next_unused_check = check

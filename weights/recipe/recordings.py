@@ -3,8 +3,9 @@
 Four voices of flite (Carnegie Mellon University, BSD-like licence; ``apt install flite``), one speaker id each.
 Training sentences are read by the voices in turn, held-out ones by every voice. ``--voices espeak-ng`` (``apt install
 espeak-ng``) is a fifth, with the next speaker id, for adapting to a voice that was not trained. Makes
-``SPLIT/VOICE/NUMBER-HASH.wav`` (24 kHz mono) and a manifest, ``SPLIT.jsonl`` or ``SPLIT-VOICES.jsonl``, in the folder.
-What is there is not read again.
+``SPLIT/VOICE/NUMBER-HASH.wav`` (24 kHz mono), for flite's voices ``NUMBER-HASH.phones`` beside it (each phone and the
+second in which it ends), and a manifest, ``SPLIT.jsonl`` or ``SPLIT-VOICES.jsonl``, in the folder. What is there is not
+read again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -54,26 +56,36 @@ def plan(split: str, count: int, voices: Sequence[str] = VOICES) -> Iterator[tup
             yield number, sentence, SPEAKERS.index(voice)
 
 
-def speak(text: str, voice: str) -> np.ndarray:
-    """A sentence in one of SPEAKERS as float32 samples at 24 kHz."""
-    command = ["flite", "-voice", voice, "-t", text, "-o", "/dev/stdout"]
-    if voice == ESPEAK:
-        command = [ESPEAK, "-v", "en-us", "--stdout", text]
-    wav = subprocess.run(command, check=True, capture_output=True).stdout
+def speak(text: str, voice: str) -> tuple[np.ndarray, str]:
+    """A sentence in one of SPEAKERS as float32 samples at 24 kHz, and its phones, "pau:0.197 dh:0.234 ..."
+
+    The number behind a phone is the second in which it ends. Of espeak-ng there are none: the text is empty.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "spoken.wav"
+        command = ["flite", "-voice", voice, "-psdur", "-t", text, "-o", str(path)]
+        if voice == ESPEAK:
+            command = [ESPEAK, "-v", "en-us", "-w", str(path), text]
+        phones = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        wav = path.read_bytes()
     rate = int.from_bytes(wav[24:28], "little")
     start = wav.index(b"data") + 8
     samples = torch.frombuffer(bytearray(wav[start:]), dtype=torch.int16).float() / 32768
     # A sharp filter: the default one leaves a mirror image of the highest kilohertz above what was there.
-    return audio_functional.resample(samples, rate, SAMPLE_RATE, lowpass_filter_width=64).numpy()
+    return audio_functional.resample(samples, rate, SAMPLE_RATE, lowpass_filter_width=64).numpy(), phones.strip()
 
 
 def record(folder: Path, split: str, number: int, text: str, speaker: int) -> Utterance:
     """Read one sentence into its file, unless it is there, and return its line of the manifest."""
     mark = hashlib.sha256(text.encode()).hexdigest()[:8]  # another sentence of that number is another file
     path = folder / split / SPEAKERS[speaker] / f"{number:06d}-{mark}.wav"
-    if not path.exists():
+    beside = path.with_suffix(".phones")
+    if not (path.exists() and (beside.exists() or SPEAKERS[speaker] == ESPEAK)):
+        samples, phones = speak(text, SPEAKERS[speaker])
+        if phones:
+            beside.write_text(phones + "\n", encoding="utf-8")
         part = path.with_suffix(".part")
-        sphn.write_wav(str(part), speak(text, SPEAKERS[speaker]), SAMPLE_RATE)
+        sphn.write_wav(str(part), samples, SAMPLE_RATE)
         part.replace(path)
     return Utterance(str(path.relative_to(folder)), text, speaker, f"{split}-{number}-{speaker}", 0)
 

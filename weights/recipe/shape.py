@@ -15,7 +15,7 @@ CODEC = CodecConfig(
     context=32,
     codebook_size=1024,
     codebook_dim=64,
-    num_codebooks=8,
+    num_codebooks=4,
 )
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")
 MODEL = CSMConfig(
@@ -27,7 +27,7 @@ MODEL = CSMConfig(
     ),
     text_vocab_size=256 + len(SPECIAL_TOKENS),
     audio_vocab_size=CODEC.codebook_size + 3,
-    num_codebooks=4,  # of the codec's 8: they are half of what is drawn, and words are as clear (docs/log.md)
+    num_codebooks=CODEC.num_codebooks,
     codebook_size=CODEC.codebook_size,
 )
 
