@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -331,6 +334,30 @@ def test_workers_learn_as_one_and_go_on_as_if_they_had_not_stopped(manifest, tmp
         assert torch.equal(tensor, part["mimi"][name]), name
     rows = (tmp_path / "part" / "losses.csv").read_text().splitlines()
     assert [int(row.split(",")[0]) for row in rows[1:]] == list(range(1, 13))
+
+
+def test_workers_end_with_who_began_them(manifest, tmp_path):
+    """A killed parent, which cannot tell them: the log of the steps grows no more."""
+    program = f"""
+from pathlib import Path
+from test_recipe import SMALL, TRAINING, multiprocessing, replace, work
+training = replace(TRAINING, workers=2, steps=5000, warm_steps=5000, save_every=5000)
+multiprocessing.spawn(work, (SMALL, training, Path({str(manifest)!r}), Path({str(tmp_path)!r}), None), nprocs=2)
+"""
+    Clips(manifest, 1)  # gathered once
+    log = tmp_path / "losses.csv"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL) as run:
+        deadline = time.monotonic() + 120
+        while not log.exists():
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        run.kill()
+    deadline = time.monotonic() + 30
+    size = -1
+    while log.stat().st_size != size:
+        assert time.monotonic() < deadline
+        size = log.stat().st_size
+        time.sleep(3)
 
 
 def test_the_decoder_alone_learns_and_the_codes_stay(manifest, tmp_path):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import os
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -233,9 +234,12 @@ class Trainer:
     def run(self, until: int | None = None) -> None:
         """Train to the end, or to a step before it, saving now and then."""
         until = self.training.steps if until is None else until
+        parent = os.getppid()
         begin = time.time() - self.seconds
         steps = range(self.step, until)
         for step in tqdm(steps, initial=self.step, total=until, disable=self.rank > 0, mininterval=30, desc="codec"):
+            if self.training.workers > 1 and os.getppid() != parent:
+                raise SystemExit("the process that began this worker is gone")
             if step >= self.training.warm_steps and not self.has_codebooks:
                 self.make_codebooks()
             losses = self.take_step()
