@@ -275,7 +275,7 @@ class Trainer:
     def _losses(self, audio_B1N: Tensor, label_BX: Tensor, number: int, rng: np.random.Generator) -> dict[str, Tensor]:
         """The losses of a step with a number of codebooks; with 0, of the codec as it would be unquantised."""
         mimi, zero = self.mimi, audio_B1N.new_zeros(())
-        mimi.set_num_codebooks(number or self.config.num_codebooks)
+        mimi.set_num_codebooks(self.config.num_codebooks if self.training.decoder_only else max(number, 1))
         if self.training.decoder_only:
             with torch.no_grad():
                 latent_BCT = mimi.encode_to_latent(audio_B1N)
