@@ -1,6 +1,7 @@
 """How the embedded voice is made: its sentences, recordings and codec, at a size that trains in seconds."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,10 @@ from torch import multiprocessing
 from conftest import tensors_of
 from csm import Generator
 from csm.codec import Codec
+from csm.finetune.batches import Example, Turn, collate
+from csm.finetune.loss import Trainee
+from csm.model import CSM
+from csm.weights import open_checkpoint, read_model
 from csm.weights.layouts import mimi_table
 from csm.weights.recipe import picture, shape
 from csm.weights.recipe.codec import (
@@ -25,6 +30,7 @@ from csm.weights.recipe.codec import (
     PHONES,
     UNKNOWN,
     Clips,
+    CodedClips,
     MelLoss,
     Trainer,
     Training,
@@ -32,6 +38,8 @@ from csm.weights.recipe.codec import (
     work,
 )
 from csm.weights.recipe.conversations import OPEN_IDS, TURNS, conversations
+from csm.weights.recipe.drawn import draw, draw_codes
+from csm.weights.recipe.drawn import main as write_drawn
 from csm.weights.recipe.export import export_codec, export_model, export_start
 from csm.weights.recipe.recordings import VOICES, Utterance, plan, read_manifest, record_all
 from csm.weights.recipe.sentences import number_in_words, plural, sentences, split_of, year_in_words
@@ -326,7 +334,7 @@ def test_workers_learn_as_one_and_go_on_as_if_they_had_not_stopped(manifest, tmp
         (tmp_path / name).mkdir()
         for until in stops:
             (tmp_path / name / "workers").unlink(missing_ok=True)
-            arguments = (SMALL, training, manifest, tmp_path / name, None, until)
+            arguments = (SMALL, training, manifest, tmp_path / name, None, None, until)
             multiprocessing.spawn(work, arguments, nprocs=2)
     whole, part = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "part"))
     assert whole["step"] == part["step"] == 12
@@ -366,7 +374,12 @@ def test_the_decoder_alone_learns_and_the_codes_stay(manifest, tmp_path):
     export_codec(tmp_path / "first" / "checkpoint.pt", tmp_path / "codec.safetensors")
     (tmp_path / "second").mkdir()
     clips = Clips(manifest, 4 * FRAME)
-    second = Trainer(SMALL, replace(TRAINING, decoder_only=True), clips, tmp_path / "second")
+    sounds = torch.from_numpy(np.array(clips.array).reshape(4, 1, -1)).float() / 32768
+    with torch.no_grad():
+        codes_FK = first.mimi.eval().encode(sounds).transpose(1, 2).flatten(0, 1).numpy()
+    np.savez(tmp_path / "codes.npz", codes=np.stack([codes_FK, codes_FK[::-1]]), ends=np.arange(1, 5) * 25)
+    coded = CodedClips(clips, tmp_path / "codes.npz")
+    second = Trainer(SMALL, replace(TRAINING, drawn_share=0.1), clips, tmp_path / "second", coded=coded)
     before = load_file(tmp_path / "codec.safetensors")
     second.start_from(before)
     losses = [second.take_step()["mel"] for _ in range(12)]
@@ -378,6 +391,70 @@ def test_the_decoder_alone_learns_and_the_codes_stay(manifest, tmp_path):
         assert torch.equal(tensor, before[name]) != learns, name
     with pytest.raises(ValueError, match="trains other parts"):
         trainer(manifest, tmp_path / "second")
+
+
+def test_coded_clips_begin_with_their_frames(manifest, tmp_path):
+    """The tones' own frames as codes: (recording, frame), true or, said to be drawn, with 100 more."""
+    frames = np.array([(which, frame) for which in range(4) for frame in range(25)], np.int16)
+    np.savez(tmp_path / "codes.npz", codes=np.stack([frames, frames + 100]), ends=np.arange(1, 5) * 25)
+    clips = Clips(manifest, 4 * FRAME)
+    audio, codes = CodedClips(clips, tmp_path / "codes.npz").draw(200, 0.5, np.random.default_rng(0))
+    tones = np.array(clips.array).reshape(4, 25, FRAME) / np.float32(32768)
+    drawn = codes >= 100
+    assert 70 < drawn.all(dim=(1, 2)).sum() < 130 and (drawn.all(dim=(1, 2)) == drawn.any(dim=2).any(dim=1)).all()
+    for piece, places in zip(audio.reshape(200, 4, FRAME).numpy(), codes.mT % 100, strict=True):
+        assert (places[:, 1].diff() == 1).all()
+        assert (piece == tones[tuple(places.T.numpy())]).all()
+    assert set(codes[:, 1, 0].tolist()) >= {0, 21, 100, 121}  # the first frames and the last
+    np.savez(tmp_path / "codes.npz", codes=np.stack([frames, frames]), ends=np.arange(1, 4) * 25)
+    with pytest.raises(ValueError, match="of 3 recordings, the manifest 4"):
+        CodedClips(clips, tmp_path / "codes.npz")
+
+
+def test_drawn_codes_are_likely_and_of_the_best():
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0, -1.0])
+    drawn = draw(logits.repeat(20_000, 1), 0.8, 3, torch.Generator().manual_seed(0)).bincount(minlength=5) / 20_000
+    expected = torch.tensor([0.0, *(math.exp(x / 0.8) for x in (1, 2, 3)), 0.0])
+    assert (drawn - expected / expected.sum()).abs().max() < 0.02
+
+
+def test_codes_are_drawn_given_those_before_in_the_frame():
+    """The best ones, so that nothing is random: in one pass over what was drawn, each is the best again."""
+    checkpoint = open_checkpoint(NOISE)
+    state = read_model(checkpoint, torch.device("cpu"), torch.float32)
+    trainee = Trainee(CSM.from_state_dict(checkpoint.config, state, torch.device("cpu"))).eval()
+    generator = torch.Generator().manual_seed(0)
+    turns = [
+        Turn([256, *range(65, 70 + length), 257], torch.randint(256, (length, 8), generator=generator))
+        for length in (5, 9, 2)
+    ]
+    drawn = draw_codes(trainee, turns, 1.0, 1, generator)
+    for turn, codes_TK in zip(turns, drawn, strict=True):
+        assert codes_TK.shape == turn.codes_TK.shape
+        assert torch.equal(codes_TK[:, 0], turn.codes_TK[:, 0])
+        assert not torch.equal(codes_TK, turn.codes_TK)
+        (alone,) = draw_codes(trainee, [turn], 1.0, 1, generator)
+        assert torch.equal(alone, codes_TK)  # what others are beside it changes nothing
+        with torch.no_grad():
+            h_ND = trainee.predicting_states(collate([Example((turn,))], [""], 1.0))[:-1]
+            best = trainee.depth_logits(h_ND, codes_TK)[:, :, :256].argmax(-1)
+        assert torch.equal(best.T, codes_TK[:, 1:])
+
+
+def test_recordings_and_a_model_to_drawn_codes(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["drawn", str(manifest), NOISE, str(tmp_path / "codes.npz"), "--codes", str(tmp_path / "codes")]
+    )
+    write_drawn()
+    with np.load(tmp_path / "codes.npz") as file:
+        codes, ends = file["codes"], file["ends"]
+    assert list(ends) == [25, 50, 75, 100]
+    assert codes.shape == (2, 100, 8)
+    generator = Generator.from_pretrained(NOISE, device="cpu")
+    tone = torch.from_numpy(sphn.read(str(manifest.parent / "2.wav"))[0][0])
+    assert torch.equal(torch.from_numpy(codes[0, 50:75]).long(), generator.encode(tone))
+    assert (codes[1] != codes[0]).mean(axis=0)[1:].min() > 0.9
+    assert (codes[1] == codes[0])[:, 0].all()
 
 
 def test_folded_scales_and_added_layers_change_nothing(manifest, tmp_path):

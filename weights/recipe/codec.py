@@ -3,7 +3,8 @@
 moshi's own MimiModel, as an autoencoder of clips of about a second: L1 distances of mel spectrograms at several sizes,
 plain and logarithmic, and the quantiser's commitment. First the plain autoencoder, then k-means codebooks over many
 clips, then quantised, with a random number of codebooks in some steps so that the first ones say the most.
-``--decoder-only`` goes on with the decoder of a codec whose codes must stay what they are.
+``--decoder-only CODES.npz`` goes on with the decoder of a codec whose codes must stay what they are, from codes that
+``csm.weights.recipe.drawn`` wrote, half of them as a model draws them.
 
 A language model has to predict the codes, so they are to hold what is said and not where in a frame a wave happens to
 stand: every clip is read twice, each time some milliseconds off what is to be given back, both readings are to have the
@@ -61,13 +62,13 @@ class Training:
     dropout: float = 0.25  # share of the steps whose number of codebooks is drawn
     commitment: float = 0.5
     phones: float = 0.5  # weight of the phones' cross-entropy
-    likeness: float = 1.0  # weight of the distance between the latents of two readings
+    likeness: float = 5.0  # weight of the distance between the latents of two readings
     jitter: float = 5.0  # milliseconds that a reading is off, at most
     codebook_clips: int = 512  # per worker, for the k-means start
     workers: int = 2
     seed: int = 0
     save_every: int = 250
-    decoder_only: bool = False  # the codes of a trained codec stay what they are
+    drawn_share: float = 0.5  # of the clips from which the decoder alone learns: their codes as a model draws them
     compiled: bool = True  # torch.compile of the convolutions: half the time of a step, a minute before the first
 
     def __post_init__(self) -> None:
@@ -189,20 +190,55 @@ def read_phones(audio: Path, count: int, step: int) -> np.ndarray:
     return np.array([PHONES.index(phone) for phone in (*phones, "pau")], np.uint8)[places]
 
 
+class CodedClips:
+    """Random clips with their codes, true ones or drawn, of a file that ``csm.weights.recipe.drawn`` wrote."""
+
+    def __init__(self, clips: Clips, path: Path):
+        self.clips, self.num_frames = clips, clips.samples // CODEC.frame_size
+        with np.load(path) as file:
+            self.codes_2FK, self.ends = file["codes"], file["ends"]
+        if len(self.ends) != len(clips.ends):
+            raise ValueError(f"{path} has the codes of {len(self.ends)} recordings, the manifest {len(clips.ends)}")
+        self.begins = np.concatenate(([0], self.ends[:-1]))
+        self.long_enough = np.flatnonzero(self.ends - self.begins >= self.num_frames)
+
+    def draw(self, count: int, drawn_share: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """(count, 1, samples) of audio and (count, K, frames) of codes, from the beginning of a frame on."""
+        audio = np.zeros((count, 1, self.clips.samples), np.float32)
+        codes = np.zeros((count, self.codes_2FK.shape[2], self.num_frames), np.int64)
+        for row, which in enumerate(rng.choice(self.long_enough, size=count)):
+            begin, length = int(self.begins[which]), int(self.ends[which] - self.begins[which])
+            first = int(rng.integers(length - self.num_frames + 1))
+            codes[row] = self.codes_2FK[int(rng.random() < drawn_share), begin + first :][: self.num_frames].T
+            sample = (int(self.clips.ends[which - 1]) if which else 0) + first * CODEC.frame_size
+            piece = self.clips.array[sample : min(sample + self.clips.samples, int(self.clips.ends[which]))]
+            audio[row, 0, : len(piece)] = piece / np.float32(32768)
+        return torch.from_numpy(audio), torch.from_numpy(codes)
+
+
 class Trainer:
     """One worker of a training run: workers see different clips and take the same steps."""
 
-    def __init__(self, config: CodecConfig, training: Training, clips: Clips, folder: Path, rank: int = 0):
+    def __init__(
+        self,
+        config: CodecConfig,
+        training: Training,
+        clips: Clips,
+        folder: Path,
+        rank: int = 0,
+        coded: CodedClips | None = None,
+    ):
         from moshi.models import loaders
 
         self.config, self.training, self.clips, self.folder, self.rank = config, training, clips, folder, rank
+        self.coded = coded  # what the decoder learns from where it learns alone
         torch.manual_seed(training.seed)
         self.mimi = loaders.get_mimi(None, mimi_config=moshi_config(config), num_codebooks=config.num_codebooks)
         self.mimi.load_state_dict(fold_layer_scales(self.mimi.state_dict()))
         self.labels = config.frame_size // LABEL_SAMPLES  # a frame
         self.phone_head = nn.Linear(config.codebook_dim, self.labels * len(PHONES))
         self.mimi.train()
-        if training.decoder_only:
+        if coded is not None:
             self.mimi.eval().requires_grad_(False)
             for part in (self.mimi.upsample, self.mimi.decoder_transformer, self.mimi.decoder):
                 part.train().requires_grad_(True)
@@ -210,7 +246,7 @@ class Trainer:
         if training.compiled:
             self.mimi.encoder.compile()
             self.mimi.decoder.compile()
-        learning = [*self.mimi.parameters(), *self.phone_head.requires_grad_(not training.decoder_only).parameters()]
+        learning = [*self.mimi.parameters(), *self.phone_head.requires_grad_(coded is None).parameters()]
         self.parameters = [parameter for parameter in learning if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.8, 0.99), weight_decay=1e-3, fused=True)
         self.step = 0
@@ -255,8 +291,7 @@ class Trainer:
         number = self._codebooks_of_step()
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        audio_B1N, label_BX = self.clips.draw(self.training.clips, rng)
-        losses = self._losses(audio_B1N, label_BX, number, rng)
+        losses = self._decoder_losses(rng) if self.coded is not None else self._losses(number, rng)
         weights = {"commitment": self.training.commitment, "phones": self.training.phones}
         weights["likeness"] = self.training.likeness
         self.optimizer.zero_grad()
@@ -272,14 +307,17 @@ class Trainer:
         losses["gradient"] = norm
         return {"codebooks": number} | {name: round(float(value.detach()), 5) for name, value in losses.items()}
 
-    def _losses(self, audio_B1N: Tensor, label_BX: Tensor, number: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def _decoder_losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        """The loss of a step of the decoder alone."""
+        assert self.coded is not None
+        audio_B1N, code_BKT = self.coded.draw(self.training.clips, self.training.drawn_share, rng)
+        return {"mel": self._mel(self.mimi.decode_latent(code_BKT), audio_B1N)}
+
+    def _losses(self, number: int, rng: np.random.Generator) -> dict[str, Tensor]:
         """The losses of a step with a number of codebooks; with 0, of the codec as it would be unquantised."""
+        audio_B1N, label_BX = self.clips.draw(self.training.clips, rng)
         mimi, zero = self.mimi, audio_B1N.new_zeros(())
-        mimi.set_num_codebooks(self.config.num_codebooks if self.training.decoder_only else max(number, 1))
-        if self.training.decoder_only:
-            with torch.no_grad():
-                latent_BCT = mimi.encode_to_latent(audio_B1N)
-            return {"mel": self._mel(latent_BCT, audio_B1N)}
+        mimi.set_num_codebooks(max(number, 1))
         first, rest = mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest
         latent_2BCT = self._latent(torch.cat([self._off(audio_B1N, rng), self._off(audio_B1N, rng)]))
         latent_BCT = latent_2BCT.chunk(2)[0]
@@ -335,6 +373,8 @@ class Trainer:
     def _codebooks_of_step(self) -> int:
         if not self.has_codebooks:
             return 0
+        if self.coded is not None:
+            return self.config.num_codebooks
         rng = np.random.default_rng((self.training.seed, 1, self.step))  # the same in all workers
         whole = self.config.num_codebooks
         if rng.random() >= self.training.dropout:
@@ -369,7 +409,7 @@ class Trainer:
     def save(self) -> None:
         """Write ``checkpoint.pt`` whole or not at all."""
         state = {
-            "decoder_only": self.training.decoder_only,
+            "decoder_only": self.coded is not None,
             "step": self.step,
             "seconds": self.seconds,
             "has_codebooks": self.has_codebooks,
@@ -390,7 +430,7 @@ class Trainer:
             self._forget_later_losses()
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if state["decoder_only"] != self.training.decoder_only:
+        if state["decoder_only"] != (self.coded is not None):
             raise ValueError(f"{self.folder} holds a run that trains other parts (--decoder-only): give another folder")
         self.mimi.load_state_dict(state["mimi"])
         self.phone_head.load_state_dict(state["phone_head"])
@@ -424,6 +464,7 @@ def work(
     manifest: Path,
     folder: Path,
     start: Path | None,
+    codes: Path | None = None,
     until: int | None = None,
 ) -> None:
     """What one worker process does."""
@@ -432,7 +473,7 @@ def work(
         store = distributed.FileStore(str(folder / "workers"), training.workers)
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=training.workers)
     clips = Clips(manifest, training.clip_frames * config.frame_size)
-    trainer = Trainer(config, training, clips, folder, rank)
+    trainer = Trainer(config, training, clips, folder, rank, None if codes is None else CodedClips(clips, codes))
     if start is not None:
         trainer.start_from({name: tensor.float() for name, tensor in load_file(start).items()})
     trainer.run(until)
@@ -443,22 +484,23 @@ def main() -> None:
     parser.add_argument("manifest", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--start", type=Path, help="a codec that export wrote, to begin with instead of from nothing")
+    parser.add_argument("--decoder-only", type=Path, metavar="CODES.npz", help="the codes stay, the decoder learns")
     for field in fields(Training):
         flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
         how: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(flag, default=field.default, **how)
     options = vars(parser.parse_args())
-    manifest, folder, start = (options.pop(name) for name in ("manifest", "folder", "start"))
+    manifest, folder, start, codes = (options.pop(name) for name in ("manifest", "folder", "start", "decoder_only"))
     training = Training(**options)
-    if training.decoder_only and start is None and not (folder / "checkpoint.pt").exists():
+    if codes is not None and start is None and not (folder / "checkpoint.pt").exists():
         raise SystemExit("--decoder-only goes on with a codec that is there: name it with --start")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "workers").unlink(missing_ok=True)
     Clips(manifest, 1)  # gathered once, before there are several
     if training.workers == 1:
-        work(0, CODEC, training, manifest, folder, start)
+        work(0, CODEC, training, manifest, folder, start, codes)
     else:
-        multiprocessing.spawn(work, (CODEC, training, manifest, folder, start), nprocs=training.workers)
+        multiprocessing.spawn(work, (CODEC, training, manifest, folder, start, codes), nprocs=training.workers)
 
 
 if __name__ == "__main__":

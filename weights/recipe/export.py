@@ -5,14 +5,13 @@
 - ``python -m csm.weights.recipe.export start codec.safetensors FOLDER``: a checkpoint of that codec and a model without
   training, from which ``python -m csm finetune --config FOLDER/config.json --model FOLDER`` starts.
 - ``python -m csm.weights.recipe.export model RUN/model FOLDER``: what came of that as it is shipped, the model in
-  bfloat16 and the codec in float16.
+  bfloat16 and the codec in float16; ``--codec codec.safetensors`` takes that one, whose decoder learned more since.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,11 +50,11 @@ def export_start(codec: Path, folder: Path, seed: int = 0) -> None:
     _write(folder, MODEL, initial_state(MODEL, seed), CODEC, state)
 
 
-def export_model(source: Path, folder: Path) -> None:
-    """A checkpoint in the precision that it is shipped in."""
+def export_model(source: Path, folder: Path, codec: Path | None = None) -> None:
+    """A checkpoint in the precision that it is shipped in, with its own codec or one that ``export_codec`` wrote."""
     checkpoint = open_checkpoint(source)
-    model, codec = read_model(checkpoint, CPU, torch.bfloat16), read_codec(checkpoint, None, CPU)
-    _write(folder, checkpoint.config, model, checkpoint.codec_config, codec)
+    model, codec_state = read_model(checkpoint, CPU, torch.bfloat16), read_codec(checkpoint, codec, CPU)
+    _write(folder, checkpoint.config, model, checkpoint.codec_config, codec_state)
 
 
 def _write(
@@ -71,20 +70,19 @@ def _write(
     byte_tokenizer().save(str(folder / "tokenizer.json"))
 
 
-EXPORTS: dict[str, Callable[[Path, Path], None]] = {
-    "codec": export_codec,
-    "start": export_start,
-    "model": export_model,
-}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=EXPORTS)
+    parser.add_argument("what", choices=("codec", "start", "model"))
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
-    arguments = parser.parse_args()
-    EXPORTS[arguments.what](arguments.source, arguments.target)
+    parser.add_argument("--codec", type=Path, help="of a model: a codec in the place of its own")
+    args = parser.parse_args()
+    if args.what == "codec":
+        export_codec(args.source, args.target)
+    elif args.what == "start":
+        export_start(args.source, args.target)
+    else:
+        export_model(args.source, args.target, args.codec)
 
 
 if __name__ == "__main__":

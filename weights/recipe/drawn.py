@@ -1,0 +1,93 @@
+"""The codes of recordings as a model draws them: ``python -m csm.weights.recipe.drawn train.jsonl MODEL OUT.npz``.
+
+A decoder that has only seen the encoder's codes is taken aback by a model's: two frames that are drawn fit each other
+less well than two that were said. So ``csm.weights.recipe.codec --decoder-only OUT.npz`` teaches it both, as Tacotron 2
+has its vocoder learn from spectrograms that were predicted along the true ones (https://arxiv.org/abs/1712.05884,
+section 3.1). Codebook 0, the phones, is kept: the others are drawn given it and the true frames before.
+
+Shapes: K codebooks, T frames of a recording, F frames of all of them; others as in ``csm.finetune.batches``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from csm.finetune.batches import Example, Turn, collate
+from csm.finetune.codes import CodecSource, CodeStore, encode_missing
+from csm.finetune.loss import Trainee
+from csm.finetune.manifest import read_manifest
+from csm.model import CSM
+from csm.prompt import TextTokenizer
+from csm.weights import open_checkpoint, read_model
+
+CPU = torch.device("cpu")
+AT_ONCE = 16
+
+
+def draw(logits_NV: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """An id a row, (N,) int64, among the ``top_k`` best ones."""
+    best_NJ, id_NJ = (logits_NV / temperature).topk(top_k, dim=-1)
+    place_N1 = torch.multinomial(best_NJ.softmax(-1), 1, generator=generator)
+    return id_NJ.gather(-1, place_N1)[:, 0]
+
+
+@torch.no_grad()
+def draw_codes(
+    trainee: Trainee, turns: Sequence[Turn], temperature: float, top_k: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Codes (T, K) of each turn: codebook 0 its own, the others drawn given those before in the frame."""
+    batch = collate([Example((turn,)) for turn in turns], [""] * len(turns), depth_share=1.0)
+    h_ND = trainee.predicting_states(batch)
+    code_NK = batch.code_AK[batch.target_N]
+    for codebook in range(1, code_NK.shape[1]):
+        logits_NV = trainee.depth_logits(h_ND, code_NK)[codebook - 1, :, : trainee.model.config.codebook_size]
+        code_NK[:, codebook] = draw(logits_NV, temperature, top_k, generator)
+    frames = [len(turn.codes_TK) + 1 for turn in turns]  # with the one of zeros that ends a turn
+    return [codes[:-1] for codes in code_NK.split(frames)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--codes", type=Path, help="folder of encoded recordings (default: codes, beside the manifest)")
+    parser.add_argument("--temperature", type=float, default=0.9)
+    parser.add_argument("--top-k", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    checkpoint = open_checkpoint(args.model)
+    store = CodeStore(
+        args.codes or args.manifest.parent / "codes", CodecSource(checkpoint, None, checkpoint.config.num_codebooks)
+    )
+    clips = read_manifest(args.manifest).clips
+    encode_missing(store, clips, 1, progress=True)
+    tokenizer = TextTokenizer(checkpoint.tokenizer_path, checkpoint.config.text_vocab_size)
+    turns = [
+        Turn(tokenizer.encode(clip.speaker, clip.text), codes)
+        for clip, codes in zip(clips, store.read(clips), strict=True)
+    ]
+    model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, CPU, torch.float32), CPU)
+    trainee, generator = Trainee(model).eval(), torch.Generator().manual_seed(args.seed)
+    drawn: dict[int, Tensor] = {}
+    # Of like length together: little padding, and few new shapes.
+    order = sorted(range(len(turns)), key=lambda index: turns[index].num_positions)
+    for first in tqdm(range(0, len(order), AT_ONCE), desc="drawing", mininterval=5):
+        which = order[first : first + AT_ONCE]
+        some = draw_codes(trainee, [turns[index] for index in which], args.temperature, args.top_k, generator)
+        drawn |= dict(zip(which, some, strict=True))
+    true_FK = torch.cat([turn.codes_TK for turn in turns])
+    drawn_FK = torch.cat([drawn[index] for index in range(len(turns))])
+    codes_2FK = torch.stack([true_FK.to(torch.int16), drawn_FK.to(torch.int16)])
+    np.savez(args.out, codes=codes_2FK.numpy(), ends=np.cumsum([len(turn.codes_TK) for turn in turns]))
+
+
+if __name__ == "__main__":
+    main()
