@@ -276,12 +276,15 @@ def configurations(names: list[str], device: torch.device) -> dict[str, Make]:
 
 
 def small_setup(setup: Setup) -> Setup:
-    """The embedded checkpoint in float32 on the same device, with the ids that no codec knows out of the running."""
+    """The embedded checkpoint's shape in float32 on the same device, with weights that never fall silent.
+
+    They are random, and the ids that no codec knows are out of the running.
+    """
     checkpoint = open_checkpoint("tiny")
-    weights = read_model(checkpoint, setup.device, torch.float32)
+    weights = random_weights(checkpoint.config, setup.device, torch.float32)
     weights["codebook0_head"][checkpoint.config.codebook_size :] = 0  # Transformers does not mask them
     weights["depth_heads"][:, checkpoint.config.codebook_size :] = 0
-    return Setup(checkpoint.config, checkpoint.codec_config, weights, "tiny")
+    return Setup(checkpoint.config, checkpoint.codec_config, weights, "tiny's shape")
 
 
 def differing_frame(make: Make, setup: Setup, batch: int) -> int | None:
@@ -333,6 +336,8 @@ def measure(name: str, speak: Speaker, setup: Setup, batch: int, frames: int, ba
         torch.cuda.reset_peak_memory_stats(device)
         speak(frames + SKIPPED_FRAMES)
     times = sorted(ms for ms, _ in speak(frames + SKIPPED_FRAMES)[SKIPPED_FRAMES:])
+    if len(times) < frames:
+        raise CSMError(f"it fell silent {frames - len(times)} frames too early: give fewer --frames")
     median, p95 = statistics.median(times), times[math.ceil(0.95 * len(times)) - 1]
     needed = frame_bytes(setup.config, setup.dtype)
     return Row(

@@ -11,12 +11,11 @@ import torch
 
 import bench
 from csm.config import CSM_1B
+from noise import NOISE
 
 ROOT = Path(bench.__file__).parent
-TINY = ["--model", "tiny", "--device", "cpu", "--quiet", "--frames", "2", "--max-seconds", "0.16"]
-
-
-SETUP = bench.load(bench.parse_arguments(TINY))
+SMALL = ["--model", NOISE, "--device", "cpu", "--quiet", "--frames", "2", "--max-seconds", "0.16"]
+SETUP = bench.load(bench.parse_arguments(SMALL))
 
 
 def run(capsys, *args):
@@ -26,7 +25,7 @@ def run(capsys, *args):
 
 
 def test_the_last_line_is_json(capsys, tmp_path):
-    lines, result = run(capsys, *TINY, "--batch", "1", "2", "--profile", "--out", str(tmp_path))
+    lines, result = run(capsys, *SMALL, "--batch", "1", "2", "--profile", "--out", str(tmp_path))
     assert [(row["name"], row["batch"]) for row in result["rows"]] == [
         ("eager", 1),
         ("eager", 2),
@@ -56,7 +55,7 @@ def test_what_does_not_pass_its_check_is_not_timed(capsys, monkeypatch):
     monkeypatch.setattr(
         bench, "configurations", lambda names, device: {"eager": bench.eager, "wrong": wrong, "broken": broken}
     )
-    _, result = run(capsys, *TINY)
+    _, result = run(capsys, *SMALL)
     assert [row["name"] for row in result["rows"]] == ["eager"]
     assert result["refused"] == [
         "wrong, batch 1: not timed, its codes differ from frame 0 on",
@@ -122,5 +121,5 @@ def test_bytes_of_a_frame():
 
 @pytest.mark.parametrize("args", [["--rows", "abacus"], ["--rows", "graph, kernels"], ["--model", "nowhere"]])
 def test_bad_inputs(capsys, args):
-    assert bench.main([*TINY, *args]) == 2
+    assert bench.main([*SMALL, *args]) == 2
     assert capsys.readouterr().err.startswith("bench.py: error: ")

@@ -393,19 +393,30 @@ def test_the_decoder_alone_learns_and_the_codes_stay(manifest, tmp_path):
         trainer(manifest, tmp_path / "second")
 
 
-def test_coded_clips_begin_with_their_frames(manifest, tmp_path):
-    """The tones' own frames as codes: (recording, frame), true or, said to be drawn, with 100 more."""
-    frames = np.array([(which, frame) for which in range(4) for frame in range(25)], np.int16)
-    np.savez(tmp_path / "codes.npz", codes=np.stack([frames, frames + 100]), ends=np.arange(1, 5) * 25)
-    clips = Clips(manifest, 4 * FRAME)
-    audio, codes = CodedClips(clips, tmp_path / "codes.npz").draw(200, 0.5, np.random.default_rng(0))
-    tones = np.array(clips.array).reshape(4, 25, FRAME) / np.float32(32768)
-    drawn = codes >= 100
-    assert 70 < drawn.all(dim=(1, 2)).sum() < 130 and (drawn.all(dim=(1, 2)) == drawn.any(dim=2).any(dim=1)).all()
-    for piece, places in zip(audio.reshape(200, 4, FRAME).numpy(), codes.mT % 100, strict=True):
-        assert (places[:, 1].diff() == 1).all()
-        assert (piece == tones[tuple(places.T.numpy())]).all()
-    assert set(codes[:, 1, 0].tolist()) >= {0, 21, 100, 121}  # the first frames and the last
+def test_coded_clips_begin_with_their_frames(tmp_path):
+    """Recordings that end within a frame; codes say (recording, frame), or with 100 more that they are drawn."""
+    rng = np.random.default_rng(0)
+    sounds = [rng.uniform(-0.5, 0.5, size).astype(np.float32) for size in (47_000, 50_001, 3 * FRAME, 4 * FRAME)]
+    for number, sound in enumerate(sounds):
+        sphn.write_wav(str(tmp_path / f"{number}.wav"), sound, 24_000)
+    lines = [Utterance(f"{number}.wav", "-", 0, str(number), 0) for number in range(4)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines))
+    lengths = [25, 27, 3, 4]
+    frames = np.array([(which, frame) for which in range(4) for frame in range(lengths[which])], np.int16)
+    np.savez(tmp_path / "codes.npz", codes=np.stack([frames, frames + 100]), ends=np.cumsum(lengths))
+    clips = Clips(tmp_path / "all.jsonl", 4 * FRAME)
+    audio, codes, begins = CodedClips(clips, tmp_path / "codes.npz").draw(600, 0.5, rng)
+    drawn = (codes >= 100).flatten(1)
+    assert 240 < drawn.all(dim=1).sum() < 360
+    assert torch.equal(drawn.all(dim=1), drawn.any(dim=1))
+    which, frame = (codes % 100).unbind(1)
+    assert torch.equal(frame, frame[:, :1] + torch.arange(4))
+    assert torch.equal(begins, frame[:, 0] == 0)
+    for piece, place, first in zip(audio[:, 0].numpy(), which[:, 0].tolist(), frame[:, 0].tolist(), strict=True):
+        expected = np.pad(sounds[place], (0, FRAME))[first * FRAME :][: 4 * FRAME]
+        assert np.abs(piece - expected).max() < 1e-4
+    seen = set(zip(which[:, 0].tolist(), frame[:, 0].tolist(), strict=True))
+    assert seen == {(0, first) for first in range(22)} | {(1, first) for first in range(24)} | {(3, 0)}
     np.savez(tmp_path / "codes.npz", codes=np.stack([frames, frames]), ends=np.arange(1, 4) * 25)
     with pytest.raises(ValueError, match="of 3 recordings, the manifest 4"):
         CodedClips(clips, tmp_path / "codes.npz")

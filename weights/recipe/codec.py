@@ -45,6 +45,7 @@ PHONES = (  # of flite's voices, pauses first
     "pau aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th uh uw v w y z zh"
 ).split()
 LABEL_SAMPLES = 480  # 20 ms have one phone, that of their middle
+COLD_FRAMES = 2  # which a decoder that starts in the middle of a recording hears nothing before
 UNKNOWN = 255  # the label of a recording whose phones nobody wrote down
 
 
@@ -202,18 +203,23 @@ class CodedClips:
         self.begins = np.concatenate(([0], self.ends[:-1]))
         self.long_enough = np.flatnonzero(self.ends - self.begins >= self.num_frames)
 
-    def draw(self, count: int, drawn_share: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """(count, 1, samples) of audio and (count, K, frames) of codes, from the beginning of a frame on."""
+    def draw(self, count: int, drawn_share: float, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """(count, 1, samples) of audio, (count, K, frames) of codes, and whether a clip is a recording's beginning.
+
+        A clip begins with a frame. A quarter are beginnings: there alone a decoder starts where one does in use.
+        """
         audio = np.zeros((count, 1, self.clips.samples), np.float32)
         codes = np.zeros((count, self.codes_2FK.shape[2], self.num_frames), np.int64)
+        begins = np.zeros(count, bool)
         for row, which in enumerate(rng.choice(self.long_enough, size=count)):
             begin, length = int(self.begins[which]), int(self.ends[which] - self.begins[which])
-            first = int(rng.integers(length - self.num_frames + 1))
+            first = 0 if rng.random() < 0.25 else int(rng.integers(length - self.num_frames + 1))
+            begins[row] = first == 0
             codes[row] = self.codes_2FK[int(rng.random() < drawn_share), begin + first :][: self.num_frames].T
             sample = (int(self.clips.ends[which - 1]) if which else 0) + first * CODEC.frame_size
             piece = self.clips.array[sample : min(sample + self.clips.samples, int(self.clips.ends[which]))]
             audio[row, 0, : len(piece)] = piece / np.float32(32768)
-        return torch.from_numpy(audio), torch.from_numpy(codes)
+        return torch.from_numpy(audio), torch.from_numpy(codes), torch.from_numpy(begins)
 
 
 class Trainer:
@@ -308,10 +314,12 @@ class Trainer:
         return {"codebooks": number} | {name: round(float(value.detach()), 5) for name, value in losses.items()}
 
     def _decoder_losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The loss of a step of the decoder alone."""
+        """The loss of a step of the decoder alone, without the first frames of clips out of a recording's middle."""
         assert self.coded is not None
-        audio_B1N, code_BKT = self.coded.draw(self.training.clips, self.training.drawn_share, rng)
-        return {"mel": self._mel(self.mimi.decode_latent(code_BKT), audio_B1N)}
+        audio_B1N, code_BKT, begins_B = self.coded.draw(self.training.clips, self.training.drawn_share, rng)
+        decoded_BN, audio_BN = self._decode(self.mimi.decode_latent(code_BKT)), audio_B1N[:, 0]
+        early_N = torch.arange(audio_BN.shape[1]) < COLD_FRAMES * self.config.frame_size
+        return {"mel": self.mel_loss(torch.where(early_N & ~begins_B[:, None], audio_BN, decoded_BN), audio_BN)}
 
     def _losses(self, number: int, rng: np.random.Generator) -> dict[str, Tensor]:
         """The losses of a step with a number of codebooks; with 0, of the codec as it would be unquantised."""
@@ -339,7 +347,7 @@ class Trainer:
         elif number > 1:
             result = rest(latent_BCT, self.config.frame_rate)
             output_BCT, commitment = output_BCT + result.x, (commitment + (number - 1) * result.penalty) / number
-        mel = self._mel(output_BCT, audio_B1N)
+        mel = self.mel_loss(self._decode(output_BCT)[:, : audio_B1N.shape[-1]], audio_B1N[:, 0])
         return {"mel": mel, "phones": phones, "likeness": likeness, "commitment": commitment}
 
     def _off(self, audio_B1N: Tensor, rng: np.random.Generator) -> Tensor:
@@ -354,9 +362,9 @@ class Trainer:
         (latent_BCT,) = self.mimi.encoder_transformer(self.mimi.encoder(audio_B1N))
         return self.mimi._to_framerate(latent_BCT)
 
-    def _mel(self, latent_BCT: Tensor, audio_B1N: Tensor) -> Tensor:
+    def _decode(self, latent_BCT: Tensor) -> Tensor:
         (latent_BCT,) = self.mimi.decoder_transformer(self.mimi._to_encoder_framerate(latent_BCT))
-        return self.mel_loss(self.mimi.decoder(latent_BCT)[:, 0, : audio_B1N.shape[-1]], audio_B1N[:, 0])
+        return self.mimi.decoder(latent_BCT)[:, 0]
 
     @torch.no_grad()
     def make_codebooks(self) -> None:

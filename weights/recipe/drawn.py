@@ -64,6 +64,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.model)
+    if args.out.exists() and args.out.stat().st_mtime > (args.model / "model.safetensors").stat().st_mtime:
+        print(f"{args.out} is newer than the model: kept")
+        return
     store = CodeStore(
         args.codes or args.manifest.parent / "codes", CodecSource(checkpoint, None, checkpoint.config.num_codebooks)
     )
@@ -86,7 +89,9 @@ def main() -> None:
     true_FK = torch.cat([turn.codes_TK for turn in turns])
     drawn_FK = torch.cat([drawn[index] for index in range(len(turns))])
     codes_2FK = torch.stack([true_FK.to(torch.int16), drawn_FK.to(torch.int16)])
-    np.savez(args.out, codes=codes_2FK.numpy(), ends=np.cumsum([len(turn.codes_TK) for turn in turns]))
+    part = args.out.with_suffix(".part.npz")
+    np.savez(part, codes=codes_2FK.numpy(), ends=np.cumsum([len(turn.codes_TK) for turn in turns]))
+    part.replace(args.out)
 
 
 if __name__ == "__main__":
