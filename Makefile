@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: demo test check fix slow fullsize kernels gpu voice clean
+.PHONY: demo test check fix slow fullsize kernels gpu tiny clean
 
 demo: .venv/installed
-	$(BIN)/python generate.py --model tiny --text "Hello from a model that you can read in an evening." --max-seconds 4 --out out.wav
+	$(BIN)/python generate.py --model tiny --file docs/examples/demo.txt --seed 0 --max-seconds 15 --out out.wav
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
@@ -23,7 +23,7 @@ fix: .venv/installed-dev
 slow: .venv/installed-test
 	$(BIN)/python -m pytest -m slow
 
-fullsize: .venv/installed-fullsize
+fullsize: .venv/installed-test
 	$(BIN)/python -m pytest -m fullsize -s
 
 # What every kernel becomes on four families of GPUs; needs none.
@@ -37,17 +37,31 @@ gpu: $(if $(GPU_PYTHON),,.venv/installed-bench)
 	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m cuda -rs | tee results/tests.txt; test $${PIPESTATUS[0]} -eq 0
 	$(or $(GPU_PYTHON),$(BIN)/python) bench.py --batch 1 2 4 8 16 32 64 --profile --out results
 
-# The codec of the embedded voice from nothing: recordings by four voices of flite, which must be installed, some hours of
-# training on two cores, and its word error rates. Stopped, it goes on where it was.
-VOICE ?= voice
+# The embedded voice from nothing: recordings by four voices of flite, which must be installed (apt install flite), a codec,
+# a model, and their word error rates. Hours on two cores; stopped, it goes on where it was. $(TINY)/model is what came of
+# it. (The codec in weights/tiny came of several runs: its README.md.)
+TINY ?= tiny
 RECIPE := $(BIN)/python -m csm.weights.recipe
-voice: .venv/installed-eval
-	$(RECIPE).recordings $(VOICE) --split train --count 20000
-	$(RECIPE).recordings $(VOICE) --split test --count 100
-	$(RECIPE).codec $(VOICE)/train.jsonl $(VOICE)/codec
-	$(RECIPE).export codec $(VOICE)/codec/checkpoint.pt $(VOICE)/codec.safetensors
-	$(RECIPE).export start $(VOICE)/codec.safetensors $(VOICE)/start
-	$(BIN)/python -m csm eval --data $(VOICE)/test.jsonl --recordings --codec --no-speech --model $(VOICE)/start --out $(VOICE)/eval
+FINETUNE := $(BIN)/python -m csm finetune --resume --device cpu --codes $(TINY)/codes --jobs 2 --valid $(TINY)/valid.jsonl \
+	--depth-share 0.5 --precision bfloat16 --weight-decay 0.05 --ema 0.999
+tiny: .venv/installed-eval
+	$(RECIPE).recordings $(TINY) --split train --count 32000
+	$(RECIPE).recordings $(TINY) --split valid --count 100
+	$(RECIPE).recordings $(TINY) --split test --count 100
+	$(RECIPE).conversations $(TINY)/train.jsonl $(TINY)/talks.jsonl
+	$(RECIPE).codec $(TINY)/train.jsonl $(TINY)/codec
+	$(RECIPE).export codec $(TINY)/codec/checkpoint.pt $(TINY)/codes.safetensors
+	$(RECIPE).export start $(TINY)/codes.safetensors $(TINY)/start
+	$(FINETUNE) --data $(TINY)/train.jsonl --model $(TINY)/start --config $(TINY)/start/config.json --out $(TINY)/turns \
+		--steps 3000 --batch-size 16 --learning-rate 1.5e-3 --warmup 300 --final-rate 0.8
+	$(FINETUNE) --data $(TINY)/talks.jsonl --model $(TINY)/turns/model --out $(TINY)/talks --context 2 --code-noise 0.15 \
+		--steps 15000 --batch-size 24 --batch-rows 1300 --learning-rate 1.3e-3 --warmup 100
+	$(RECIPE).drawn $(TINY)/train.jsonl $(TINY)/talks/model $(TINY)/drawn.npz
+	$(RECIPE).codec $(TINY)/train.jsonl $(TINY)/decoder --start $(TINY)/codes.safetensors --decoder-only $(TINY)/drawn.npz \
+		--steps 4000
+	$(RECIPE).export codec $(TINY)/decoder/checkpoint.pt $(TINY)/codec.safetensors
+	$(RECIPE).export model $(TINY)/talks/model $(TINY)/model --codec $(TINY)/codec.safetensors
+	$(BIN)/python -m csm eval --data $(TINY)/test.jsonl --recordings --codec --model $(TINY)/model --seeds 3 --out $(TINY)/eval
 
 clean:
 	rm -rf .venv .typecheck build csm.egg-info

@@ -63,7 +63,7 @@ class Generator:
 
         Args:
             name: a hub name (``sesame/csm-1b``, ``unsloth/csm-1b``, with an optional ``@revision``), a folder in
-                Sesame's or HF Transformers' layout, or "tiny", the embedded checkpoint (random weights: noise).
+                Sesame's or HF Transformers' layout, or "tiny", the embedded checkpoint (a demonstration voice).
             device: where to run; None is a GPU if there is one.
             dtype: of the weights; None is bfloat16 on a GPU and float32 on a CPU.
             codec: a file of Mimi weights in Kyutai's layout; None is the checkpoint's own, else Kyutai's from the hub.

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,8 @@ from csm.weights import open_checkpoint
 from csm.weights.checkpoint import TINY
 from csm.weights.config_json import read_config, write_hf_config
 from csm.weights.layouts import export, hf_table, mimi_table, sesame_table, target_shapes
-from noise import CODEC, CONFIG, NOISE, random_state
+from csm.weights.recipe import shape as tiny_shape
+from noise import CODEC, CONFIG, random_state
 from oracle import Shape, random_model, save
 
 
@@ -121,10 +121,10 @@ class TestLayouts:
         parameters = sum(torch.Size(shape).numel() for shape in target_shapes(sesame_table(CSM_1B)).values())
         assert round(parameters / 1e9, 3) == 1.553
 
-    def test_the_embedded_checkpoint_is_noise(self):
-        """Until it is trained it is what tests/noise.py writes."""
-        assert (Path(NOISE) / "config.json").read_bytes() == (TINY / "config.json").read_bytes()
-        assert same(*(tensors_of(Path(folder) / "model.safetensors") for folder in (NOISE, TINY)))
+    def test_the_embedded_checkpoint_has_the_shapes_of_its_recipe(self):
+        checkpoint = open_checkpoint("tiny")
+        assert (checkpoint.config, checkpoint.codec_config) == (tiny_shape.MODEL, tiny_shape.CODEC)
+        assert sum(path.stat().st_size for path in TINY.iterdir()) < 25e6
 
     def test_transformers_reads_the_embedded_checkpoint(self):
         from transformers import CsmForConditionalGeneration

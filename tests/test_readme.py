@@ -17,9 +17,11 @@ import generate
 from csm.__main__ import main, parse_arguments
 from csm.lora import Lora, LoraConfig, save_adapter
 from csm.weights import open_checkpoint
+from csm.weights.recipe import recordings
 from micro import write_data
 
 ROOT = Path(generate.__file__).parent
+DOCS = [path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md")]
 README = (ROOT / "README.md").read_text()
 HUB_NAME = re.compile(r"(sesame|unsloth)/csm-1b")
 
@@ -82,6 +84,12 @@ def test_training_and_measuring_lines(short, one_thread, tmp_path, monkeypatch, 
     assert "| recordings | 2 |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("page", ["README.md", "weights/tiny/README.md", *sorted(p.as_posix() for p in DOCS)])
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
 def test_every_make_target_that_is_named_exists():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     named = re.findall(r"(?:`|^)make ([a-z]+)", README, flags=re.MULTILINE)
@@ -92,10 +100,10 @@ def test_the_first_two_commands():
     assert [line for line in shell_lines() if line][:2] == ["make demo", "make test"]
 
 
-def test_two_speakers(short, tiny, tmp_path, monkeypatch):
+def test_two_speakers(short, noisy, tmp_path, monkeypatch):
     """Code for the reference implementation, with only its import changed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(csm, "load_csm_1b", lambda device: tiny)
+    monkeypatch.setattr(csm, "load_csm_1b", lambda device: noisy)
     for name in ("a.wav", "b.wav"):
         sphn.write_wav(name, np.random.default_rng(0).normal(size=44_100).astype("float32") / 9, 44_100)
     monkeypatch.setattr(sys, "argv", ["two_speakers.py", "a.wav", "One.", "b.wav", "Two."])
@@ -104,11 +112,14 @@ def test_two_speakers(short, tiny, tmp_path, monkeypatch):
     assert (samples.shape, rate) == ((1, 3 * 3 * 1920), 24_000)
 
 
-def test_help_names_every_option(capsys):
+def test_help_names_every_option(capsys, monkeypatch):
     run = subprocess.run([sys.executable, ROOT / "generate.py", "--help"], capture_output=True, text=True, check=True)
     for command in ("finetune", "eval"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
+    monkeypatch.setattr(sys, "argv", ["recordings", "--help"])
+    with pytest.raises(SystemExit):
+        recordings.main()
     known = run.stdout + capsys.readouterr().out
     for document in (README, (ROOT / "docs" / "finetune.md").read_text()):
         for option in re.findall(r"--[a-z][a-z-]+", document):
@@ -120,7 +131,7 @@ def test_the_guide_to_training_shows_options_that_exist():
     guide = (ROOT / "docs" / "finetune.md").read_text()
     blocks = re.findall(r"```sh\n(.*?)```", guide, flags=re.DOTALL)
     commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if " -m csm " in line]
-    assert len(commands) == 6
+    assert len(commands) == 9
     for line in commands:
         words = shlex.split(line)
         arguments = [word for word in words[words.index("csm") + 1 :] if word != "..."]

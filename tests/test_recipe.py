@@ -1,7 +1,10 @@
 """How the embedded voice is made: its sentences, recordings and codec, at a size that trains in seconds."""
 
+import importlib
+import itertools
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from torch import multiprocessing
 
 from conftest import tensors_of
 from csm import Generator
+from csm.__main__ import parse_arguments
 from csm.codec import Codec
 from csm.finetune.batches import Example, Turn, collate
 from csm.finetune.loss import Trainee
@@ -256,7 +260,7 @@ def test_codebook_0_is_taught_the_phones_and_nothing_else(manifest, tmp_path):
     run = trainer(manifest, tmp_path / "run")
     run.run(until=8)
     rng = np.random.default_rng(0)
-    losses = run._losses(*run.clips.draw(2, rng), 4, rng)
+    losses = run._losses(4, rng)
     projection = run.mimi.quantizer.rvq_first.input_proj.weight
     for name, taught in (("mel", False), ("likeness", False), ("phones", True)):
         (gradient,) = torch.autograd.grad(losses[name], projection, retain_graph=True, allow_unused=True)
@@ -272,7 +276,7 @@ def test_two_readings_differ_by_what_they_are_off(manifest, tmp_path):
         run = trainer(manifest, tmp_path / str(jitter))
         run.training = replace(TRAINING, jitter=jitter)
         rng = np.random.default_rng(0)
-        losses[jitter] = run._losses(*run.clips.draw(2, rng), 0, rng)["likeness"]
+        losses[jitter] = run._losses(0, rng)["likeness"]
     assert losses[0.0] == 0 < losses[5.0]
     audio_11N = torch.arange(1.0, 2001.0).view(1, 1, -1)
     for _ in range(20):
@@ -511,18 +515,25 @@ def test_a_training_of_nothing_is_refused(field):
         replace(TRAINING, **{field: 0})
 
 
-def test_the_trained_codec_streams_what_it_decodes(tmp_path):
-    """The one that is kept, made a checkpoint of: its codes of a glide, frame by frame and at once."""
-    folder = Path(shape.__file__).parents[1] / "tiny_codec"
-    export_start(folder / "codec.safetensors", tmp_path)
-    generator = Generator.from_pretrained(tmp_path, device="cpu")
-    time = torch.arange(2 * 24_000) / 24_000
-    codes_TK = generator.encode(0.3 * torch.sin(2 * torch.pi * (150 + 100 * time) * time))
-    assert codes_TK.shape == (25, shape.MODEL.num_codebooks)
-    whole, decoder = generator.decode(codes_TK), generator.codec.stream_decoder()
-    streamed = torch.cat([decoder.step(frame[None])[0] for frame in codes_TK])
-    assert whole.std() > 0.02
-    assert (streamed - whole).abs().max() < 1e-5
+def test_the_commands_of_make_tiny_are_as_the_programs_take_them(monkeypatch, capsys):
+    root = Path(__file__).parents[1]
+    made = subprocess.run(["make", "-n", "tiny"], cwd=root, capture_output=True, text=True, check=True).stdout
+    commands = [shlex.split(line) for line in made.replace("\\\n", " ").splitlines() if " -m csm" in line]
+    called = []
+    for words in commands:
+        place = words.index("-m") + 1
+        package, arguments = words[place], words[place + 1 :]
+        called.append(package.split(".")[-1] if package != "csm" else arguments[0])
+        if package == "csm":
+            assert parse_arguments(arguments).run
+            continue
+        monkeypatch.setattr(sys, "argv", [package, "--help"])
+        with pytest.raises(SystemExit):
+            importlib.import_module(package).main()
+        known = capsys.readouterr().out
+        assert all(word in known for word in arguments if word.startswith("--")), words
+    order = ["recordings", "conversations", "codec", "export", "finetune", "drawn", "codec", "export", "eval"]
+    assert [name for name, _ in itertools.groupby(called)] == order
 
 
 def test_the_codec_is_mimi_s_shape():

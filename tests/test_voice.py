@@ -1,0 +1,101 @@
+"""What the embedded checkpoint says, by the ears of a recogniser: words, ends, streams, conversations.
+
+Every other test of generation is about how; these are about what. The sentences are ones that training never saw.
+"""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from csm import Segment
+from csm.evaluate.words import word_errors
+from csm.weights.recipe.sentences import sentences
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SENTENCES = sentences("test", 12)
+SPEAKERS = 4
+SEEDS = range(3)
+LONGEST_MS = 10_000  # three times the longest sentence: who speaks that long does not end
+
+
+@pytest.fixture(scope="module")
+def hear():
+    """Samples at 24 kHz to words."""
+    if not all(find_spec(name) for name in ("moonshine_voice", "jiwer", "num2words")):
+        pytest.skip("no recogniser")
+    from csm.evaluate.listen import Recogniser
+
+    recogniser = Recogniser()
+    return lambda sound: recogniser.hear(sound, 24_000)
+
+
+def error_rate(texts, heard):
+    counts = [word_errors(text, words) for text, words in zip(texts, heard, strict=True)]
+    return sum(errors for errors, _ in counts) / sum(words for _, words in counts)
+
+
+@pytest.fixture(scope="module")
+def spoken(tiny):
+    """The sentences by the four speakers in turn, once a seed."""
+    return {
+        seed: tiny.generate_batch(
+            [
+                {"text": text, "speaker": index % SPEAKERS, "seed": seed, "max_audio_length_ms": LONGEST_MS}
+                for index, text in enumerate(SENTENCES)
+            ]
+        )
+        for seed in SEEDS
+    }
+
+
+def test_all_seeds_are_understood(spoken, hear):
+    heard = {seed: [hear(sound) for sound in sounds] for seed, sounds in spoken.items()}
+    rates = {seed: error_rate(SENTENCES, words) for seed, words in heard.items()}
+    print("\nword error rates:", ", ".join(f"{rate:.3f}" for rate in rates.values()))
+    assert max(rates.values()) < 0.4
+    assert sum(rates.values()) / len(rates) < 0.3
+    wrong = error_rate(SENTENCES[1:] + SENTENCES[:1], heard[0])
+    assert wrong > 2 * max(rates.values())  # a recogniser that heard what it wanted to hear would be no test
+
+
+def test_it_ends_by_itself(spoken):
+    lengths = [len(sound) / 24_000 for sounds in spoken.values() for sound in sounds]
+    assert min(lengths) > 0.5
+    assert sum(length > LONGEST_MS / 1000 - 0.2 for length in lengths) <= 1
+
+
+@pytest.mark.parametrize("speaker", range(SPEAKERS))
+def test_a_stream_says_what_the_whole_says(tiny, hear, speaker):
+    request = {"text": SENTENCES[speaker], "speaker": speaker, "seed": 3, "max_audio_length_ms": LONGEST_MS}
+    whole, streamed = tiny.decode(tiny.generate_codes(**request)), torch.cat(list(tiny.stream(**request)))
+    assert streamed.shape == whole.shape
+    assert (streamed - whole).abs().max() < 1e-4
+    words = hear(streamed)
+    assert error_rate([hear(whole)], [words]) < 0.2  # the last bits may turn a letter
+    assert error_rate([SENTENCES[speaker]], [words]) < 0.7
+
+
+def test_a_conversation_goes_on_with_new_words(tiny, hear):
+    """Answers say the new sentence, not the one before again, and not nothing."""
+    heard = []
+    for index, text in enumerate(SENTENCES[:6]):
+        request = {"speaker": index % SPEAKERS, "seed": index, "max_audio_length_ms": LONGEST_MS}
+        before = SENTENCES[index + 6]
+        first = tiny.generate(before, **request)
+        heard.append(hear(tiny.generate(text, context=[Segment(index % SPEAKERS, before, first)], **request)))
+    said, repeated = error_rate(SENTENCES[:6], heard), error_rate(SENTENCES[6:12], heard)
+    assert said < 0.5
+    assert repeated > said + 0.3
+
+
+def test_the_codec_streams_what_it_decodes(tiny):
+    """Its codes of a glide, frame by frame and at once."""
+    time = torch.arange(2 * 24_000) / 24_000
+    codes_TK = tiny.encode(0.3 * torch.sin(2 * torch.pi * (150 + 100 * time) * time))
+    assert codes_TK.shape == (25, tiny.config.num_codebooks)
+    decoder = tiny.codec.stream_decoder()
+    streamed = torch.cat([decoder.step(frame[None])[0] for frame in codes_TK])
+    whole = tiny.decode(codes_TK)
+    assert whole.std() > 1e-2
+    assert (streamed - whole).abs().max() < 1e-5
