@@ -38,8 +38,8 @@ gpu: $(if $(GPU_PYTHON),,.venv/installed-bench)
 	$(or $(GPU_PYTHON),$(BIN)/python) bench.py --batch 1 2 4 8 16 32 64 --profile --out results
 
 # The embedded voice from nothing: recordings by four voices of flite, which must be installed (apt install flite), a codec,
-# a model, and their word error rates. Hours on two cores; stopped, it goes on where it was. $(TINY)/model is what came of
-# it. (The codec in weights/tiny came of several runs: its README.md.)
+# a model, and their word error rates. Hours on two cores; stopped, it goes on where it was. Nobody has run it to its end in
+# one: what weights/tiny came of is in its README.md.
 TINY ?= tiny
 RECIPE := $(BIN)/python -m csm.weights.recipe
 FINETUNE := $(BIN)/python -m csm finetune --resume --device cpu --codes $(TINY)/codes --jobs 2 --valid $(TINY)/valid.jsonl \
@@ -47,7 +47,7 @@ FINETUNE := $(BIN)/python -m csm finetune --resume --device cpu --codes $(TINY)/
 tiny: .venv/installed-eval
 	$(RECIPE).recordings $(TINY) --split train --count 32000
 	$(RECIPE).recordings $(TINY) --split valid --count 100
-	$(RECIPE).recordings $(TINY) --split test --count 100
+	$(RECIPE).recordings $(TINY) --split test --count 150
 	$(RECIPE).conversations $(TINY)/train.jsonl $(TINY)/talks.jsonl
 	$(RECIPE).codec $(TINY)/train.jsonl $(TINY)/codec
 	$(RECIPE).export codec $(TINY)/codec/checkpoint.pt $(TINY)/codes.safetensors

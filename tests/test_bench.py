@@ -44,6 +44,11 @@ def test_the_last_line_is_json(capsys, tmp_path):
     assert (tmp_path / "bench.md").read_text().splitlines() == lines[:-1]
 
 
+def test_the_embedded_checkpoint_is_measured_though_it_ends(capsys):
+    _, result = run(capsys, "--model", "tiny", "--device", "cpu", "--quiet", "--frames", "2", "--rows", "eager")
+    assert [row["name"] for row in result["rows"]] == ["eager"]
+
+
 def test_what_does_not_pass_its_check_is_not_timed(capsys, monkeypatch):
     def wrong(setup, batch):
         speak = bench.eager(setup, batch)

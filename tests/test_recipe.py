@@ -470,6 +470,13 @@ def test_recordings_and_a_model_to_drawn_codes(manifest, tmp_path, monkeypatch):
     assert torch.equal(torch.from_numpy(codes[0, 50:75]).long(), generator.encode(tone))
     assert (codes[1] != codes[0]).mean(axis=0)[1:].min() > 0.9
     assert (codes[1] == codes[0])[:, 0].all()
+    written = (tmp_path / "codes.npz").stat().st_mtime_ns
+    write_drawn()
+    assert (tmp_path / "codes.npz").stat().st_mtime_ns == written  # drawn already
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--seed", "1"])
+    write_drawn()
+    with np.load(tmp_path / "codes.npz") as file:
+        assert (file["codes"][1] != codes[1]).any()
 
 
 def test_folded_scales_and_added_layers_change_nothing(manifest, tmp_path):

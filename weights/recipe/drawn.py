@@ -11,6 +11,7 @@ Shapes: K codebooks, T frames of a recording, F frames of all of them; others as
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +23,10 @@ from tqdm import tqdm
 from csm.finetune.batches import Example, Turn, collate
 from csm.finetune.codes import CodecSource, CodeStore, encode_missing
 from csm.finetune.loss import Trainee
-from csm.finetune.manifest import read_manifest
+from csm.finetune.manifest import Clip, read_manifest
 from csm.model import CSM
 from csm.prompt import TextTokenizer
-from csm.weights import open_checkpoint, read_model
+from csm.weights import Checkpoint, open_checkpoint, read_model
 
 CPU = torch.device("cpu")
 AT_ONCE = 16
@@ -53,6 +54,34 @@ def draw_codes(
     return [codes[:-1] for codes in code_NK.split(frames)]
 
 
+def draw_recordings(
+    checkpoint: Checkpoint, clips: Sequence[Clip], codes: Sequence[Tensor], args: argparse.Namespace
+) -> Tensor:
+    """The codes of recordings, those that are there and those that are drawn: (2, F, K) int16."""
+    tokenizer = TextTokenizer(checkpoint.tokenizer_path, checkpoint.config.text_vocab_size)
+    texts = [tokenizer.encode(clip.speaker, clip.text) for clip in clips]
+    turns = [Turn(text, codes_TK) for text, codes_TK in zip(texts, codes, strict=True)]
+    model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, CPU, torch.float32), CPU)
+    trainee, generator = Trainee(model).eval(), torch.Generator().manual_seed(args.seed)
+    drawn: dict[int, Tensor] = {}
+    # Of like length together: little padding, and few new shapes.
+    order = sorted(range(len(turns)), key=lambda index: turns[index].num_positions)
+    for first in tqdm(range(0, len(order), AT_ONCE), desc="drawing", mininterval=5):
+        which = order[first : first + AT_ONCE]
+        some = draw_codes(trainee, [turns[index] for index in which], args.temperature, args.top_k, generator)
+        drawn |= dict(zip(which, some, strict=True))
+    both = torch.cat(list(codes)), torch.cat([drawn[index] for index in range(len(turns))])
+    return torch.stack([codes_FK.to(torch.int16) for codes_FK in both])
+
+
+def fingerprint(checkpoint: Checkpoint, args: argparse.Namespace) -> str:
+    """A hash of all that drawn codes depend on: weights, manifest, options."""
+    digest = hashlib.sha256(repr((args.temperature, args.top_k, args.seed)).encode())
+    for path in (args.manifest, *sorted(checkpoint.folder.glob("*.safetensors"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", type=Path)
@@ -64,33 +93,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.model)
-    if args.out.exists() and args.out.stat().st_mtime > (args.model / "model.safetensors").stat().st_mtime:
-        print(f"{args.out} is newer than the model: kept")
-        return
-    store = CodeStore(
-        args.codes or args.manifest.parent / "codes", CodecSource(checkpoint, None, checkpoint.config.num_codebooks)
-    )
+    digest = fingerprint(checkpoint, args)
+    if args.out.exists():
+        with np.load(args.out) as file:
+            if str(file["digest"]) == digest:
+                print(f"{args.out}: drawn already")
+                return
+    source = CodecSource(checkpoint, None, checkpoint.config.num_codebooks)
+    store = CodeStore(args.codes or args.manifest.parent / "codes", source)
     clips = read_manifest(args.manifest).clips
     encode_missing(store, clips, 1, progress=True)
-    tokenizer = TextTokenizer(checkpoint.tokenizer_path, checkpoint.config.text_vocab_size)
-    turns = [
-        Turn(tokenizer.encode(clip.speaker, clip.text), codes)
-        for clip, codes in zip(clips, store.read(clips), strict=True)
-    ]
-    model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, CPU, torch.float32), CPU)
-    trainee, generator = Trainee(model).eval(), torch.Generator().manual_seed(args.seed)
-    drawn: dict[int, Tensor] = {}
-    # Of like length together: little padding, and few new shapes.
-    order = sorted(range(len(turns)), key=lambda index: turns[index].num_positions)
-    for first in tqdm(range(0, len(order), AT_ONCE), desc="drawing", mininterval=5):
-        which = order[first : first + AT_ONCE]
-        some = draw_codes(trainee, [turns[index] for index in which], args.temperature, args.top_k, generator)
-        drawn |= dict(zip(which, some, strict=True))
-    true_FK = torch.cat([turn.codes_TK for turn in turns])
-    drawn_FK = torch.cat([drawn[index] for index in range(len(turns))])
-    codes_2FK = torch.stack([true_FK.to(torch.int16), drawn_FK.to(torch.int16)])
+    codes = store.read(clips)
+    codes_2FK = draw_recordings(checkpoint, clips, codes, args)
     part = args.out.with_suffix(".part.npz")
-    np.savez(part, codes=codes_2FK.numpy(), ends=np.cumsum([len(turn.codes_TK) for turn in turns]))
+    np.savez(part, codes=codes_2FK.numpy(), ends=np.cumsum([len(codes_TK) for codes_TK in codes]), digest=digest)
     part.replace(args.out)
 
 
