@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import sphn
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import multiprocessing
 
 from conftest import tensors_of
@@ -317,6 +317,12 @@ def test_what_is_exported_decodes_as_what_was_trained(manifest, tmp_path, small)
     for name, tensor in shipped.items():
         assert tensor.dtype == (torch.float16 if name.startswith("codec_model.") else torch.bfloat16)
         assert torch.equal(tensor, start[name].to(tensor.dtype))
+    later = {name: tensor * 2 for name, tensor in load_file(tmp_path / "codec.safetensors").items()}
+    save_file(later, tmp_path / "later.safetensors")
+    export_model(tmp_path / "start", tmp_path / "again", tmp_path / "later.safetensors")
+    again = tensors_of(tmp_path / "again" / "model.safetensors")
+    for name, tensor in again.items():
+        assert torch.equal(tensor, shipped[name] * (2 if name.startswith("codec_model.") else 1)), name
 
 
 def test_a_run_can_begin_with_a_trained_codec(manifest, tmp_path):
