@@ -16,7 +16,7 @@ from torch import Tensor
 
 from csm.config import TransformerConfig
 
-MIN_SPAN = 256  # spans are this times a power of two: few enough to capture a graph for each
+MIN_CONTEXT_BUCKET = 256  # spans are this times a power of two: few enough to capture a graph for each
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +47,19 @@ class KVCache:
         return self.k_LBGSd.shape[3]
 
     @property
-    def spans(self) -> list[int]:
+    def buckets(self) -> list[int]:
         """How much of the cache a pass may be asked to look at, ascending; the last is the whole."""
-        doubled = (MIN_SPAN << n for n in range(self.max_positions.bit_length()))
-        return [*(span for span in doubled if span < self.max_positions), self.max_positions]
+        doubled = (MIN_CONTEXT_BUCKET << n for n in range(self.max_positions.bit_length()))
+        return [
+            *(context_bucket for context_bucket in doubled if context_bucket < self.max_positions),
+            self.max_positions,
+        ]
 
-    def span_of(self, num_positions: int) -> int:
-        """The least span that holds so many positions."""
-        return next((span for span in self.spans if span >= num_positions), self.max_positions)
+    def bucket_for(self, num_positions: int) -> int:
+        """The least context_bucket that holds so many positions."""
+        return next(
+            (context_bucket for context_bucket in self.buckets if context_bucket >= num_positions), self.max_positions
+        )
 
     def slots(self, first: int, last: int) -> KVCache:
         """The cache of the slots ``first`` to ``last``, which is left out: views of the same memory."""

@@ -26,12 +26,12 @@ from csm.model import CSM
 class FrameState:
     """Every buffer of the step, at a fixed address. All are read and written on the device only.
 
-    ``row_BC`` and ``mask_BC`` are the pending row, ``position_B`` its backbone position, ``frame_B`` the number of
-    frames spoken so far, ``codes_BK`` the last frame.
+    ``pending_row_BC`` and ``pending_mask_BC`` are the pending row, ``position_B`` its backbone position, ``frame_B``
+    the number of frames generated so far, ``codes_BK`` the last frame.
     """
 
-    row_BC: Tensor
-    mask_BC: Tensor
+    pending_row_BC: Tensor
+    pending_mask_BC: Tensor
     position_B: Tensor
     frame_B: Tensor
     codes_BK: Tensor
@@ -54,8 +54,8 @@ class FrameState:
             return KVCache.allocate(transformer, batch, max_positions, device, dtype)
 
         return cls(
-            row_BC=integers(batch, num_codebooks + 1),
-            mask_BC=torch.zeros(batch, num_codebooks + 1, device=device, dtype=torch.bool),
+            pending_row_BC=integers(batch, num_codebooks + 1),
+            pending_mask_BC=torch.zeros(batch, num_codebooks + 1, device=device, dtype=torch.bool),
             position_B=integers(batch),
             frame_B=integers(batch),
             codes_BK=integers(batch, num_codebooks),
@@ -69,7 +69,7 @@ class FrameState:
 
     @property
     def batch(self) -> int:
-        return self.row_BC.shape[0]
+        return self.pending_row_BC.shape[0]
 
     def narrow(self, batch: int) -> FrameState:
         """The first ``batch`` slots, in the same memory."""
@@ -92,11 +92,11 @@ class FrameState:
 
 
 @torch.inference_mode()
-def decode_frame(model: CSM, state: FrameState, span: int | None = None) -> None:
+def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = None) -> None:
     """Read the pending row of every slot and speak one frame into ``state.codes_BK``.
 
-    ``span`` bounds how many positions of the cache are looked at (None: all); every slot's position must lie within.
-    It is a constant of the step, chosen among few, not a position.
+    ``context_bucket`` is the number of cache positions that attention covers (None: all); every slot's position must be
+    below it. It is a constant of the step, one of ``KVCache.buckets``.
 
     No sync with the host and no position of Python's: positions, frame counters and sampling parameters are read, and
     the first two advanced, on the device.
@@ -111,26 +111,28 @@ def decode_frame(model: CSM, state: FrameState, span: int | None = None) -> None
         table_VD = model.code_embedding(codebook) if codebook + 1 < num_codebooks else None
         return sample(logits_BV, codebook, noise, state.codes_BK, table_VD)
 
-    x_B1D = model.embed_rows(state.row_BC.unsqueeze(1), state.mask_BC.unsqueeze(1))
-    at = model.backbone.places(state.position_B.unsqueeze(1), span or state.backbone_cache.max_positions)
-    hidden_B1D = model.backbone(x_B1D, state.backbone_cache, at)
+    x_B1D = model.embed_rows(state.pending_row_BC.unsqueeze(1), state.pending_mask_BC.unsqueeze(1))
+    meta = model.backbone.attention_metadata(
+        state.position_B.unsqueeze(1), context_bucket or state.backbone_cache.max_positions
+    )
+    hidden_B1D = model.backbone(x_B1D, state.backbone_cache, meta)
     entered_BD = model.enter_depth(hidden_B1D).squeeze(1)
 
     # Depth positions: 0 reads the backbone's hidden state, i >= 1 reads code i - 1 and predicts code i.
-    depth_at = model.depth_decoder.places(state.depth_position_BK, span=num_codebooks)
+    depth_meta = model.depth_decoder.attention_metadata(state.depth_position_BK, context_bucket=num_codebooks)
     code_BD = draw(0, hidden_B1D)
     assert code_BD is not None
     x_BTD = torch.stack((entered_BD, code_BD), dim=1)
     for codebook in range(1, num_codebooks):
         first = codebook + 1 - x_BTD.shape[1]
-        hidden_BTD = model.depth_decoder(x_BTD, state.depth_cache, depth_at.rows(first, codebook + 1))
+        hidden_BTD = model.depth_decoder(x_BTD, state.depth_cache, depth_meta.rows(first, codebook + 1))
         code_BD = draw(codebook, hidden_BTD)
         x_BTD = x_BTD if code_BD is None else code_BD.unsqueeze(1)
 
-    state.row_BC[:, :-1] = state.codes_BK
-    state.row_BC[:, -1] = 0
-    state.mask_BC[:, :-1] = True
-    state.mask_BC[:, -1] = False
+    state.pending_row_BC[:, :-1] = state.codes_BK
+    state.pending_row_BC[:, -1] = 0
+    state.pending_mask_BC[:, :-1] = True
+    state.pending_mask_BC[:, -1] = False
     state.frame_B.add_(1)
     # A slot that has ended goes on until its batch does: it must not run out of its cache.
     state.position_B.add_(1).clamp_(max=state.backbone_cache.max_positions - 1)

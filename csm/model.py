@@ -19,32 +19,32 @@ from csm.config import CSMConfig, RopeScaling, TransformerConfig
 from csm.kernels import attention_linear_add, embed_rows, linear_add, norm_linear, norm_rope_cache, norm_swiglu
 
 
-class Places(NamedTuple):
+class AttentionMetadata(NamedTuple):
     """Where the rows of a pass stand: their positions, the rotary turns there, and what each may look at.
 
     ``bias_BTS`` is 0 at a row's own position of the cache and before, -inf beyond.
     """
 
     position_BT: Tensor
-    turn_BTp2: Tensor
+    rope_BTp2: Tensor
     bias_BTS: Tensor
 
-    def rows(self, first: int, last: int) -> Places:
+    def rows(self, first: int, last: int) -> AttentionMetadata:
         """The places of the rows ``first`` to ``last``, which is left out."""
-        return Places(*(x[:, first:last] for x in self))
+        return AttentionMetadata(*(x[:, first:last] for x in self))
 
 
 class RoPE(nn.Module):
     """exp(i angle) of every position and rotary pair, (positions, d / 2, 2): real and imaginary part in float32."""
 
-    turn_Sp2: Tensor
+    rope_Sp2: Tensor
 
     def __init__(self, config: TransformerConfig, device: torch.device | None = None):
         super().__init__()
         frequency_p = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         angle_Sp = torch.arange(config.max_positions, dtype=torch.float64, device="cpu")[:, None] * frequency_p
-        turn_Sp2 = torch.stack((angle_Sp.cos(), angle_Sp.sin()), dim=-1).float().to(device or "cpu")
-        self.register_buffer("turn_Sp2", turn_Sp2, persistent=False)
+        rope_Sp2 = torch.stack((angle_Sp.cos(), angle_Sp.sin()), dim=-1).float().to(device or "cpu")
+        self.register_buffer("rope_Sp2", rope_Sp2, persistent=False)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -70,10 +70,12 @@ class Attention(nn.Module):
         self.qkv = nn.Parameter(torch.empty(config.qkv_dim, config.dim))
         self.output = nn.Parameter(torch.empty(config.dim, config.num_heads * config.head_dim))
 
-    def forward(self, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, at: Places) -> Tensor:
-        into = (k_BGSd, v_BGSd, slot_B1, at.position_BT)
-        q_BTHd = norm_rope_cache(x_BTD, self.norm, self.qkv, self.eps, at.turn_BTp2, *into)
-        return attention_linear_add(q_BTHd, k_BGSd, v_BGSd, at.bias_BTS, at.position_BT, self.output, x_BTD)
+    def forward(
+        self, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, meta: AttentionMetadata
+    ) -> Tensor:
+        into = (k_BGSd, v_BGSd, slot_B1, meta.position_BT)
+        q_BTHd = norm_rope_cache(x_BTD, self.norm, self.qkv, self.eps, meta.rope_BTp2, *into)
+        return attention_linear_add(q_BTHd, k_BGSd, v_BGSd, meta.bias_BTS, meta.position_BT, self.output, x_BTD)
 
 
 class MLP(nn.Module):
@@ -95,8 +97,10 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, at: Places) -> Tensor:
-        return self.mlp(self.attention(x_BTD, k_BGSd, v_BGSd, slot_B1, at))
+    def forward(
+        self, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, meta: AttentionMetadata
+    ) -> Tensor:
+        return self.mlp(self.attention(x_BTD, k_BGSd, v_BGSd, slot_B1, meta))
 
 
 class Transformer(nn.Module):
@@ -109,16 +113,16 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.Parameter(torch.ones(config.dim))
 
-    def places(self, position_BT: Tensor, span: int) -> Places:
-        """Places of rows at ``position_BT``, which may look at themselves and before, within the first ``span``."""
-        hidden_BTS = torch.arange(span, device=position_BT.device) > position_BT.unsqueeze(-1)
+    def attention_metadata(self, position_BT: Tensor, context_bucket: int) -> AttentionMetadata:
+        """Metadata of rows at ``position_BT``: causal attention over the first ``context_bucket`` cache positions."""
+        hidden_BTS = torch.arange(context_bucket, device=position_BT.device) > position_BT.unsqueeze(-1)
         bias_BTS = torch.zeros_like(hidden_BTS, dtype=self.norm.dtype).masked_fill_(hidden_BTS, -torch.inf)
-        return Places(position_BT, self.rope.turn_Sp2[position_BT], bias_BTS)
+        return AttentionMetadata(position_BT, self.rope.rope_Sp2[position_BT], bias_BTS)
 
-    def forward(self, x_BTD: Tensor, cache: KVCache, at: Places) -> Tensor:
+    def forward(self, x_BTD: Tensor, cache: KVCache, meta: AttentionMetadata) -> Tensor:
         """(B, T, D) -> (B, T, D); writes keys and values of the T rows into the cache at their places."""
         for index, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, cache.k_LBGSd[index], cache.v_LBGSd[index], cache.slot_B1, at)
+            x_BTD = layer(x_BTD, cache.k_LBGSd[index], cache.v_LBGSd[index], cache.slot_B1, meta)
         return x_BTD
 
 
@@ -147,18 +151,18 @@ class CSM(nn.Module):
         self.register_buffer("offset_K", offset_K, persistent=False)
         depth_embedding = torch.empty((num_codebooks - 1) * vocab, depth_dim)
         self.register_buffer("depth_embedding", depth_embedding, persistent=False)
-        self.register_load_state_dict_post_hook(lambda model, _: model.fold())
+        self.register_load_state_dict_post_hook(lambda model, _: model.precompute_depth_embedding())
 
     @classmethod
     def from_state_dict(cls, config: CSMConfig, state: dict[str, Tensor], device: torch.device) -> CSM:
-        """A model for inference around the very tensors of ``state``; only what ``fold`` computes is new."""
+        """A model for inference that holds the tensors of ``state`` themselves; only ``depth_embedding`` is new."""
         with torch.device("meta"):
             model = cls(config, device)
         model.load_state_dict(state, assign=True)
         return model.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def fold(self) -> None:
+    def precompute_depth_embedding(self) -> None:
         """Compute what no input changes: the projection of every code's embedding that the depth decoder can read.
 
         Done whenever weights are loaded; whoever changes them in place calls it.

@@ -22,32 +22,32 @@ from csm.graph import Graph, Pool
 from csm.model import CSM
 from csm.sampling import SamplingParams
 
-PASS_LENGTHS = (32, 64, 128, 256)  # the last bounds the memory of a pass: 33 embeddings for each row
+CHUNK_SIZES = (32, 64, 128, 256)  # the last bounds the memory of a pass: 33 embeddings for each row
 
 
 class Prefill:
     """Starts requests in slots, one at a time."""
 
     def __init__(self, model: CSM, prefixes: PrefixCache | None = None, lengths: Sequence[int] | None = None):
-        """``lengths`` are those that passes are filled up to; None is ``PASS_LENGTHS`` on a GPU, and nothing elsewhere:
+        """``lengths`` are those that passes are filled up to; None is ``CHUNK_SIZES`` on a GPU, and nothing elsewhere:
         where launches are cheap, rows are not."""
         config, device = model.config, model.device
         self.model = model
         self.cache = KVCache.allocate(config.backbone, 1, config.backbone.max_positions, device, model.dtype)
-        self.lengths = PASS_LENGTHS if lengths is None and device.type == "cuda" else tuple(lengths or ())
-        self.row_1TC = torch.zeros(1, PASS_LENGTHS[-1], config.num_codebooks + 1, device=device, dtype=torch.int64)
+        self.lengths = CHUNK_SIZES if lengths is None and device.type == "cuda" else tuple(lengths or ())
+        self.row_1TC = torch.zeros(1, CHUNK_SIZES[-1], config.num_codebooks + 1, device=device, dtype=torch.int64)
         self.mask_1TC = torch.zeros_like(self.row_1TC, dtype=torch.bool)
         self.first_11 = torch.zeros(1, 1, device=device, dtype=torch.int64)
         self._prefixes = PrefixCache(0) if prefixes is None else prefixes
         self._graphs: dict[tuple[int, int], Graph] = {}
 
     def capture(self, pool: Pool) -> None:
-        """Capture a pass of every length, for every span of the cache that holds it."""
+        """Capture a pass of every length, for every context_bucket of the cache that holds it."""
         buffers = {name: getattr(self, name) for name in ("row_1TC", "mask_1TC", "first_11")} | vars(self.cache)
         for length in self.lengths:
-            for span in (span for span in self.cache.spans if span >= length):
-                step = partial(self._pass, length, span)
-                self._graphs[length, span] = Graph(step, lambda: buffers, self.model.device, pool)
+            for context_bucket in (context_bucket for context_bucket in self.cache.buckets if context_bucket >= length):
+                step = partial(self._compute_chunk, length, context_bucket)
+                self._graphs[length, context_bucket] = Graph(step, lambda: buffers, self.model.device, pool)
 
     def check(self) -> None:
         """Raise GraphError if a buffer of the captured passes has moved."""
@@ -72,47 +72,47 @@ class Prefill:
         num_rows = row_TC.shape[0]
         assert 1 <= num_rows <= self.cache.max_positions
         known = self._prefixes.load(row_TC, turn_ends, self.cache)
-        for first, last in _passes(known, num_rows - 1, turn_ends):
-            self._read(row_TC[first:last], mask_TC[first:last], first)
+        for first, last in _chunks(known, num_rows - 1, turn_ends):
+            self._run_chunk(row_TC[first:last], mask_TC[first:last], first)
         if turn_ends and known < turn_ends[-1]:
             self._prefixes.store(row_TC, turn_ends[-1], self.cache)
         slot_cache = state.backbone_cache.slots(slot, slot + 1)
         slot_cache.k_LBGSd[:, :, :, : num_rows - 1] = self.cache.k_LBGSd[:, :, :, : num_rows - 1]
         slot_cache.v_LBGSd[:, :, :, : num_rows - 1] = self.cache.v_LBGSd[:, :, :, : num_rows - 1]
-        state.row_BC[slot] = row_TC[-1].to(state.row_BC.device)
-        state.mask_BC[slot] = mask_TC[-1].to(state.mask_BC.device)
+        state.pending_row_BC[slot] = row_TC[-1].to(state.pending_row_BC.device)
+        state.pending_mask_BC[slot] = mask_TC[-1].to(state.pending_mask_BC.device)
         state.position_B[slot] = num_rows - 1
         state.frame_B[slot] = 0
         state.seed_B[slot] = int(params.seed)
         state.temperature_B[slot] = float(params.temperature)
         state.top_k_B[slot] = min(int(params.top_k), self.model.config.codebook_size)
 
-    def _read(self, row_TC: Tensor, mask_TC: Tensor, first: int) -> None:
+    def _run_chunk(self, row_TC: Tensor, mask_TC: Tensor, first: int) -> None:
         """One pass over rows whose first is at position ``first``."""
         num_rows = row_TC.shape[0]
         length = next((n for n in self.lengths if num_rows <= n), num_rows)
-        span = self.cache.span_of(first + length)
+        context_bucket = self.cache.bucket_for(first + length)
         self.row_1TC[0, :num_rows] = row_TC.to(self.row_1TC.device)
         self.mask_1TC[0, :num_rows] = mask_TC.to(self.mask_1TC.device)
         self.mask_1TC[0, num_rows:length] = False
         self.first_11.fill_(first)
-        if (length, span) in self._graphs:
-            self._graphs[length, span].replay()
+        if (length, context_bucket) in self._graphs:
+            self._graphs[length, context_bucket].replay()
         else:
-            self._pass(length, span)
+            self._compute_chunk(length, context_bucket)
 
-    def _pass(self, length: int, span: int) -> None:
+    def _compute_chunk(self, length: int, context_bucket: int) -> None:
         """What is captured: the first ``length`` rows of the buffers."""
         backbone = self.model.backbone
         x_1TD = self.model.embed_rows(self.row_1TC[:, :length], self.mask_1TC[:, :length])
         position_1T = self.first_11 + torch.arange(length, device=x_1TD.device)
         position_1T = position_1T.clamp(max=self.cache.max_positions - 1)
-        backbone(x_1TD, self.cache, backbone.places(position_1T, span))
+        backbone(x_1TD, self.cache, backbone.attention_metadata(position_1T, context_bucket))
 
 
-def _passes(start: int, stop: int, turn_ends: Sequence[int]) -> Iterator[tuple[int, int]]:
+def _chunks(start: int, stop: int, turn_ends: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Cut the rows from ``start`` to ``stop`` at the ends of turns, and each turn into passes."""
     for turn_end in [*(end for end in turn_ends if start < end < stop), stop]:
-        for first in range(start, turn_end, PASS_LENGTHS[-1]):
-            yield first, min(first + PASS_LENGTHS[-1], turn_end)
+        for first in range(start, turn_end, CHUNK_SIZES[-1]):
+            yield first, min(first + CHUNK_SIZES[-1], turn_end)
         start = turn_end

@@ -161,10 +161,10 @@ def test_a_span_that_holds_every_position_is_enough(noisy):
     whole, bounded = started(noisy.model, texts), started(noisy.model, texts)
     for frame in range(8):
         decode_frame(noisy.model, whole)
-        decode_frame(noisy.model, bounded, bounded.backbone_cache.span_of(252 + 1 + frame))
+        decode_frame(noisy.model, bounded, bounded.backbone_cache.bucket_for(252 + 1 + frame))
         assert torch.equal(whole.codes_BK, bounded.codes_BK)
-    span_of = whole.backbone_cache.span_of
-    assert [span_of(n) for n in (1, 256, 257, 2047, 2048, 9999)] == [256, 256, 512, 2048, 2048, 2048]
+    bucket_for = whole.backbone_cache.bucket_for
+    assert [bucket_for(n) for n in (1, 256, 257, 2047, 2048, 9999)] == [256, 256, 512, 2048, 2048, 2048]
 
 
 def test_slots_do_not_disturb_each_other(noisy):

@@ -59,8 +59,8 @@ def test_teacher_forced_logits_agree(pair, turns):
         expected = hf(**inputs, output_hidden_states=True)
         cache = KVCache.allocate(config.backbone, 1, 2048, ours.device, ours.model.dtype)
         num_rows = prompt.row_TC.shape[0]
-        at = model.backbone.places(torch.arange(num_rows).unsqueeze(0), span=num_rows)
-        hidden = model.backbone(model.embed_rows(prompt.row_TC[None], prompt.mask_TC[None]), cache, at)
+        meta = model.backbone.attention_metadata(torch.arange(num_rows).unsqueeze(0), context_bucket=num_rows)
+        hidden = model.backbone(model.embed_rows(prompt.row_TC[None], prompt.mask_TC[None]), cache, meta)
         normed = rms_norm(hidden, model.backbone.norm, config.backbone.norm_eps)
         torch.testing.assert_close(normed, expected.hidden_states[-1], atol=1e-4, rtol=0)
         logits = model.logits(0, hidden)
@@ -75,9 +75,9 @@ def test_teacher_forced_logits_agree(pair, turns):
         embedded = torch.stack([model.code_embedding(k)[codes[:, k]] for k in range(config.num_codebooks - 1)], dim=1)
         depth_cache = KVCache.allocate(config.depth_decoder, frames, config.num_codebooks, ours.device, model.dtype)
         positions = torch.arange(config.num_codebooks).expand(frames, -1)
-        at = model.depth_decoder.places(positions, span=config.num_codebooks)
+        meta = model.depth_decoder.attention_metadata(positions, context_bucket=config.num_codebooks)
         x = torch.cat((model.enter_depth(hidden[:, -frames:]).transpose(0, 1), embedded), dim=1)
-        depth_hidden = model.depth_decoder(x, depth_cache, at)
+        depth_hidden = model.depth_decoder(x, depth_cache, meta)
         for codebook in range(1, config.num_codebooks):
             ours_logits = model.logits(codebook, depth_hidden[:, codebook : codebook + 1]).squeeze(1)
             expected_logits = expected_depth[:, codebook - 1, : config.codebook_size]

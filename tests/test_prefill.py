@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from csm.cache import PrefixCache
 from csm.frame import FrameState, decode_frame
 from csm.graph import Pool
-from csm.prefill import PASS_LENGTHS, Prefill
+from csm.prefill import CHUNK_SIZES, Prefill
 from csm.prompt import text_rows
 from csm.sampling import SamplingParams
 
 CPU = torch.device("cpu")
-LENGTHS = [(), (8,), (1, 4, 32), PASS_LENGTHS]
+LENGTHS = [(), (8,), (1, 4, 32), CHUNK_SIZES]
 
 
 def prompt(num_rows, codebooks=8):
@@ -24,7 +24,7 @@ def expected_cache(model, row_TC, mask_TC):
     """Every row but the last through the backbone at once."""
     cache = Prefill(model).cache
     x_1TD = model.embed_rows(row_TC[None, :-1], mask_TC[None, :-1])
-    model.backbone(x_1TD, cache, model.backbone.places(torch.arange(x_1TD.shape[1])[None], x_1TD.shape[1]))
+    model.backbone(x_1TD, cache, model.backbone.attention_metadata(torch.arange(x_1TD.shape[1])[None], x_1TD.shape[1]))
     return cache
 
 
@@ -90,7 +90,9 @@ def test_captured_passes_are_the_ones_that_run(noisy, monkeypatch):
     monkeypatch.setattr("csm.graph.graphs_enabled", lambda device: False)
     prefill = Prefill(noisy.model, lengths=(32, 256))
     prefill.capture(Pool.__new__(Pool))
-    assert sorted(prefill._graphs) == [(n, span) for n in (32, 256) for span in (256, 512, 1024, 2048)]
+    assert sorted(prefill._graphs) == [
+        (n, context_bucket) for n in (32, 256) for context_bucket in (256, 512, 1024, 2048)
+    ]
     replayed = []
     for key, graph in prefill._graphs.items():
         monkeypatch.setattr(graph, "_step", lambda step=graph._step, key=key: (replayed.append(key), step()))
