@@ -29,5 +29,9 @@ class SamplingError(CSMError):
     """A sampling parameter out of range."""
 
 
+class QueueFullError(CSMError):
+    """More requests are waiting than the engine's queue holds. Try again later."""
+
+
 class AudioError(CSMError):
     """Audio or codes that cannot be read, encoded or decoded."""

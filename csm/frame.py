@@ -21,6 +21,8 @@ from csm.config import CSMConfig
 from csm.kernels import draw_noise, sample
 from csm.model import CSM
 
+ADVANCED = ("pending_row_BC", "pending_mask_BC", "position_B", "frame_B", "codes_BK")  # what a step changes
+
 
 @dataclass(frozen=True, eq=False)
 class FrameState:
@@ -78,6 +80,27 @@ class FrameState:
             value = getattr(self, field.name)
             parts[field.name] = value.slots(0, batch) if isinstance(value, KVCache) else value[:batch]
         return FrameState(**parts)
+
+    def save(self, slots: slice) -> dict[str, Tensor]:
+        """Copies of what the step changes in these slots, for ``restore``.
+
+        Keys and values are left out: a step overwrites only positions from a slot's own on, and those are computed anew
+        once its position is restored.
+        """
+        return {name: getattr(self, name)[slots].clone() for name in ADVANCED}
+
+    def restore(self, saved: dict[str, Tensor], slots: slice) -> None:
+        """Put back what ``save`` returned, into the same slots or as many others."""
+        for name, value in saved.items():
+            getattr(self, name)[slots] = value
+
+    def move(self, source: int, target: int, num_positions: int) -> None:
+        """Copy a slot with its first ``num_positions`` keys and values over another."""
+        for name in (*ADVANCED, "seed_B", "temperature_B", "top_k_B"):
+            buffer = getattr(self, name)
+            buffer[target] = buffer[source]
+        for cache_LBGSd in (self.backbone_cache.k_LBGSd, self.backbone_cache.v_LBGSd):
+            cache_LBGSd[:, target, :, :num_positions] = cache_LBGSd[:, source, :, :num_positions]
 
     def buffers(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, those of the caches too."""

@@ -16,13 +16,34 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from csm.cache import KVCache, PrefixCache
+from csm.cache import KVCache
 from csm.frame import FrameState
 from csm.graph import Graph, Pool
 from csm.model import CSM
+from csm.prefix_cache import PrefixCache
+from csm.prompt import Prompt
 from csm.sampling import SamplingParams
 
 CHUNK_SIZES = (32, 64, 128, 256)  # the last bounds the memory of a pass: 33 embeddings for each row
+
+
+class PrefillJob:
+    """One prompt on its way into a slot."""
+
+    def __init__(self, prefill: Prefill, state: FrameState, slot: int, prompt: Prompt, params: SamplingParams):
+        self.prefill, self.state, self.slot, self.prompt, self.params = prefill, state, slot, prompt, params
+        known = prefill._prefixes.load(prompt, prefill.cache)
+        self._chunks = list(_chunks(known, prompt.row_TC.shape[0] - 1, prompt.turn_ends))
+
+    @torch.inference_mode()
+    def run_chunk(self) -> bool:
+        """Run the next chunk; True once the slot is ready."""
+        if self._chunks:
+            first, last = self._chunks.pop(0)
+            self.prefill._run_chunk(self.prompt.row_TC[first:last], self.prompt.mask_TC[first:last], first)
+        if not self._chunks:
+            self.prefill.finish(self)
+        return not self._chunks
 
 
 class Prefill:
@@ -69,13 +90,20 @@ class Prefill:
         ``row_TC`` (T, K + 1) int64 and ``mask_TC`` bool on the CPU, of T >= 1 rows that fit the cache. Rows up to the
         last of ``turn_ends`` that was seen before are copied.
         """
+        job = self.job(state, slot, Prompt(row_TC, mask_TC, tuple(turn_ends)), params)
+        while not job.run_chunk():
+            pass
+
+    def job(self, state: FrameState, slot: int, prompt: Prompt, params: SamplingParams) -> PrefillJob:
+        """A prefill that runs chunk by chunk; one at a time, since all use the staging cache."""
+        return PrefillJob(self, state, slot, prompt, params)
+
+    def finish(self, job: PrefillJob) -> None:
+        state, slot, params = job.state, job.slot, job.params
+        row_TC, mask_TC, turn_ends = job.prompt
         num_rows = row_TC.shape[0]
-        assert 1 <= num_rows <= self.cache.max_positions
-        known = self._prefixes.load(row_TC, turn_ends, self.cache)
-        for first, last in _chunks(known, num_rows - 1, turn_ends):
-            self._run_chunk(row_TC[first:last], mask_TC[first:last], first)
-        if turn_ends and known < turn_ends[-1]:
-            self._prefixes.store(row_TC, turn_ends[-1], self.cache)
+        if turn_ends:
+            self._prefixes.store(job.prompt, turn_ends[-1], self.cache)
         slot_cache = state.backbone_cache.slots(slot, slot + 1)
         slot_cache.k_LBGSd[:, :, :, : num_rows - 1] = self.cache.k_LBGSd[:, :, :, : num_rows - 1]
         slot_cache.v_LBGSd[:, :, :, : num_rows - 1] = self.cache.v_LBGSd[:, :, :, : num_rows - 1]

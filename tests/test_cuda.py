@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bench
-from csm import Generator, Segment
+from csm import Generator, Segment, SpeechRequest
 from csm.__main__ import main
 from csm.config import CSM_1B, MIMI
 from csm.frame import FrameState, decode_frame
@@ -225,7 +225,7 @@ def test_the_codec_and_the_step_do_not_disturb_each_other(captured):
 def test_an_abandoned_batch_does_not_disturb_the_next_request(captured):
     expected = captured.generate(**REQUESTS[0])
     for _ in range(20):
-        frames = captured._run([captured._request(text="Something else.", seed=9)] * 4, audio=True)
+        frames = captured._run([captured._request(SpeechRequest("Something else.", seed=9))] * 4)
         next(frames)
         frames.close()
         assert torch.equal(captured.generate(**REQUESTS[0]), expected)
