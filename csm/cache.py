@@ -1,4 +1,4 @@
-"""Keys and values of past positions, in buffers that never move.
+"""The KV cache: keys and values of past positions, in buffers with fixed addresses.
 
 Shapes: L layers, B slots, G key/value heads, S positions, d head dim.
 """
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from csm.config import TransformerConfig
 
-MIN_CONTEXT_BUCKET = 256  # spans are this times a power of two: few enough to capture a graph for each
+MIN_CONTEXT_BUCKET = 256  # buckets are this times a power of two, so that one CUDA graph for each is affordable
 
 
 @dataclass(frozen=True, eq=False)
 class KVCache:
     """``k_LBGSd`` and ``v_LBGSd``, allocated once and written in place by the op ``rope_cache``.
 
-    A position is overwritten, never cleared: what lies beyond a slot's own position is not looked at, so restarting a
-    slot is setting its position.
+    Positions are overwritten, never cleared. Attention does not read beyond a slot's position, so setting the position
+    to 0 restarts the slot.
     """
 
     k_LBGSd: Tensor
@@ -44,21 +44,16 @@ class KVCache:
 
     @property
     def buckets(self) -> list[int]:
-        """How much of the cache a pass may be asked to look at, ascending; the last is the whole."""
+        """Context buckets: the numbers of positions that attention can be limited to, ascending. The last is all."""
         doubled = (MIN_CONTEXT_BUCKET << n for n in range(self.max_positions.bit_length()))
-        return [
-            *(context_bucket for context_bucket in doubled if context_bucket < self.max_positions),
-            self.max_positions,
-        ]
+        return [*(bucket for bucket in doubled if bucket < self.max_positions), self.max_positions]
 
     def bucket_for(self, num_positions: int) -> int:
-        """The least context_bucket that holds so many positions."""
-        return next(
-            (context_bucket for context_bucket in self.buckets if context_bucket >= num_positions), self.max_positions
-        )
+        """The smallest context bucket that holds ``num_positions``; the largest if none does."""
+        return next((bucket for bucket in self.buckets if bucket >= num_positions), self.max_positions)
 
     def slots(self, first: int, last: int) -> KVCache:
-        """The cache of the slots ``first`` to ``last``, which is left out: views of the same memory."""
+        """Views of slots ``first`` (inclusive) to ``last`` (exclusive)."""
         return KVCache(self.k_LBGSd[:, first:last], self.v_LBGSd[:, first:last], self.slot_B1[: last - first])
 
 

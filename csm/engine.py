@@ -1,11 +1,11 @@
-"""Continuous batching: requests enter and leave while others run. Knows rows, codes and samples, and nothing of text.
+"""Continuous batching: requests enter and leave while others run. The engine knows rows, codes and samples, not text.
 
-``Engine.step`` does one round: it admits requests to free slots, prefills, launches one frame of every running slot, and
-hands out the oldest frame that has arrived. It is synchronous and starts no thread; ``csm.worker`` runs it in one.
+``Engine.step`` does one round: it admits requests to free slots, prefills, launches one frame of every running slot,
+and hands out the oldest frame that has arrived. It is synchronous and starts no thread; ``csm.worker`` does that.
 
-Every slot owns a range of the KV cache and a codec stream. New requests take the lowest free slot, and a slot moves down
-where that lets a smaller batch cover all running slots. On a GPU, frames are launched ahead of the one that is read
-back, so a request that ends has up to ``BatchRunner.frames_ahead`` further frames in flight, which are discarded.
+Every slot owns a range of the KV cache and a codec stream. New requests take the lowest free slot, and a slot moves
+down where that lets a smaller batch cover all running slots. On a GPU, frames are launched ahead of the one that is
+read back. A request that ends therefore has up to ``BatchRunner.frames_ahead`` more frames in flight; they are dropped.
 
 Shapes: B slots, T rows, C columns of a row, K codebooks, N samples of a frame.
 """
@@ -54,8 +54,8 @@ class Frame(NamedTuple):
 class Ticket:
     """A submitted request: its frames arrive here, in order. One thread reads, the engine writes.
 
-    ``finish_reason`` is None while the request runs, then "end" (the model ended the speech), "length" (``max_frames``),
-    "cancelled" or "error"; ``error`` holds the exception of the last.
+    ``finish_reason`` is None while the request runs. Then it is "end" (the model ended the speech), "length"
+    (``max_frames``), "cancelled" or "error"; ``error`` holds the exception of the last.
     """
 
     def __init__(self, request: Request, max_unread: int | None, notify: Callable[[], None] | None):
@@ -136,8 +136,8 @@ class _Flight:
 class Engine:
     """``max_slots`` slots over one allocation of buffers, and the requests that wait for one.
 
-    ``submit`` and ``cancel`` may be called from any thread, also while another steps. ``codec`` returns the codec, whose
-    frames have ``frame_size`` samples, and is called when samples are first asked for. ``graphs`` captures each batch
+    ``submit`` and ``cancel`` may be called from any thread, also while another steps. ``codec`` returns the codec
+    (``frame_size`` samples a frame) and is called when samples are first asked for. ``graphs`` captures each batch
     size on its first use.
     """
 
@@ -183,7 +183,7 @@ class Engine:
         engine's thread when a frame has arrived and when the request has finished. Raises QueueFullError.
         """
         num_rows, limit = request.prompt.row_TC.shape[0], self._state.backbone_cache.max_positions
-        assert request.max_frames >= 1 and 1 <= num_rows and num_rows + request.max_frames - 1 <= limit
+        assert request.max_frames >= 1 and num_rows >= 1 and num_rows + request.max_frames - 1 <= limit
         ticket = Ticket(request, max_unread, notify)
         with self._lock:
             if self.max_queue is not None and len(self._queue) >= self.max_queue:
@@ -213,7 +213,7 @@ class Engine:
     # One round
 
     def step(self) -> bool:
-        """Admit, prefill, launch one frame of every running slot, hand out the oldest. False if there was nothing to do.
+        """Admit, prefill, launch a frame of every running slot, hand out the oldest. False if there was nothing to do.
 
         An exception in a prefill ends its request, one in a frame every running request; both are on the tickets. The
         engine goes on.
@@ -284,7 +284,7 @@ class Engine:
             self._prepare(self._batch_size(free + 1))
             if request.audio:
                 self._audio_decoder().reset(free)
-            job = self._prefill.job(self._state, free, request.prompt, request.params)
+            job = PrefillJob(self._prefill, self._state, free, request.prompt, request.params)
         except BaseException as error:
             ticket._finish("error", error)
             if not isinstance(error, Exception):

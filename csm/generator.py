@@ -247,7 +247,7 @@ class Generator:
         if room < asked:
             message = (
                 f"the prompt leaves room for {room * frame_ms / 1000:.2f} s of audio, "
-                f"{limit_ms / 1000:g} s were asked for"
+                f"of the {limit_ms / 1000:g} s that were asked for"
             )
             warnings.warn(message, RoomWarning, stacklevel=3)
         return Request(prompt, params, int(min(asked, room)), audio)

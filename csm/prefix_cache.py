@@ -72,7 +72,7 @@ class PrefixCache:
             return length
 
     def store(self, prompt: Prompt, length: int, cache: KVCache) -> None:
-        """Keep the first ``length`` positions of ``cache`` (of one slot), computed from the first rows of ``prompt``."""
+        """Keep the first ``length`` positions of ``cache`` (of one slot), those of the first rows of ``prompt``."""
         if length < 1:
             return
         keys = prefix_keys(prompt, [*(end for end in prompt.turn_ends if end < length), length])

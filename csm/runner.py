@@ -10,7 +10,7 @@ Shapes: B slots, K codebooks, N samples of a frame.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
@@ -66,7 +66,7 @@ class AudioDecoder(Protocol):
 
 
 class SlotDecoders:
-    """A stream decoder per slot, for devices where a batch gains little: a slot's samples do not depend on the batch."""
+    """A stream decoder per slot, for devices without graphs: a slot's samples do not depend on the others."""
 
     def __init__(self, codec: Codec, num_slots: int):
         self._codec = codec
