@@ -79,6 +79,19 @@ class FrameState:
             parts[field.name] = value.slots(0, batch) if isinstance(value, KVCache) else value[:batch]
         return FrameState(**parts)
 
+    @torch.inference_mode()
+    def move(self, source: int, target: int, num_positions: int | None = None) -> None:
+        """Copy slot ``source`` to slot ``target``, with its first ``num_positions`` (None: all) keys and values.
+
+        The request continues exactly in ``target``. ``source`` keeps its state.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, KVCache):
+                value[target] = value[source]
+        for cache_LBGSd in (self.backbone_cache.k_LBGSd, self.backbone_cache.v_LBGSd):
+            cache_LBGSd[:, target, :, :num_positions] = cache_LBGSd[:, source, :, :num_positions]
+
     def buffers(self) -> dict[str, Tensor]:
         """All tensors of the state by name, including those of the caches."""
         named: dict[str, Tensor] = {}
