@@ -50,19 +50,13 @@ class AudioDecoder(Protocol):
     """The codec's streaming state of every slot."""
 
     def decode(self, output: Output, slots: Sequence[int]) -> None:
-        """Decode the codes of ``output`` into its samples; ``slots`` are those whose samples are needed."""
+        """Decode the codes of these slots into samples. Streams of other slots stay where they are."""
 
     def reset(self, slot: int) -> None:
         """Start a new stream in ``slot``."""
 
     def move(self, source: int, target: int) -> None:
         """Continue the stream of slot ``source`` in slot ``target``."""
-
-    def save(self, slot: int) -> object:
-        """A copy of a slot's streaming state, for ``restore``."""
-
-    def restore(self, slot: int, saved: object) -> None:
-        """Put back what ``save`` returned."""
 
 
 class SlotDecoders:
@@ -90,12 +84,6 @@ class SlotDecoders:
         decoders = self._decoders
         decoders[source], decoders[target] = decoders[target], decoders[source]
 
-    def save(self, slot: int) -> object:  # an idle slot's decoder does not run: its state stays as it is
-        return None
-
-    def restore(self, slot: int, saved: object) -> None:
-        assert saved is None
-
 
 class BatchDecoder:
     """One stream decoder over all slots on a stream of its own, captured per batch size."""
@@ -106,6 +94,7 @@ class BatchDecoder:
         self._views: dict[int, StreamDecoder] = {}
         self._graphs: dict[int, Graph] = {}
         self._device = device
+        self._active: tuple[int, ...] = ()
         # High priority: the codec's small kernels must not queue behind the model's next frame.
         self._stream = torch.cuda.Stream(device, priority=-1)
 
@@ -118,12 +107,12 @@ class BatchDecoder:
     def capture(self, batch: int, pool: Pool) -> None:
         """Capture the codec's step for this batch size; the streams of all slots go on unharmed."""
         view = self._view(batch)
-        saved = [tensor.clone() for tensor in self._decoder.buffers().values()]
-        graph = Graph(view.run, view.buffers, self._device, pool)
-        for tensor, value in zip(self._decoder.buffers().values(), saved, strict=True):
-            tensor.copy_(value)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        self._graphs[batch] = graph
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        self._decoder.active_B.fill_(False)  # a capture runs the step
+        self._active = ()
+        self._graphs[batch] = Graph(view.run, view.buffers, self._device, pool)
+        self._stream.wait_stream(current)
 
     def check(self) -> None:
         """Raise GraphError if a weight or buffer of the captured codec has moved."""
@@ -135,6 +124,7 @@ class BatchDecoder:
         view = self._view(output.codes_BK.shape[0])
         graph = self._graphs.get(output.codes_BK.shape[0])
         with torch.cuda.stream(self._stream):
+            self._set_active(tuple(slots))
             self._stream.wait_event(output.generated)
             view.codes_BK.copy_(output.device_codes_BK)
             if graph is None:
@@ -144,6 +134,13 @@ class BatchDecoder:
             output.audio_BN.copy_(view.audio_BN, non_blocking=True)
             output.ready.record()
 
+    def _set_active(self, slots: tuple[int, ...]) -> None:
+        if slots != self._active:
+            active_B = torch.zeros(self._decoder.active_B.shape, dtype=torch.bool)
+            active_B[list(slots)] = True
+            self._decoder.active_B.copy_(active_B.pin_memory(), non_blocking=True)
+            self._active = slots
+
     def reset(self, slot: int) -> None:
         with torch.cuda.stream(self._stream):
             self._decoder.reset([slot])
@@ -151,14 +148,6 @@ class BatchDecoder:
     def move(self, source: int, target: int) -> None:
         with torch.cuda.stream(self._stream):
             self._decoder.move(source, target)
-
-    def save(self, slot: int) -> object:
-        with torch.cuda.stream(self._stream):
-            return self._decoder.save(slot)
-
-    def restore(self, slot: int, saved: object) -> None:
-        with torch.cuda.stream(self._stream):
-            self._decoder.restore(slot, saved)
 
 
 def audio_decoder(codec: Codec, num_slots: int, device: torch.device) -> AudioDecoder:

@@ -227,7 +227,7 @@ def test_an_exception_in_a_prefill_ends_that_request_alone(generator, monkeypatc
     fine = engine.submit(request_of(generator, 0, 6))
     engine.step()
     broken = engine.submit(request_of(generator, 1, 6))
-    monkeypatch.setattr(engine._prefill, "run_chunk", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine._prefill, "_run_chunk", lambda *_: 1 / 0)
     engine.step()
     monkeypatch.undo()
     assert isinstance(broken.error, ZeroDivisionError) and broken.num_frames == 0
