@@ -183,7 +183,9 @@ def load_adapter(folder: str | Path, config: CSMConfig) -> Lora:
     try:
         found = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot read the adapter's weights: {error}") from error
+        raise CheckpointError(
+            f"{path}: cannot read the adapter's weights ({error}); check the adapter's folder"
+        ) from error
     expected = lora.tensors()
     for name, tensor in expected.items():
         if name not in found:
@@ -215,7 +217,9 @@ def _read_config(path: Path) -> LoraConfig:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot read the adapter configuration: {error!r}") from error
+        raise CheckpointError(
+            f"{path}: cannot read the adapter configuration ({error!r}); check the adapter's folder"
+        ) from error
 
 
 def _strings(values: Sequence[str]) -> tuple[str, ...]:

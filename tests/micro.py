@@ -58,12 +58,12 @@ def random_examples(count, config=MICRO, seed=0, turns=(1, 2), text=(3, 8), fram
     """Conversations of random text ids and codes."""
     generator = torch.Generator().manual_seed(seed)
 
-    def whole(low, high):
+    def random_int(low, high):
         return int(torch.randint(low, high, (), generator=generator))
 
     def turn():
-        ids = torch.randint(config.text_vocab_size, (whole(*text),), generator=generator).tolist()
-        codes = torch.randint(config.codebook_size, (whole(*frames), config.num_codebooks), generator=generator)
+        ids = torch.randint(config.text_vocab_size, (random_int(*text),), generator=generator).tolist()
+        codes = torch.randint(config.codebook_size, (random_int(*frames), config.num_codebooks), generator=generator)
         return Turn(ids, codes.to(torch.int16))
 
-    return [Example(tuple(turn() for _ in range(whole(turns[0], turns[1] + 1)))) for _ in range(count)]
+    return [Example(tuple(turn() for _ in range(random_int(turns[0], turns[1] + 1)))) for _ in range(count)]

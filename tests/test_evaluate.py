@@ -110,12 +110,12 @@ def test_the_error_rate_is_over_words_not_sentences():
 
 
 @pytest.fixture(scope="module")
-def spoken(tmp_path_factory):
+def synthesized(tmp_path_factory):
     """A manifest of speech synthesized by flite."""
     flite = shutil.which("flite")
     if flite is None:
         pytest.skip("flite is not installed")
-    folder = tmp_path_factory.mktemp("spoken")
+    folder = tmp_path_factory.mktemp("synthesized")
     lines = []
     for index, text in enumerate(SENTENCES):
         subprocess.run([flite, "-voice", "slt", "-t", text, "-o", folder / f"{index}.wav"], check=True)
@@ -129,11 +129,11 @@ def evaluate(*arguments):
 
 
 @needs_models
-def test_recordings_codec_and_speech_in_one_table(spoken, tmp_path, capsys):
+def test_recordings_codec_and_speech_in_one_table(synthesized, tmp_path, capsys):
     """The recogniser transcribes recordings nearly without errors, and fails on the audio of random weights."""
     options = ["--recordings", "--codec", "--model", NOISE, "--seeds", 2, "--limit", 3, "--max-seconds", 1]
     options.append("--keep-audio")
-    assert evaluate("--data", spoken, "--out", tmp_path / "eval", *options) == 0
+    assert evaluate("--data", synthesized, "--out", tmp_path / "eval", *options) == 0
     text = capsys.readouterr().out
     print("\n" + text)
     values = json.loads((tmp_path / "eval" / "eval.json").read_text())
@@ -153,25 +153,26 @@ def test_recordings_codec_and_speech_in_one_table(spoken, tmp_path, capsys):
 
 
 @needs_models
-def test_a_transcript_does_not_depend_on_earlier_recordings(spoken):
+def test_a_transcript_does_not_depend_on_earlier_recordings(synthesized):
     from csm.evaluate.listen import Recogniser
 
     recogniser = Recogniser()
-    clips = [read_audio(spoken / f"{index}.wav") for index in range(3)]
+    clips = [read_audio(synthesized / f"{index}.wav") for index in range(3)]
     first = [recogniser.transcribe(*clip) for clip in clips]
     assert [recogniser.transcribe(*clip) for clip in reversed(clips)] == first[::-1]
     assert recogniser.transcribe(torch.zeros(0), 24_000) == ""
 
 
 @needs_models
-def test_voice_similarity(spoken, tmp_path):
+def test_voice_similarity(synthesized, tmp_path):
     """One voice is more similar to itself than to another; audio without samples has no voice."""
     from csm.evaluate.listen import SpeakerEncoder, similarity
 
     subprocess.run(["flite", "-voice", "rms", "-t", SENTENCES[0], "-o", tmp_path / "rms.wav"], check=True)
     encoder = SpeakerEncoder()
     one, same, other = (
-        encoder.embed(*read_audio(path)) for path in (spoken / "0.wav", spoken / "1.wav", tmp_path / "rms.wav")
+        encoder.embed(*read_audio(path))
+        for path in (synthesized / "0.wav", synthesized / "1.wav", tmp_path / "rms.wav")
     )
     print(f"\nthe same voice {similarity(one, same):.2f}, another voice {similarity(one, other):.2f}")
     assert similarity(one, same) > similarity(one, other) + 0.1
@@ -214,9 +215,9 @@ def test_speakers_are_evaluated_and_recognised(tmp_path, capsys):
 
 
 @needs_models
-def test_sentences_from_a_file_with_a_reference(spoken, tmp_path, capsys):
+def test_sentences_from_a_file_with_a_reference(synthesized, tmp_path, capsys):
     (tmp_path / "sentences.txt").write_text("One for all.\n\nAll for one.\n")
-    reference = ["--ref", spoken / "0.wav", "--ref-text", SENTENCES[0]]
+    reference = ["--ref", synthesized / "0.wav", "--ref-text", SENTENCES[0]]
     out = tmp_path / "eval"
     options = ["--model", "tiny", "--max-seconds", 0.8, "--out", out]
     assert evaluate("--sentences", tmp_path / "sentences.txt", *reference, *options) == 0
@@ -228,7 +229,7 @@ def test_sentences_from_a_file_with_a_reference(spoken, tmp_path, capsys):
 
 @needs_words
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--data", "d"], "nothing to evaluate: give --model"),
         (["--sentences", "s.txt", "--recordings"], "--recordings and --codec need recordings"),
@@ -244,12 +245,12 @@ def test_sentences_from_a_file_with_a_reference(spoken, tmp_path, capsys):
         (["--model", "tiny"], "one of the arguments --sentences --data is required"),
     ],
 )
-def test_error_messages(arguments, said, tmp_path, monkeypatch, capsys):
+def test_error_messages(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("s.txt").write_text("Fine.\n...\n")
     Path("d").mkdir()
     sphn.write_wav("d/0.wav", np.random.default_rng(0).normal(size=24_000).astype("float32") / 9, 24_000)
     Path("d/manifest.jsonl").write_text('{"audio": "0.wav", "text": "?"}\n')
     assert evaluate(*arguments) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not Path("eval").exists()

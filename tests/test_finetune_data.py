@@ -129,10 +129,10 @@ def test_every_bad_line_is_named_in_one_report(tmp_path, capsys):
     ]
     bad += [(json.dumps({"audio": name, "text": "Fine."}).encode(), what) for name, what in BAD_RECORDINGS]
     (tmp_path / "manifest.jsonl").write_bytes(b"\n".join([*GOOD, *(line for line, _ in bad)]) + b"\n")
-    said = refused(tmp_path, tmp_path, capsys)
-    print("\n" + said)
-    assert f"{len(bad)} problems; correct or remove these lines" in said
-    reported = said.splitlines()[1:]
+    message = refused(tmp_path, tmp_path, capsys)
+    print("\n" + message)
+    assert f"{len(bad)} problems; correct or remove these lines" in message
+    reported = message.splitlines()[1:]
     assert len(reported) == len(bad) == 27
     for number, ((_, what), line) in enumerate(zip(bad, reported, strict=True), start=len(GOOD) + 1):
         assert line.startswith(f"manifest.jsonl:{number}: ") and what in line
@@ -162,10 +162,10 @@ def test_ljspeech(tmp_path, capsys):
     assert [clip.text for clip in manifest.clips] == ["Printing, in fourteen fifty-five", "in being modern."]
     assert [clip.audio.is_file() for clip in manifest.clips] == [True, True]
     (tmp_path / "metadata.csv").write_text(lines + "LJ001-0003|No such recording.\nonly an id\nLJ001-0001||\n")
-    said = refused(tmp_path, tmp_path, capsys)
-    assert "3 problems" in said
-    assert "metadata.csv:3: " in said and "LJ001-0003.wav: no such file" in said
-    assert "metadata.csv:4: 1 fields" in said and "metadata.csv:5: text is empty" in said
+    message = refused(tmp_path, tmp_path, capsys)
+    assert "3 problems" in message
+    assert "metadata.csv:3: " in message and "LJ001-0003.wav: no such file" in message
+    assert "metadata.csv:4: 1 fields" in message and "metadata.csv:5: text is empty" in message
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +191,8 @@ def test_stored_codes_equal_the_codecs_and_are_reused(noisy, source, tmp_path, m
     lost = again.missing(clips)
     assert 0 < len(lost) < len(clips)
     encoded = []
-    whole = type(source.load()).encode
-    monkeypatch.setattr("csm.codec.Codec.encode", lambda *args: encoded.append(1) or whole(*args))
+    encode = type(source.load()).encode
+    monkeypatch.setattr("csm.codec.Codec.encode", lambda *args: encoded.append(1) or encode(*args))
     encode_missing(again, clips, jobs=1, progress=False)
     assert len(encoded) == len(lost)
     assert all(torch.equal(mine, before) for mine, before in zip(again.read(clips), codes, strict=True))
@@ -307,8 +307,8 @@ def test_code_noise_changes_inputs_and_not_targets():
     ends = [300, 601]
     assert not changed_A[ends].any()  # end frames are never replaced
     for turn, first in zip(example.turns, (0, 301), strict=True):
-        said = {tuple(frame) for frame in turn.codes_TK.tolist()}
-        assert {tuple(frame) for frame in noisy.input_code_AK[first : first + 300].tolist()} <= said
+        frames = {tuple(frame) for frame in turn.codes_TK.tolist()}
+        assert {tuple(frame) for frame in noisy.input_code_AK[first : first + 300].tolist()} <= frames
 
 
 def test_a_trained_model_loads_everywhere(tmp_path):

@@ -118,8 +118,8 @@ def test_an_adapter_of_another_shape_is_refused_by_tensor_name(tmp_path, capsys)
         Generator.from_pretrained(NOISE, device="cpu", lora=tmp_path / "other")
     arguments = ["--model", NOISE, "--text", "No.", "--lora", tmp_path / "other", "--out", tmp_path / "no.wav"]
     assert generate.main(list(map(str, arguments))) == 2
-    said = capsys.readouterr().err
-    assert "backbone.layers.0.attention.q.A" in said and str(tmp_path / "other") in said
+    message = capsys.readouterr().err
+    assert "backbone.layers.0.attention.q.A" in message and str(tmp_path / "other") in message
     assert not (tmp_path / "no.wav").exists()
 
 

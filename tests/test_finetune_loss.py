@@ -46,8 +46,8 @@ def hf_losses(hf, audio, first_trained):
     """Transformers' losses: codebook 0, depth decoder, total. Labels are all audio frames from ``first_trained`` on."""
     # hf_inputs ends with a text to generate. It is the third turn's; its audio tokens are appended here.
     inputs = hf_inputs(list(zip(WORDS[:2], audio[:2], strict=True)), WORDS[2], SPEAKERS)
-    spoken = [AUDIO_TOKEN] * FRAMES[2] + [AUDIO_EOS_TOKEN]
-    ids = torch.cat((inputs["input_ids"], torch.tensor([spoken])), dim=1)
+    audio_tokens = [AUDIO_TOKEN] * FRAMES[2] + [AUDIO_EOS_TOKEN]
+    ids = torch.cat((inputs["input_ids"], torch.tensor([audio_tokens])), dim=1)
     labels = torch.where((ids == AUDIO_TOKEN) | (ids == AUDIO_EOS_TOKEN), ids, -100)
     cutoffs = torch.tensor([[sound.shape[0] for sound in audio]]).cumsum(-1)
     with torch.no_grad():

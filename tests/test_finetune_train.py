@@ -175,9 +175,9 @@ def test_resuming_repeats_dropout(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [("alpha", "adapters"), ("dropout", "adapters"), ("model", "other weights")]
+    ("change", "message"), [("alpha", "adapters"), ("dropout", "adapters"), ("model", "other weights")]
 )
-def test_resuming_with_other_adapters_or_weights_is_refused(data, tmp_path, capsys, change, said):
+def test_resuming_with_other_adapters_or_weights_is_refused(data, tmp_path, capsys, change, message):
     base = tmp_path / "base"
     shutil.copytree(open_checkpoint(NOISE).folder, base)
     options = ["--lora", "--rank", 2, *WHOLE, "--data", data, "--out", tmp_path / "run", "--device", "cpu", "--quiet"]
@@ -189,7 +189,7 @@ def test_resuming_with_other_adapters_or_weights_is_refused(data, tmp_path, caps
     more = {"alpha": ["--alpha", 320], "dropout": ["--dropout", 0.5], "model": []}[change]
     capsys.readouterr()
     assert main(["finetune", *map(str, [*options, "--model", base, "--steps", 2, "--resume", *more])]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_sigterm_saves_a_checkpoint_and_says_how_to_continue(data, config, tmp_path, capsys):
@@ -201,9 +201,9 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_continue(data, config, tmp_p
     while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) > 3):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    message, _ = process.communicate(timeout=60)
     steps = int(rows(log)[-1]["step"])
-    assert f"stopped after {steps} of 10000 steps; add --resume to continue" in said
+    assert f"stopped after {steps} of 10000 steps; add --resume to continue" in message
     assert (out / f"checkpoint-{steps:08d}.pt").is_file()
 
 
@@ -264,7 +264,7 @@ def test_learning_rate_schedules():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"steps": 0}, "--steps must be at least 1, not 0"),
         ({"depth_share": 0.0}, "--depth-share must be above 0"),
@@ -274,8 +274,8 @@ def test_learning_rate_schedules():
         ({"learning_rate": float("nan")}, "--learning-rate must be a finite number of at least 0, not nan"),
     ],
 )
-def test_options_out_of_range_are_refused(change, said):
-    with pytest.raises(CSMError, match=said):
+def test_options_out_of_range_are_refused(change, message):
+    with pytest.raises(CSMError, match=message):
         TrainOptions(**change)
 
 
@@ -395,12 +395,12 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     whole = trainer(tmp_path / "run")
     whole.run()
     path = whole.save()
-    for change, said in (
+    for change, message in (
         ({"learning_rate": 3e-3}, "--learning-rate 0.01, not 0.003; repeat its options"),
         ({"batch_size": 3}, "--batch-size 4, not 3"),
         ({"examples": random_examples(8, seed=1)}, "on other data"),
     ):
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             trainer(tmp_path / "other", **change).resume(path)
     trainer(tmp_path / "other", eval_every=7, steps=9).resume(path)
     path.write_bytes(path.read_bytes()[:1000])
@@ -475,8 +475,8 @@ def test_output_files_of_a_run(data, config, tmp_path, capsys):
     assert rate == 24_000 and 0 < audio.shape[-1] <= 0.4 * 24_000
     if importlib.util.find_spec("matplotlib"):
         assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-    told = json.loads((out / "options.json").read_text())
-    assert (told["steps"], told["model"], told["data"]) == (4, NOISE, str(data))
+    options = json.loads((out / "options.json").read_text())
+    assert (options["steps"], options["model"], options["data"]) == (4, NOISE, str(data))
 
 
 @pytest.mark.parametrize(
@@ -495,15 +495,15 @@ def test_out_of_memory_errors_give_advice(data, config, tmp_path, capsys, monkey
     monkeypatch.setattr(Trainee, "forward", fail)
     arguments = ["--data", data, "--model", NOISE, "--config", config, "--out", tmp_path / "run", "--batch-rows", 512]
     assert main(["finetune", *map(str, arguments), "--device", "cpu", "--quiet", "--eval-every", "0"]) == 2
-    said = capsys.readouterr().err
-    assert "out of memory" in said and "Traceback" not in said
+    message = capsys.readouterr().err
+    assert "out of memory" in message and "Traceback" not in message
     for advice in (
         "--batch-rows 256 --grad-accum-steps 2 (",
         "--activation-checkpointing",
         "--precision bfloat16",
         "--lora",
     ):
-        assert advice in said
+        assert advice in message
 
 
 def test_other_errors_pass_unchanged(data, config, tmp_path, monkeypatch):
@@ -531,8 +531,8 @@ def test_help_lists_commands_and_options(capsys):
     for arguments, words in ((["--help"], ("finetune", "eval")), (["finetune", "--help"], ("--depth-share", "--lora"))):
         with pytest.raises(SystemExit):
             main(arguments)
-        said = capsys.readouterr().out
-        assert all(word in said for word in words)
+        message = capsys.readouterr().out
+        assert all(word in message for word in words)
 
 
 def test_a_codec_in_a_separate_file(data, tmp_path):

@@ -100,7 +100,9 @@ def read_sentences(args: argparse.Namespace) -> list[Sentence]:
     try:
         lines = args.sentences.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CSMError(f"{args.sentences}: cannot be read as UTF-8 text: {error}") from error
+        raise CSMError(
+            f"{args.sentences}: cannot be read as UTF-8 text ({error}); check the path and the encoding"
+        ) from error
     sentences = []
     for number, line in enumerate(lines, start=1):
         if line.strip():

@@ -131,8 +131,7 @@ def collate(
     num_codes = num_targets = 0
     for index, (example, key) in enumerate(zip(examples, keys, strict=True)):
         position, trained = index * num_positions, num_targets
-        for order, turn in enumerate(example.turns):
-            ids, codes_TK = turn
+        for order, (ids, codes_TK) in enumerate(example.turns):
             tokens += ids
             token_positions.append(torch.arange(position, position + len(ids)))
             position += len(ids)
@@ -149,8 +148,19 @@ def collate(
         sampled, weight = sample_frames(num_targets - trained, depth_share, key)
         frames.append(torch.tensor(sampled) + trained)
         weights.append(torch.full((len(sampled),), weight))
-    tokens_and_codes = (torch.tensor(tokens), *map(torch.cat, (token_positions, codes, inputs, code_positions)))
-    return Batch(len(examples), num_positions, *tokens_and_codes, *map(torch.cat, (targets, frames, weights)), has_loss)
+    return Batch(
+        num_sequences=len(examples),
+        num_positions=num_positions,
+        token_M=torch.tensor(tokens),
+        token_position_M=torch.cat(token_positions),
+        code_AK=torch.cat(codes),
+        input_code_AK=torch.cat(inputs),
+        code_position_A=torch.cat(code_positions),
+        target_N=torch.cat(targets),
+        frame_S=torch.cat(frames),
+        weight_S=torch.cat(weights),
+        has_loss=has_loss,
+    )
 
 
 def plan_epoch(lengths: Sequence[int], batch_size: int, batch_rows: int, seed: int, epoch: int) -> list[list[int]]:

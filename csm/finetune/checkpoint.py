@@ -139,9 +139,7 @@ def find_checkpoint(folder: Path, resume: bool) -> Path | None:
     """The checkpoint to resume from, if any. Raises CSMError where one exists and ``resume`` is false."""
     found = newest(folder)
     if found is not None and not resume:
-        raise CSMError(
-            f"{folder}: holds a run ({found.name}); add --resume to continue it, or give another --out"
-        )
+        raise CSMError(f"{folder}: holds a run ({found.name}); add --resume to continue it, or give another --out")
     return found
 
 

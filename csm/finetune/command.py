@@ -116,11 +116,12 @@ def _add_option(group: argparse._ArgumentGroup, name: str, default: object) -> N
 def _add_former_name(group: argparse._ArgumentGroup, old: str, name: str) -> None:
     """Accept an option's former name; the help does not show it."""
     default = getattr(TrainOptions, name)
-    hidden = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     if isinstance(default, bool):
-        group.add_argument(_flag(old), action="store_true", **hidden)
+        group.add_argument(
+            _flag(old), dest=name, action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     else:
-        group.add_argument(_flag(old), type=type(default), **hidden)
+        group.add_argument(_flag(old), dest=name, type=type(default), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> str:
