@@ -126,8 +126,7 @@ def collate(
     """
     num_positions = max(example.num_positions for example in examples)
     tokens: list[int] = []
-    token_positions: list[Tensor] = []
-    codes, inputs, code_positions, targets, frames, weights = [], [], [], [], [], []
+    token_positions, codes, inputs, code_positions, targets, frames, weights = [], [], [], [], [], [], []
     num_codes = num_targets = 0
     for index, (example, key) in enumerate(zip(examples, keys, strict=True)):
         position, trained = index * num_positions, num_targets
