@@ -86,7 +86,7 @@ BAD_RECORDINGS = [
     ("missing.wav", "no such file"),
     ("empty.wav", "the file is empty (0 bytes)"),
     ("broken.wav", "not audio that can be read"),
-    ("folder.wav", "is a folder, not a recording"),
+    ("folder.wav", "is a folder"),
     ("nan.wav", "not finite (NaN or infinite)"),
     ("loud.wav", "samples of magnitude 1e+03; full scale is 1"),
     ("long.wav", "is 600.00 s long; it must be 0.1 to 120 s"),
