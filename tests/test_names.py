@@ -20,11 +20,10 @@ RETIRED = {
     "dots (matmul tile)": r"\*Dots\*|_dots\b|\bdots\b *[=(]",
     "LOOPED_ROWS": r"\bLOOPED_ROWS\b",
     "Speaker (class)": r"\bclass Speaker\b|\bSpeaker\(",
-    "Processes": r"\bclass Processes\b|\bProcesses[.(]",
     "Processes' methods": r"\bprocesses\.(count|first|wait|total)\b",
     "Batch.counts": r"\bbatch\.counts\b|^\s*counts: bool\b",
     "clip, accumulate, checkpointing": r"\boptions\.(clip|accumulate|checkpointing)\b",
-    "final_rate": r"\bfinal_rate\b",
+    "final_rate": r"\b(options|self)\.final_rate\b|\bfinal_rate=",
 }
 
 

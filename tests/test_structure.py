@@ -104,7 +104,7 @@ def test_public_functions_are_documented():
     for path in [path for path, _ in modules()]:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                bare = isinstance(node, ast.ClassDef) and path.name == "model.py"  # a class of layers needs no docstring
+                bare = isinstance(node, ast.ClassDef) and path.name == "model.py"  # its layers need no docstring
                 if not ast.get_docstring(node) and not bare and node.name != "main":
                     missing.append(f"{path.name}: {node.name}")
     assert missing == []
