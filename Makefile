@@ -26,7 +26,7 @@ slow: .venv/installed-test
 fullsize: .venv/installed-test
 	$(BIN)/python -m pytest -m fullsize -s
 
-# What every kernel becomes on four families of GPUs; needs none.
+# Compiles every kernel for four GPU architectures; needs no GPU.
 kernels: .venv/installed
 	$(BIN)/python bench.py --kernels --batch 1 4 8 32
 
