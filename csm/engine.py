@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ class _Active:
     job: PrefillJob | None
     launched: int = 0
     codes: list[Tensor] = field(default_factory=list)
-    saved: tuple[Any, Any] | None = None  # the slot's state, kept while the reader lags and others run
+    saved: dict[str, Tensor] | None = None  # the slot's state, kept while its reader lags and others run
 
     @property
     def num_positions(self) -> int:
@@ -284,7 +284,8 @@ class Engine:
             self._prepare(self._batch_size(free + 1))
             if request.audio:
                 self._audio_decoder().reset(free)
-            job = PrefillJob(self._prefill, self._state, free, request.prompt, request.params)
+            row_TC, mask_TC, turn_ends = request.prompt
+            job = self._prefill.begin(self._state, free, row_TC, mask_TC, request.params, turn_ends)
         except BaseException as error:
             ticket._finish("error", error)
             if not isinstance(error, Exception):
@@ -355,13 +356,9 @@ class Engine:
         """
         paused = not running and covered and not active.done and active.job is None
         if paused and active.saved is None and active.launched < active.ticket.request.max_frames:
-            decoder_state = self._decoder.save(active.slot) if self._decoder is not None else None
-            active.saved = self._state.save(slice(active.slot, active.slot + 1)), decoder_state
+            active.saved = self._state.save(slice(active.slot, active.slot + 1))
         elif running and active.saved is not None:
-            frame_state, decoder_state = active.saved
-            self._state.restore(frame_state, slice(active.slot, active.slot + 1))
-            if self._decoder is not None:
-                self._decoder.restore(active.slot, decoder_state)
+            self._state.restore(active.saved, slice(active.slot, active.slot + 1))
             active.saved = None
 
     def _compact(self) -> None:
@@ -414,6 +411,8 @@ class Engine:
         """Free the slot of a request that has ended, and keep its keys and values for a prompt that continues it."""
         if reason != "error" and active.job is None:
             self._store_prefix(active)
+        if active.job is not None:
+            active.job.cancel()
         self._slots[active.slot] = None
         active.ticket._finish(reason, error)
 
