@@ -25,7 +25,7 @@ class SpeechRequest:
     @classmethod
     def of(cls, request: SpeechRequest | Mapping[str, Any]) -> SpeechRequest:
         """The request itself, or one made of a mapping of its fields. Raises CSMError for an unknown field."""
-        if isinstance(request, cls):
+        if isinstance(request, SpeechRequest):
             return request
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(request) - set(known))

@@ -6,7 +6,7 @@ It starts with the first request and ends after some idle seconds, so that an un
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -49,7 +49,7 @@ class Worker:
             self._changed = True
             self._work.notify()
 
-    def frames(self, requests: list[Request], max_unread: int | None = None) -> Iterator[tuple[int, Frame]]:
+    def frames(self, requests: Sequence[Request], max_unread: int | None = None) -> Iterator[tuple[int, Frame]]:
         """Frames of all requests as they arrive, each with the index of its request. Closing it cancels them.
 
         Raises the exception of the first request that failed.

@@ -140,7 +140,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("batch", [1, 4, 8, 32])
-def test_kernels_compile_for_every_family(batch, dtype):
+def test_kernels_compile_for_every_architecture(batch, dtype):
     assert compile_kernels(batch, dtype, "80 89 90 120").endswith("80 89 90 120\n")
 
 

@@ -82,7 +82,7 @@ def test_graph_equals_eager_bit_for_bit(plain, dtype, batch):
 
 
 @pytest.mark.parametrize("num_rows", [2, 33, 300, 2000])
-def test_captured_passes_equal_eager_bit_for_bit(plain, num_rows):
+def test_captured_chunks_equal_eager_bit_for_bit(plain, num_rows):
     model, params = plain.model, SamplingParams(temperature=0)
     eager, graphed = Prefill(model), Prefill(model)
     graphed.capture(Pool(model.device))

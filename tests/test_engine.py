@@ -97,7 +97,7 @@ def play(engine, generator, actions):
         worked = engine.step()
         for which in range(len(readers.tickets)):
             readers.read(which, 2)
-        if not worked and engine.idle:
+        if not worked and engine.idle and not any(ticket.num_unread for ticket, _, _ in readers.tickets):
             break
     return readers
 
