@@ -86,20 +86,14 @@ def test_a_copied_prefix_equals_a_computed_one(noisy, chunk_sizes):
     equal_states(new, copied)
 
 
-def test_captured_chunks_are_replayed(noisy, monkeypatch):
-    """Every chunk of a prompt runs one of the captured graphs (which on a CPU call their step)."""
-    monkeypatch.setattr("csm.graph.graphs_enabled", lambda device: False)
+def test_captured_chunks_are_replayed(noisy, captures):
     prefill = Prefill(noisy.model, chunk_sizes=(32, 256))
-    prefill.capture(Pool.__new__(Pool))
-    assert sorted(prefill._graphs) == [
-        (n, context_bucket) for n in (32, 256) for context_bucket in (256, 512, 1024, 2048)
-    ]
-    replayed = []
-    for key, graph in prefill._graphs.items():
-        monkeypatch.setattr(graph, "_step", lambda step=graph._step, key=key: (replayed.append(key), step()))
-    rows = prompt(600)
-    state, expected = start(prefill, rows), expected_cache(noisy.model, *rows)
-    assert replayed == [(256, 256), (256, 512), (256, 1024)]
+    prefill.capture(Pool(CPU))
+    assert sorted(prefill._graphs) == [(size, bucket) for size in (32, 256) for bucket in (256, 512, 1024, 2048)]
+    assert len(captures) == 8
+    state, expected = start(prefill, prompt(600)), expected_cache(noisy.model, *prompt(600))
+    replayed = [key for key, graph in prefill._graphs.items() for _ in range(graph._graph.replays)]
+    assert sorted(replayed) == [(256, 256), (256, 512), (256, 1024)]
     ours, theirs = state.backbone_cache.k_LBGSd[:, 1:2, :, :599], expected.k_LBGSd[:, :, :, :599]
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
