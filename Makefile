@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: demo test check fix slow fullsize kernels gpu tiny clean
+.PHONY: demo test check fix slow fullsize golden kernels gpu tiny clean
 
 demo: .venv/installed
 	$(BIN)/python generate.py --model tiny --file docs/examples/demo.txt --seed 0 --max-seconds 15 --out out.wav
@@ -25,6 +25,12 @@ slow: .venv/installed-test
 
 fullsize: .venv/installed-test
 	$(BIN)/python -m pytest -m fullsize -s
+
+# The published weights against their golden codes, token ids and prompts: make golden MODEL=sesame/csm-1b (or a folder).
+# Takes 7 GB of memory on a CPU.
+golden: .venv/installed-test
+	$(if $(MODEL),,$(error MODEL is not set: make golden MODEL=sesame/csm-1b, or a folder with the weights))
+	HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-0} CSM_MODEL=$(MODEL) $(BIN)/python -m pytest -m golden -s
 
 # What every kernel becomes on four families of GPUs; needs none.
 kernels: .venv/installed
