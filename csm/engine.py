@@ -1,8 +1,8 @@
 """Slots that speak together: requests in, frames out. Knows rows, codes and samples, and nothing of text.
 
-A ``BatchRunner`` steps the first slots of the engine's buffers together. It has one CUDA graph per context bucket of the
-KV cache and one for the codec. On a GPU, frame t+1 is launched before frame t is read back: codes and samples arrive
-through pinned memory one frame late, and the codec decodes on its own stream while the next frame is computed.
+A ``BatchRunner`` steps the first slots of the engine's buffers together. It has one CUDA graph per context bucket of
+the KV cache and one for the codec. On a GPU, frame t+1 is launched before frame t is read back: codes and samples
+arrive through pinned memory one frame late, and the codec decodes on its own stream while the next frame is computed.
 
 Shapes: B slots, T rows, C columns of a row, K codebooks, N samples of a frame.
 """
