@@ -4,6 +4,7 @@ from csm.audio import WavWriter, read_audio
 from csm.errors import (
     AudioError,
     CheckpointError,
+    CheckpointWarning,
     CSMError,
     PromptError,
     PromptTooLongError,
@@ -22,6 +23,7 @@ __all__ = [
     "AudioError",
     "CSMError",
     "CheckpointError",
+    "CheckpointWarning",
     "Generator",
     "PromptError",
     "PromptTooLongError",

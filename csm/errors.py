@@ -21,6 +21,10 @@ class PromptTooLongError(PromptError):
     """The prompt has more positions than the backbone."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint is used although something about it may change the speech. The message names the file."""
+
+
 class RoomWarning(UserWarning):
     """The prompt leaves fewer positions than the requested audio length, so the audio may be cut short."""
 

@@ -195,6 +195,19 @@ def test_a_tokenizer_larger_than_the_embedding_is_rejected(tmp_path):
         TextTokenizer(tmp_path / "tokenizer.json", 257)
 
 
+def test_a_tokenizer_may_have_more_tokens_than_the_model(tmp_path):
+    """Only an id that the model has no embedding of is an error."""
+    larger = byte_tokenizer()
+    larger.add_special_tokens(["<|pad|>"])
+    larger.add_tokens(["hmm"])
+    larger.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = TextTokenizer(tmp_path / "tokenizer.json", 258)
+    plain = [256, *byte_tokenizer().encode("[0]Hi <|pad|>", add_special_tokens=False).ids, 257]
+    assert tokenizer.encode(0, "Hi <|pad|>") == plain
+    with pytest.raises(PromptError, match=r"tokenizer\.json.*token 'hmm' with id 259.*only 258 text embeddings"):
+        tokenizer.encode(0, "Well, hmm.")
+
+
 def test_an_invalid_tokenizer_file_is_rejected(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
