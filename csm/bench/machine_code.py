@@ -107,12 +107,16 @@ def distinct(launches: list[Launch]) -> Iterator[Launch]:
     """One launch of every kind that is compiled on its own."""
     seen = set()
     for launch in launches:
-        multiples = tuple(_sixteenfold(value) for value in launch.args)
-        types = tuple(signature(launch).items())
-        kind = (launch.name, types, multiples, tuple(launch.constants.items()), launch.num_warps)
-        if kind not in seen:
-            seen.add(kind)
+        if kind(launch) not in seen:
+            seen.add(kind(launch))
             yield launch
+
+
+def kind(launch: Launch) -> tuple[Any, ...]:
+    """What a kernel is compiled for: launches of the same kind share their machine code."""
+    multiples = tuple(_sixteenfold(value) for value in launch.args)
+    types = tuple(signature(launch).items())
+    return launch.name, types, multiples, tuple(launch.constants.items()), launch.num_warps
 
 
 def signature(launch: Launch) -> dict[str, str]:
@@ -252,7 +256,11 @@ def compiled_kernels(
 ) -> list[Compiled]:
     """Every kernel of a frame at these batch sizes, compiled for every GPU architecture."""
     seen = [launch for batch in batches for launch in frame_launches(config, batch, dtype)]
-    jobs = [(launch, gpu_arch) for launch in distinct(seen) for gpu_arch in gpu_archs]
+    return examine_all([(launch, gpu_arch) for launch in distinct(seen) for gpu_arch in gpu_archs], quiet)
+
+
+def examine_all(jobs: Sequence[tuple[Launch, int]], quiet: bool) -> list[Compiled]:
+    """``examine`` each launch and architecture, in threads, with a progress bar."""
     with ThreadPoolExecutor() as pool:
         done = pool.map(lambda job: examine(*job), jobs)
         return list(tqdm(done, total=len(jobs), unit="kernel", disable=quiet, leave=False))
