@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
+from csm.kernels.launch import INTERPRETED, jit, launch, power_of_two, tl, use_kernels
 from csm.kernels.tiles import wait_for_inputs
 
+MIN_DOT = 16  # the smallest side of tl.dot's operands
 CHUNK = 64  # cache positions per program; the same at every context, so that a longer context changes no bit
 
 
@@ -25,6 +26,23 @@ def attention_reference(q_BTHd: Tensor, k_cache_BGSd: Tensor, v_cache_BGSd: Tens
     k, v = k_cache_BGSd[:, :, :S], v_cache_BGSd[:, :, :S]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return out.unflatten(2, (R, T)).permute(0, 3, 1, 2, 4).reshape(B, T, H * d)
+
+
+@jit
+def softmax_dot(q_MD, k_SD, v_SD, visible_MS, scale):
+    """Attention of M query heads on tensor cores, not normalised.
+
+    Returns, per head, the maximum score, the sum of exp(score - maximum), and the values weighted by those terms
+    (M, D), all in float32. Every head needs a visible position. The weights are rounded to the dtype of the values.
+    """
+    if INTERPRETED:
+        q_MD, k_SD, v_SD = q_MD.to(tl.float32), k_SD.to(tl.float32), v_SD.to(tl.float32)
+    score_MS = tl.dot(q_MD, tl.trans(k_SD), input_precision="ieee") * scale
+    score_MS = tl.where(visible_MS, score_MS, -float("inf"))
+    max_M = tl.max(score_MS, axis=1)
+    weight_MS = tl.exp(score_MS - max_M[:, None])
+    acc_MD = tl.dot(weight_MS.to(v_SD.dtype), v_SD, input_precision="ieee")
+    return max_M, tl.sum(weight_MS, axis=1), acc_MD
 
 
 @jit
