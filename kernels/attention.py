@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm.kernels.launch import INTERPRETED, jit, launch, power_of_two, tl, use_kernels
-from csm.kernels.tiles import wait_for_inputs
+from csm.kernels.tiles import release_next_kernel, wait_for_inputs
 
 MIN_DOT = 16  # the smallest side of tl.dot's operands
 CHUNK = 64  # cache positions per program; the same at every context, so that a longer context changes no bit
@@ -79,6 +79,7 @@ def attend_chunk(
     PDL: tl.constexpr,
 ):
     """The partial softmax of one row, one key head and one chunk of positions (split-KV attention)."""
+    release_next_kernel(PDL)
     row, group, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     wait_for_inputs(PDL)
     position = tl.load(position_ptr + row // T * position_stride + row % T)
@@ -116,6 +117,7 @@ def combine_chunks(
     PDL: tl.constexpr,
 ):
     """One row, one query head: merge the partial softmaxes of its chunks, up to the row's position."""
+    release_next_kernel(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
     wait_for_inputs(PDL)
     position = tl.load(position_ptr + row // T * position_stride + row % T)

@@ -17,7 +17,7 @@ from csm.kernels.attention import MIN_DOT, attention, softmax_dot
 from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
 from csm.kernels.launch_config import launch_config
 from csm.kernels.linear_add import linear_add
-from csm.kernels.tiles import gemv_tile, wait_for_inputs
+from csm.kernels.tiles import gemv_tile, release_next_kernel, wait_for_inputs
 
 MAX_FUSED_CONTEXT = 32  # and a single row: every program repeats the attention and holds its tiles in registers
 
@@ -90,6 +90,7 @@ def attention_linear_add_row(
     PDL: tl.constexpr,
 ):
     """``attention_linear_add`` of one row. The attention output is rounded where the reference rounds it."""
+    release_next_kernel(PDL)
     n_N, m_M = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, M)
     k_K, mask_K = head_offsets(tl.arange(0, GROUPS * R * D), H, G, d, GROUPS, R, D)
     mask_NK = (n_N < N)[:, None] & mask_K[None, :]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
 from csm.kernels.launch_config import launch_config
-from csm.kernels.tiles import gemv_tile, load_row, matmul_tile, wait_for_inputs, weight_tile
+from csm.kernels.tiles import gemv_tile, load_row, matmul_tile, release_next_kernel, wait_for_inputs, weight_tile
 
 
 def linear_add_reference(x_BTF: Tensor, weight_DF: Tensor, residual_BTD: Tensor) -> Tensor:
@@ -31,6 +31,7 @@ def linear_add_rows(
     PDL: tl.constexpr,
 ):
     """``linear_add`` of up to MAX_GEMV_ROWS rows."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_NK = weight_tile(weight_ptr, n_N, N=N, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
@@ -58,6 +59,7 @@ def linear_add_matmul(
     PDL: tl.constexpr,
 ):
     """``linear_add`` of more rows, on tensor cores."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)

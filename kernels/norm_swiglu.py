@@ -13,6 +13,7 @@ from csm.kernels.tiles import (
     inverse_rms,
     load_row,
     matmul_tile,
+    release_next_kernel,
     rms_norm_row,
     wait_for_inputs,
     weight_tile,
@@ -47,6 +48,7 @@ def norm_swiglu_rows(
     PDL: tl.constexpr,
 ):
     """``norm_swiglu`` of up to MAX_GEMV_ROWS rows."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     gate_NK = weight_tile(gate_up_ptr, n_N, N=N, K=K, BLOCK_K=BLOCK_K)
     up_NK = weight_tile(gate_up_ptr + N * K, n_N, N=N, K=K, BLOCK_K=BLOCK_K)
@@ -75,6 +77,7 @@ def norm_swiglu_matmul(
     PDL: tl.constexpr,
 ):
     """``norm_swiglu`` of more rows, on tensor cores."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)

@@ -10,7 +10,7 @@ from torch import Tensor
 from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
 from csm.kernels.launch_config import MAX_GEMV_ROWS, launch_config
 from csm.kernels.norm_linear import norm_linear
-from csm.kernels.tiles import gemv_tile, load_row, rms_norm_row, wait_for_inputs, weight_tile
+from csm.kernels.tiles import gemv_tile, load_row, release_next_kernel, rms_norm_row, wait_for_inputs, weight_tile
 
 BLOCK_N = 512  # outputs per program of rope_cache_row
 
@@ -95,6 +95,7 @@ def norm_rope_cache_rows(
     PDL: tl.constexpr,
 ):
     """``norm_rope_cache`` of few rows. The product is rounded before RoPE, where the reference rounds it."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_NK = weight_tile(weight_ptr, n_N, N=(H + 2 * G) * d, K=K, BLOCK_K=BLOCK_K)
     norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
@@ -129,6 +130,7 @@ def rope_cache_row(
     PDL: tl.constexpr,
 ):
     """BLOCK_N outputs of one row."""
+    release_next_kernel(PDL)
     row = tl.program_id(0)
     n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     wait_for_inputs(PDL)
