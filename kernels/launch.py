@@ -51,6 +51,7 @@ class Launch(NamedTuple):
 
 
 _observers: list[list[Launch]] = []
+_disabled: set[torch.device] = set()
 
 
 def jit(*args: Any, **options: Any) -> Any:
@@ -66,7 +67,12 @@ def kernels_run(x: Tensor, num_rows: int) -> bool:
     if forced not in ("", "reference", "triton"):
         raise ValueError(f"CSM_OPS must be 'reference' or 'triton', not {forced!r}")
     fit = triton is not None and torch.version.hip is None and x.dtype in DTYPES and num_rows <= MAX_ROWS
-    return fit and forced != "reference" and (x.is_cuda or forced == "triton")
+    return fit and forced != "reference" and (x.is_cuda or forced == "triton") and x.device not in _disabled
+
+
+def enable_kernels(device: torch.device, enabled: bool) -> None:
+    """Whether ops on ``device`` may launch kernels (the default). ``csm.selfcheck`` disables them where they fail."""
+    (_disabled.discard if enabled else _disabled.add)(device)
 
 
 @cache
