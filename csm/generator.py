@@ -27,6 +27,7 @@ from csm.prefix_cache import PrefixCache
 from csm.prompt import Segment, TextTokenizer, build_prompt, check_length
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
+from csm.selfcheck import default_dtype
 from csm.weights import Checkpoint, open_checkpoint, read_codec, read_model
 from csm.worker import Worker
 
@@ -47,6 +48,7 @@ class Generator:
         codec_file: str | Path | None = None,
         graphs: bool = True,
         max_streams: int = MAX_STREAMS,
+        progress: bool = False,
     ):
         self.config: CSMConfig = model.config
         self.model = model
@@ -57,6 +59,7 @@ class Generator:
         self._codec: Codec | None = None
         self._max_streams = max_streams
         self._graphs = graphs
+        self._progress = progress
         self._worker: Worker | None = None
         self._prefix_cache = PrefixCache(PREFIX_POSITIONS * kv_bytes_per_position(model.config.backbone, model.dtype))
         self._lock = threading.RLock()
@@ -79,7 +82,8 @@ class Generator:
             name: a hub name (``sesame/csm-1b``, ``unsloth/csm-1b``, with an optional ``@revision``), a folder in
                 Sesame's or HF Transformers' layout, or "tiny", the embedded checkpoint (a demonstration voice).
             device: where to run; None is a GPU if there is one.
-            dtype: of the weights; None is bfloat16 on a GPU and float32 on a CPU.
+            dtype: of the weights; None is bfloat16 on a GPU (float16 if it has no bfloat16) and float32 on
+                a CPU.
             codec: a file of Mimi weights in Kyutai's layout; None is the checkpoint's own, else Kyutai's from the hub.
             progress: show a bar where loading takes more than a second.
             lora: the folder of an adapter (``python -m csm finetune --lora``), which is merged into the weights.
@@ -94,12 +98,12 @@ class Generator:
         where = find_device(device)
         if dtype is not None and dtype not in DTYPES:
             raise CSMError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
-        dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+        dtype = dtype or default_dtype(where)
         checkpoint = open_checkpoint(name)
         model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, where, dtype, progress), where)
         if lora is not None:
             load_adapter(lora, checkpoint.config).merge(model)
-        return cls(checkpoint, model, codec, graphs, max_streams)
+        return cls(checkpoint, model, codec, graphs, max_streams, progress)
 
     @property
     def device(self) -> torch.device:
@@ -282,7 +286,14 @@ class Generator:
                 num_slots = max(num_slots, self._max_streams)
                 frame_size = self._checkpoint.codec_config.frame_size
                 engine = Engine(
-                    self.model, lambda: self.codec, frame_size, num_slots, self._prefix_cache, graphs=self._graphs
+                    self.model,
+                    lambda: self.codec,
+                    frame_size,
+                    num_slots,
+                    self._prefix_cache,
+                    None,
+                    self._graphs,
+                    self._progress,
                 )
                 worker = self._worker = Worker(engine)
             return worker
