@@ -27,12 +27,15 @@ import torch
 import torchaudio.functional as audio_functional
 from tqdm import tqdm
 
+from csm.weights.recipe.open_text import evaluation_sentences, open_sentences
 from csm.weights.recipe.sentences import SPLITS, sentences
 
 VOICES = ("slt", "rms", "awb", "kal16")  # of flite
 ESPEAK = "espeak-ng"
 SPEAKERS = (*VOICES, ESPEAK)  # a voice's place is its speaker id
 SAMPLE_RATE = 24_000
+# Where sentences come from. The evaluation list has one split.
+TEXTS = {"open": open_sentences, "templates": sentences, "everyday": lambda _, count: evaluation_sentences()[:count]}
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,9 @@ class Utterance:
     order: int
 
 
-def plan(split: str, count: int, voices: Sequence[str] = VOICES) -> Iterator[tuple[int, str, int]]:
+def plan(split: str, count: int, voices: Sequence[str] = VOICES, text: str = "open") -> Iterator[tuple[int, str, int]]:
     """(number of the sentence, sentence, speaker id) of every recording of a split's first ``count`` sentences."""
-    for number, sentence in enumerate(sentences(split, count)):
+    for number, sentence in enumerate(TEXTS[text](split, count)):
         for voice in [voices[number % len(voices)]] if split == "train" else voices:
             yield number, sentence, SPEAKERS.index(voice)
 
@@ -90,11 +93,13 @@ def record(folder: Path, split: str, number: int, text: str, speaker: int) -> Ut
     return Utterance(str(path.relative_to(folder)), text, speaker, f"{split}-{number}-{speaker}", 0)
 
 
-def record_all(folder: Path, split: str, count: int, workers: int, voices: Sequence[str] = VOICES) -> Path:
+def record_all(
+    folder: Path, split: str, count: int, workers: int, voices: Sequence[str] = VOICES, text: str = "open"
+) -> Path:
     """Record a split and write its manifest, whose path is returned."""
     for voice in voices:
         (folder / split / voice).mkdir(parents=True, exist_ok=True)
-    jobs = list(plan(split, count, voices))
+    jobs = list(plan(split, count, voices, text))
     torch.set_num_threads(1)
     with ThreadPoolExecutor(workers) as pool:
         lines = pool.map(lambda job: record(folder, split, *job), jobs)
@@ -123,10 +128,15 @@ def main() -> None:
     parser.add_argument(
         "--voices", nargs="+", choices=SPEAKERS, default=VOICES, help="who reads them (default: flite's)"
     )
+    parser.add_argument("--text", choices=TEXTS, default="open", help="where the sentences come from (default: open)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    print(record_all(arguments.folder, arguments.split, arguments.count, arguments.workers, arguments.voices))
+    print(
+        record_all(
+            arguments.folder, arguments.split, arguments.count, arguments.workers, arguments.voices, arguments.text
+        )
+    )
 
 
 if __name__ == "__main__":

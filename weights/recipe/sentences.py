@@ -193,7 +193,7 @@ def sentences(split: str, count: int, seed: int = SEED) -> list[str]:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     found: dict[str, None] = {}
-    for sentence in _endless(random.Random(seed)):
+    for sentence in endless_sentences(random.Random(seed)):
         if len(found) >= count:
             break
         if split_of(sentence) == split:
@@ -201,7 +201,8 @@ def sentences(split: str, count: int, seed: int = SEED) -> list[str]:
     return list(found)
 
 
-def _endless(rng: random.Random) -> Iterator[str]:
+def endless_sentences(rng: random.Random) -> Iterator[str]:
+    """Sentences of the templates without end, of every split."""
     while True:
         sentence = re.sub(r"{(\w+)}", lambda match: _fill(match[1], rng), rng.choice(TEMPLATES))
         sentence = re.sub(r"\b([Aa]) (?=[aeiou]|hon)(?!use|uni|one)", r"\1n ", sentence)

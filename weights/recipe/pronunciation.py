@@ -1,0 +1,149 @@
+"""Make a checkpoint's ``pronunciation.json.gz``: ``python -m csm.weights.recipe.pronunciation FILE``.
+
+The synthesiser's own pronunciation of a word is the truth: ``flite -ps`` prints the phones that it says (its lexicon
+and letter-to-sound rules are made from CMUdict; BSD-like licence). It is asked for every word of Debian's
+``wamerican`` and of the training text. From these come the letter-to-sound rules; the lexicon then holds the common
+words that the rules get wrong. Which words are common: the order of WordNet's text, then the length of a word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import string
+import subprocess
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from csm.pronounce import CONTEXT, Pronouncer, letter_context
+from csm.weights.recipe.open_text import common_words, open_sentences
+
+DICTIONARY = Path("/usr/share/dict/american-english")
+TRAINING_SENTENCES = 40_000  # whose words are in the lexicon
+SYMBOLS = dict(  # of flite's phones: one character each
+    pair.split(":")
+    for pair in """
+    aa:ɑ ae:æ ah:ʌ ao:ɔ aw:W ax:ə ay:I b:b ch:ʧ d:d dh:ð eh:ɛ er:ɜ ey:A f:f g:g hh:h ih:ɪ iy:i jh:ʤ k:k l:l m:m n:n
+    ng:ŋ ow:O oy:Y p:p r:r s:s sh:ʃ t:t th:θ uh:ʊ uw:u v:v w:w y:j z:z zh:ʒ
+    """.split()
+)
+LONGEST = 3  # phones of one letter
+FEWEST = 3  # words behind a rule
+
+
+def flite_phones(words: Iterable[str]) -> dict[str, str]:
+    """What flite says for each word, a character a phone."""
+    words = list(words)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("".join(f"{word}.\n\n" for word in words))
+        file.flush()
+        command = ["flite", "-voice", "kal", "-ps", "-f", file.name, "-o", "none"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = [line.split() for line in said.splitlines() if line.strip()]
+    if len(lines) != len(words):
+        raise ValueError(f"flite read {len(lines)} utterances of {len(words)} words")
+    return {
+        word: "".join(SYMBOLS[phone] for phone in line if phone != "pau")
+        for word, line in zip(words, lines, strict=True)
+    }
+
+
+def align(phones_of: Mapping[str, str], rounds: int = 5) -> list[tuple[str, list[str]]]:
+    """Words and the phones, 0 to LONGEST, that each of their letters stands for.
+
+    Hard expectation maximisation (Viterbi training): the likeliest alignment of each word, then how often a letter
+    had which phones. A word that no alignment fits is left out.
+    """
+    cost: dict[tuple[str, str], float] = {}
+    aligned: list[tuple[str, list[str]]] = []
+    for _ in range(rounds):
+        counts: Counter[tuple[str, str]] = Counter()
+        aligned = []
+        for word, phones in phones_of.items():
+            pieces = _best_alignment(word, phones, cost)
+            if pieces is not None:
+                aligned.append((word, pieces))
+                counts.update(zip(word, pieces, strict=True))
+        total: Counter[str] = Counter()
+        for (letter, _piece), number in counts.items():
+            total[letter] += number
+        cost = {pair: -math.log(number / total[pair[0]]) for pair, number in counts.items() if number > 1}
+    return aligned
+
+
+def _best_alignment(word: str, phones: str, cost: Mapping[tuple[str, str], float]) -> list[str] | None:
+    """The cheapest split of ``phones`` over the letters. At first, without costs, one phone a letter is cheapest."""
+    best: dict[int, tuple[float, list[str]]] = {0: (0.0, [])}
+    for letter in word:
+        after: dict[int, tuple[float, list[str]]] = {}
+        for end, (so_far, pieces) in best.items():
+            for length in range(min(LONGEST, len(phones) - end) + 1):
+                piece = phones[end : end + length]
+                price = cost.get((letter, piece), 12.0 + 4 * length) if cost else abs(length - 1) + 0.1 * length
+                known = after.get(end + length)
+                if known is None or so_far + price < known[0]:
+                    after[end + length] = (so_far + price, [*pieces, piece])
+        best = after
+    return best[len(phones)][1] if len(phones) in best else None
+
+
+def make_rules(aligned: Iterable[tuple[str, list[str]]], fewest: int = FEWEST) -> dict[str, str]:
+    """Letter-to-sound rules of contexts that at least ``fewest`` words have and that change what is said."""
+    seen: dict[str, Counter[str]] = defaultdict(Counter)
+    for word, pieces in aligned:
+        for place, piece in enumerate(pieces):
+            context = letter_context(word, place)
+            for end in range(1, len(CONTEXT) + 1):
+                seen[context[:end]][piece] += 1
+    rules: dict[str, str] = {}
+    for context in sorted(seen, key=len):
+        piece, _ = min(seen[context].items(), key=lambda item: (-item[1], item[0]))
+        shorter = (context[:end] for end in range(len(context) - 1, 0, -1))
+        said = next((rules[prefix] for prefix in shorter if prefix in rules), None)
+        if piece != said and (len(context) == 1 or sum(seen[context].values()) >= fewest):
+            rules[context] = piece
+    return rules
+
+
+def make_pronouncer(phones_of: Mapping[str, str], common: Iterable[str], size: int) -> Pronouncer:
+    """Rules from all words, and a lexicon of the first ``size`` of ``common`` that the rules get wrong."""
+    letters = {word: phones for word, phones in phones_of.items() if word.isalpha() and len(word) > 1}
+    rules = make_rules(align(letters))
+    by_rules = Pronouncer({}, rules)
+    lexicon = {letter: phones_of[letter] for letter in string.ascii_lowercase} | {"A": phones_of["a"], "a": "ə"}
+    for word in common:
+        if len(lexicon) >= size:
+            break
+        if word in phones_of and by_rules.word(word) != phones_of[word]:
+            lexicon.setdefault(word, phones_of[word])
+    return Pronouncer(lexicon, rules)
+
+
+def words_of(texts: Iterable[str]) -> list[str]:
+    """The words of texts in lower case, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower()))
+    return [word for word, _ in counts.most_common()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--lexicon", type=int, default=30_000, help="most words in the lexicon (default 30000)")
+    arguments = parser.parse_args()
+    dictionary = DICTIONARY.read_text(encoding="utf-8").lower().split()
+    dictionary = sorted((word for word in dictionary if re.fullmatch(r"[a-z]+(?:'[a-z]+)?", word)), key=len)
+    training = words_of(open_sentences("train", TRAINING_SENTENCES))
+    common = list(dict.fromkeys([*training, *common_words(10**6), *dictionary, *string.ascii_lowercase]))
+    pronouncer = make_pronouncer(flite_phones(common), common, arguments.lexicon)
+    arguments.file.parent.mkdir(parents=True, exist_ok=True)
+    pronouncer.write(arguments.file)
+    print(f"{arguments.file}: {len(pronouncer.lexicon)} words, {len(pronouncer.rules)} rules")
+
+
+if __name__ == "__main__":
+    main()
