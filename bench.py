@@ -35,8 +35,8 @@ from csm.config import CSM_1B, MIMI, CodecConfig, CSMConfig
 from csm.frame import FrameState, decode_frame
 from csm.graph import Graph, graphs_enabled
 from csm.kernels.launch import launches
-from csm.kernels.report import FAMILIES, Compiled, distinct, examine
-from csm.kernels.shapes import TABLE, tuned_shapes
+from csm.kernels.launch_config import TABLE, tuned_configs
+from csm.kernels.report import GPU_ARCHS, Compiled, distinct, examine
 from csm.kernels.tune import products, tune
 from csm.model import CSM
 from csm.prefill import Prefill
@@ -64,8 +64,8 @@ SENTENCES = (
 )
 
 # Speaks so many greedy frames from the prompt: milliseconds and codes (B, K) of each.
-Speaker = Callable[[int], list[tuple[float, Tensor]]]
-Make = Callable[["Setup", int], Speaker]
+FrameRunner = Callable[[int], list[tuple[float, Tensor]]]
+Make = Callable[["Setup", int], FrameRunner]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def prompt_rows(config: CSMConfig) -> tuple[Tensor, Tensor]:
 
 def stepping(
     setup: Setup, batch: int, make_step: Callable[[CSM, FrameState], Callable[[], None]], ops: str = "reference"
-) -> Speaker:
+) -> FrameRunner:
     """A speaker around a step over buffers of its own, with PyTorch's ops or the kernels."""
     model = CSM.from_state_dict(setup.config, setup.weights, setup.device)
     state = FrameState.allocate(model.config, batch, model.device, model.dtype)
@@ -139,10 +139,10 @@ def milliseconds(step: Callable[[], None], device: torch.device) -> float:
 
 def bench_span(state: FrameState) -> int:
     """A span that holds the prompt and every frame that is timed."""
-    return state.backbone_cache.span_of(PROMPT_ROWS + MAX_FRAMES)
+    return state.backbone_cache.bucket_for(PROMPT_ROWS + MAX_FRAMES)
 
 
-def eager(setup: Setup, batch: int) -> Speaker:
+def eager(setup: Setup, batch: int) -> FrameRunner:
     """The plain step."""
     return stepping(setup, batch, lambda model, state: lambda: decode_frame(model, state, bench_span(state)))
 
@@ -170,7 +170,7 @@ def compiled(mode: str) -> Make:
 def graph(ops: str) -> Make:
     """The step, captured whole."""
 
-    def make(setup: Setup, batch: int) -> Speaker:
+    def make(setup: Setup, batch: int) -> FrameRunner:
         if not graphs_enabled(setup.device):
             raise CSMError(f"no graph is captured here: on {setup.device}, or CSM_NO_GRAPH is set")
 
@@ -229,7 +229,7 @@ class Clock:
 def transformers(static_cache: bool) -> Make:
     """HF Transformers' ``generate``; compiled, as documented, through a static cache."""
 
-    def make(setup: Setup, batch: int) -> Speaker:
+    def make(setup: Setup, batch: int) -> FrameRunner:
         model = transformers_model(setup)
         if static_cache:
             torch.compiler.reset()
@@ -329,7 +329,7 @@ def frame_bytes(config: CSMConfig, dtype: torch.dtype) -> int:
     return total * torch.empty((), dtype=dtype).element_size()
 
 
-def measure(name: str, speak: Speaker, setup: Setup, batch: int, frames: int, bandwidth: float) -> Row:
+def measure(name: str, speak: FrameRunner, setup: Setup, batch: int, frames: int, bandwidth: float) -> Row:
     """Time frames after a few that are not counted, in a run after one that is not: what compiles has compiled."""
     device = setup.device
     if device.type == "cuda":
@@ -409,7 +409,7 @@ def shadow_step(config: CSMConfig, batch: int, dtype: torch.dtype) -> Callable[[
     weights = {name: torch.empty(shape, dtype=dtype, device=meta) for name, shape in shapes.items()}
     model = CSM.from_state_dict(config, weights, meta)
     state = FrameState.allocate(config, batch, meta, dtype)
-    return lambda: decode_frame(model, state, state.backbone_cache.spans[0])
+    return lambda: decode_frame(model, state, state.backbone_cache.buckets[0])
 
 
 @contextmanager
@@ -435,11 +435,11 @@ def count_launches(config: CSMConfig, ops: str, batch: int = 1) -> Counter[str]:
 
 
 def compiled_kernels(config: CSMConfig, batches: list[int], dtype: torch.dtype, quiet: bool) -> list[Compiled]:
-    """Every kernel of a frame at these batch sizes, compiled for every family."""
+    """Every kernel of a frame at these batch sizes, compiled for every GPU architecture."""
     with forced_ops("triton"), launches() as seen:
         for batch in batches:
             shadow_step(config, batch, dtype)()
-    jobs = [(launch, family) for launch in distinct(seen) for family in FAMILIES]
+    jobs = [(launch, gpu_arch) for launch in distinct(seen) for gpu_arch in GPU_ARCHS]
     with ThreadPoolExecutor() as pool:
         done = pool.map(lambda job: examine(*job), jobs)
         return list(tqdm(done, total=len(jobs), unit="kernel", disable=quiet, leave=False))
@@ -462,7 +462,7 @@ def tuning(config: CSMConfig, batches: list[int], dtype: torch.dtype, quiet: boo
             shadow_step(config, batch, dtype)()
     with torch.inference_mode(), forced_ops("triton"):
         best = tune(products(seen), device, graph_seconds, quiet)
-    table_of = tuned_shapes()
+    table_of = tuned_configs()
     TABLE.write_text(json.dumps(table_of, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     rows = [
         {"product": key, "shape": str(entry), "microseconds": 1e6 * least, "by_rule": 1e6 * rule}

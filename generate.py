@@ -114,7 +114,7 @@ def load(args: argparse.Namespace) -> Generator:
     return generator
 
 
-class Speaker:
+class LineSpeaker:
     """Speaks the lines one after the other, each continuing the voice of the one before where there is room."""
 
     def __init__(self, generator: Generator, args: argparse.Namespace, reference: Segment | None):
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> str:
         generator = load(args)
         wav.begin(generator.sample_rate)
         started, first_audio, num_samples = time.perf_counter(), None, 0
-        speaker = Speaker(generator, args, reference)
+        speaker = LineSpeaker(generator, args, reference)
         for index, line in enumerate(lines):
             speaker.stream(index, line, [])  # not read: a bad last line fails before the first is spoken
         for chunk in speaker.speak(lines):

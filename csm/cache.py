@@ -1,4 +1,4 @@
-"""Keys and values of past positions, in buffers that never move.
+"""The KV cache: keys and values of past positions, in buffers with fixed addresses.
 
 Shapes: L layers, B slots, G key/value heads, S positions, d head dim.
 """
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from csm.config import TransformerConfig
 
-MIN_SPAN = 256  # spans are this times a power of two: few enough to capture a graph for each
+MIN_CONTEXT_BUCKET = 256  # buckets are this times a power of two, so that one CUDA graph for each is affordable
 
 
 @dataclass(frozen=True, eq=False)
 class KVCache:
     """``k_LBGSd`` and ``v_LBGSd``, allocated once and written in place by the op ``rope_cache``.
 
-    A position is overwritten, never cleared: what lies beyond a slot's own position is not looked at, so restarting a
-    slot is setting its position.
+    Positions are overwritten, never cleared. Attention does not read beyond a slot's position, so setting the position
+    to 0 restarts the slot.
     """
 
     k_LBGSd: Tensor
@@ -47,35 +47,35 @@ class KVCache:
         return self.k_LBGSd.shape[3]
 
     @property
-    def spans(self) -> list[int]:
-        """How much of the cache a pass may be asked to look at, ascending; the last is the whole."""
-        doubled = (MIN_SPAN << n for n in range(self.max_positions.bit_length()))
-        return [*(span for span in doubled if span < self.max_positions), self.max_positions]
+    def buckets(self) -> list[int]:
+        """Context buckets: the numbers of positions that attention can be limited to, ascending. The last is all."""
+        doubled = (MIN_CONTEXT_BUCKET << n for n in range(self.max_positions.bit_length()))
+        return [*(bucket for bucket in doubled if bucket < self.max_positions), self.max_positions]
 
-    def span_of(self, num_positions: int) -> int:
-        """The least span that holds so many positions."""
-        return next((span for span in self.spans if span >= num_positions), self.max_positions)
+    def bucket_for(self, num_positions: int) -> int:
+        """The smallest context bucket that holds ``num_positions``; the largest if none does."""
+        return next((bucket for bucket in self.buckets if bucket >= num_positions), self.max_positions)
 
     def slots(self, first: int, last: int) -> KVCache:
-        """The cache of the slots ``first`` to ``last``, which is left out: views of the same memory."""
+        """Views of slots ``first`` (inclusive) to ``last`` (exclusive)."""
         return KVCache(self.k_LBGSd[:, first:last], self.v_LBGSd[:, first:last], self.slot_B1[: last - first])
 
 
 class PrefixCache:
-    """Keys and values of context turns that were spoken after before, the least recently used forgotten first.
+    """Keys and values of context turns of earlier requests, evicted least recently used first.
 
-    Whoever speaks many sentences after the same reference (a cloned voice) prefills it once. A prefix ends where a turn
-    ends, and a prefill never straddles the end of a turn, so what is copied is bit for bit what would be computed.
+    Many requests with the same context (a cloned voice, say) prefill it once. Prefixes end where turns end, and prefill
+    chunks never cross the end of a turn, so a copied prefix equals a computed one bit for bit.
     """
 
     def __init__(self, max_positions: int):
-        """``max_positions`` is how many positions to keep, over all prefixes."""
+        """``max_positions`` limits the sum of the lengths of all prefixes."""
         self._max_positions = max_positions
         self._entries: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
         self._lock = threading.Lock()
 
     def load(self, row_TC: Tensor, turn_ends: Sequence[int], cache: KVCache) -> int:
-        """Copy the longest cached prefix into a slot's cache (a batch of one); return its length, or 0."""
+        """Copy the longest cached prefix into ``cache`` (of one slot); return its length, or 0."""
         with self._lock:
             for length in reversed(turn_ends):
                 key = self._key(row_TC, length)
@@ -88,7 +88,7 @@ class PrefixCache:
         return 0
 
     def store(self, row_TC: Tensor, length: int, cache: KVCache) -> None:
-        """Keep the first ``length`` positions of a slot's cache under the rows that they came from."""
+        """Store the first ``length`` positions of ``cache`` (of one slot), keyed by their rows."""
         with self._lock:
             prefix = cache.k_LBGSd[:, :, :, :length].clone(), cache.v_LBGSd[:, :, :, :length].clone()
             self._entries[self._key(row_TC, length)] = prefix
@@ -97,5 +97,5 @@ class PrefixCache:
 
     @staticmethod
     def _key(row_TC: Tensor, length: int) -> bytes:
-        # A row says what it is by its values too: a text row has no codes, an audio row no text token.
+        # The mask is not part of the key: begin and end tokens delimit the text rows, so the ids determine it.
         return hashlib.sha256(row_TC[:length].contiguous().numpy().tobytes()).digest()

@@ -1,4 +1,4 @@
-"""The Mimi codec, from the moshi package: audio to codes and back, whole or frame by frame.
+"""The Mimi codec of the moshi package: encodes audio, and decodes codes whole or frame by frame.
 
 Shapes: B slots, K codebooks, T frames of 80 ms, C latent channels.
 """
@@ -17,19 +17,22 @@ from csm.audio import to_mono
 from csm.config import CodecConfig
 from csm.errors import AudioError, CheckpointError
 
-# moshi keeps streaming state on its modules, and whether to compile in a global: one call at a time, over all codecs.
-_MOSHI = threading.RLock()
+# moshi keeps streaming state on its modules, and its compile switch in a global: all codecs share one lock.
+_MOSHI_LOCK = threading.RLock()
 
 
 class Codec:
-    """Mimi in float32 on one device. Calls from several threads take turns."""
+    """Mimi in float32 on one device. Thread-safe: calls are serialised."""
 
     def __init__(self, config: CodecConfig, num_codebooks: int, state: dict[str, Tensor], device: torch.device):
-        """``state`` is a state dict in moshi's names; ``num_codebooks`` of the codec's codebooks are used."""
+        """``state`` is a state dict with moshi's names. Only the first ``num_codebooks`` codebooks are used.
+
+        Raises CheckpointError if ``state`` does not match ``config``.
+        """
         self.config = config
         self.num_codebooks = num_codebooks
         self.device = device
-        from moshi.models import loaders  # here, because codes alone do not need it and it brings a good deal along
+        from moshi.models import loaders  # slow to import, and not needed to generate codes
 
         self._mimi = loaders.get_mimi(
             None, mimi_config=moshi_config(config), device=device, num_codebooks=num_codebooks
@@ -38,9 +41,9 @@ class Codec:
             self._mimi.load_state_dict(dict(state))
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"not a Mimi of the shape in config.json: {reason}") from error
+            raise CheckpointError(f"not a Mimi codec of the shape given in config.json: {reason}") from error
         self._mimi.requires_grad_(False)
-        for module in self._mimi.modules():  # moshi computes its codebooks when they are first read: now, on one stream
+        for module in self._mimi.modules():  # moshi computes embedding tables lazily: compute them on one stream now
             getattr(module, "embedding", None)
 
     @property
@@ -54,9 +57,9 @@ class Codec:
 
     @torch.no_grad()
     def encode(self, audio: Tensor, sample_rate: int | None = None) -> Tensor:
-        """(samples,) or (channels, samples) at any rate to codes (T, K) int64 on the CPU.
+        """Encode (samples,) or (channels, samples) at any rate to codes (T, K) int64 on the CPU.
 
-        The last frame is padded with silence. ``sample_rate`` None means the codec's own. Raises AudioError.
+        The last frame is padded with silence. ``sample_rate`` None means the codec's. Raises AudioError.
         """
         mono = to_mono(audio, self.sample_rate if sample_rate is None else sample_rate, self.sample_rate)
         with self._exclusive():
@@ -65,7 +68,7 @@ class Codec:
 
     @torch.no_grad()
     def decode(self, codes_TK: Tensor) -> Tensor:
-        """Codes (T, K) to (T * frame_size,) float32 on the CPU, in one pass. Raises AudioError."""
+        """Decode codes (T, K) to (T * frame_size,) float32 on the CPU, all frames at once. Raises AudioError."""
         codes_TK = check_codes(codes_TK, self.num_codebooks, self.config.codebook_size)
         if codes_TK.shape[0] == 0:
             return torch.zeros(0, dtype=torch.float32)
@@ -74,43 +77,43 @@ class Codec:
         return audio_B1N[0, 0].cpu()
 
     def stream_decoder(self, batch: int = 1) -> StreamDecoder:
-        """A decoder that carries its own state from frame to frame; any number may be in use at once."""
+        """A decoder of ``batch`` slots with streaming state of its own. Any number may be in use at once."""
         with self._exclusive(), self._mimi.streaming(batch):
             state = self._mimi.get_streaming_state()
         return StreamDecoder(self, state, batch)
 
     @contextmanager
     def _exclusive(self, state: dict[str, Any] | None = None) -> Iterator[None]:
-        """The modules to oneself, with a streaming state put in for the time and taken out again."""
+        """Lock moshi's modules and, if ``state`` is given, set it as their streaming state for the duration."""
         from moshi.utils.compile import no_compile, no_cuda_graph
 
-        with _MOSHI, no_compile(), no_cuda_graph():
+        with _MOSHI_LOCK, no_compile(), no_cuda_graph():
             if state is None:
                 yield
                 return
-            nothing = self._mimi.get_streaming_state()
+            outer = self._mimi.get_streaming_state()
             self._mimi.set_streaming_state(state)
             try:
                 yield
             finally:
-                self._mimi.set_streaming_state(nothing)
+                self._mimi.set_streaming_state(outer)
 
     def _decode_frame(self, codes_BK: Tensor, state: dict[str, Any]) -> Tensor:
-        """One frame of each slot to (B, frame_size) samples, from and into a streaming state."""
+        """Decode one frame of each slot to (B, frame_size) samples, and advance the streaming state."""
         mimi = self._mimi
         with self._exclusive(state):
             latent_BCT = mimi.upsample(mimi.decode_latent(codes_BK.unsqueeze(-1)))
-            # One latent step at a time: moshi's ring of `context` keys would drop, for two steps at once, a key that
-            # the first of them still sees, and beyond 10 s the stream would no longer equal the whole.
+            # One latent step at a time: with two, moshi's ring of `context` keys would overwrite a key that the first
+            # of them attends to, and beyond 10 s the stream would differ from decoding all frames at once.
             steps = [mimi.decoder_transformer(step)[0] for step in latent_BCT.split(1, dim=-1)]
             return mimi.decoder(torch.cat(steps, dim=-1))[:, 0]
 
 
 class StreamDecoder:
-    """Decodes frame after frame; the samples are those of ``Codec.decode`` on all frames.
+    """Decodes one frame of every slot at a time. The samples equal those of ``Codec.decode`` on all frames.
 
-    ``codes_BK`` and ``audio_BN`` are buffers at fixed addresses, and ``run`` turns the one into the other without a
-    sync, so that it can be captured.
+    ``run`` reads ``codes_BK`` and writes ``audio_BN``, buffers with fixed addresses, and never synchronises with the
+    host, so that it can be captured.
     """
 
     def __init__(self, codec: Codec, state: dict[str, Any], batch: int):
@@ -125,22 +128,22 @@ class StreamDecoder:
         self.audio_BN.copy_(self._codec._decode_frame(self.codes_BK, self._state))
 
     def step(self, codes_BK: Tensor) -> Tensor:
-        """One frame of each slot, (B, K) int64, to (B, frame_size) float32 on the codec's device."""
+        """Decode one frame of each slot, (B, K) int64, to (B, frame_size) float32 on the codec's device."""
         self.codes_BK.copy_(codes_BK)
         self.run()
         return self.audio_BN.clone()
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Begin again, in every slot and in the same buffers."""
-        everything = torch.ones(self.codes_BK.shape[0], dtype=torch.bool, device=self.codes_BK.device)
+        """Restart every slot, in place."""
+        all_slots_B = torch.ones(self.codes_BK.shape[0], dtype=torch.bool, device=self.codes_BK.device)
         for name, state in self._state.items():
-            if not name.startswith(("encoder", "downsample")):  # what decoding leaves alone
-                state.reset(everything)
+            if not name.startswith(("encoder", "downsample")):  # not used by decoding
+                state.reset(all_slots_B)
 
 
 def moshi_config(config: CodecConfig) -> dict[str, Any]:
-    """``config`` as the arguments that moshi builds its Mimi from (moshi.models.loaders)."""
+    """``config`` as the ``mimi_config`` of moshi.models.loaders.get_mimi."""
     return {
         "sample_rate": config.sample_rate,
         "channels": 1,
@@ -173,7 +176,7 @@ def moshi_config(config: CodecConfig) -> dict[str, Any]:
 
 
 def _seanet_config(config: CodecConfig) -> dict[str, Any]:
-    """The convolutional encoder's and decoder's."""
+    """Arguments of the convolutional encoder and decoder (SEANet)."""
     return {
         "channels": 1,
         "dimension": config.dim,
@@ -195,18 +198,18 @@ def _seanet_config(config: CodecConfig) -> dict[str, Any]:
 
 
 def check_codes(codes_TK: Tensor, num_codebooks: int, codebook_size: int) -> Tensor:
-    """Codes as (T, K) int64 on the CPU, T of 0 or more. Raises AudioError for what cannot be codes."""
+    """Codes as (T, K) int64 on the CPU; T may be 0. Raises AudioError for another shape, dtype or range."""
     try:
         codes_TK = torch.as_tensor(codes_TK).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise AudioError(f"codes must be a tensor or an array of integers, not {type(codes_TK).__name__}") from error
-    whole = not (codes_TK.is_floating_point() or codes_TK.is_complex() or codes_TK.dtype == torch.bool)
-    if codes_TK.ndim != 2 or codes_TK.shape[1] != num_codebooks or not whole:
+    is_integer = not (codes_TK.is_floating_point() or codes_TK.is_complex() or codes_TK.dtype == torch.bool)
+    if codes_TK.ndim != 2 or codes_TK.shape[1] != num_codebooks or not is_integer:
         kind = f"{codes_TK.dtype} of shape {tuple(codes_TK.shape)}"
         raise AudioError(f"codes must be integers of shape (frames, {num_codebooks}), not {kind}")
     codes_TK = codes_TK.to(torch.int64)
     if codes_TK.numel():
         low, high = codes_TK.aminmax()
         if low < 0 or high >= codebook_size:
-            raise AudioError(f"codes must be within 0 and {codebook_size - 1}, not {low.item()} to {high.item()}")
+            raise AudioError(f"codes must be from 0 to {codebook_size - 1}, not {low.item()} to {high.item()}")
     return codes_TK

@@ -1,9 +1,8 @@
 """Slots that speak together: requests in, frames out. Knows rows, codes and samples, and nothing of text.
 
-A *lane* is a batch of slots that step together, over the first slots of the engine's buffers: one graph for each span
-of its cache, one for its codec. On a GPU a frame is launched before the one before it is read: samples and codes come
-back through pinned memory, one frame late, and the codec decodes on a stream of its own while the next frame is
-computed.
+A ``BatchRunner`` steps the first slots of the engine's buffers together. It has one CUDA graph per context bucket of
+the KV cache and one for the codec. On a GPU, frame t+1 is launched before frame t is read back: codes and samples
+arrive through pinned memory one frame late, and the codec decodes on its own stream while the next frame is computed.
 
 Shapes: B slots, T rows, C columns of a row, K codebooks, N samples of a frame.
 """
@@ -13,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -64,7 +64,7 @@ class Output:
             self.ready.synchronize()
 
 
-class Lane:
+class BatchRunner:
     """A batch of slots that step together."""
 
     def __init__(
@@ -83,15 +83,15 @@ class Lane:
             self._spoken, self._decoded = torch.cuda.Event(), torch.cuda.Event()
 
     def capture(self, frame_pool: Pool, codec_pool: Pool) -> None:
-        """Capture the step for every span, and the codec's."""
+        """Capture the step for every context_bucket, and the codec's."""
 
         def buffers() -> dict[str, Tensor]:
             weights = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
             return {**weights, **self.state.buffers()}
 
-        for span in self.state.backbone_cache.spans:
-            step: Callable[[], None] = lambda span=span: decode_frame(self.model, self.state, span)  # type: ignore[misc] # noqa: E731
-            self.graphs[span] = Graph(step, buffers, self.device, frame_pool)
+        for context_bucket in self.state.backbone_cache.buckets:
+            step = partial(decode_frame, self.model, self.state, context_bucket)
+            self.graphs[context_bucket] = Graph(step, buffers, self.device, frame_pool)
         if self.decoder is not None:
             decoder = self.decoder
             named = {"codes": decoder.codes_BK, "audio": decoder.audio_BN}
@@ -104,12 +104,12 @@ class Lane:
         if audio and self.decoder is not None:
             self.decoder.reset()
 
-    def launch(self, span: int, output: Output, audio: bool) -> None:
+    def launch(self, context_bucket: int, output: Output, audio: bool) -> None:
         """One frame of every slot, on its way to ``output``."""
-        if span in self.graphs:
-            self.graphs[span].replay()
+        if context_bucket in self.graphs:
+            self.graphs[context_bucket].replay()
         else:
-            decode_frame(self.model, self.state, span)
+            decode_frame(self.model, self.state, context_bucket)
         output.codes_BK.copy_(self.state.codes_BK, non_blocking=True)
         if not audio:
             if output.ready is not None:
@@ -146,7 +146,7 @@ class Lane:
 
 
 class Engine:
-    """One set of buffers for up to ``max_batch`` slots, and the lanes over them.
+    """One set of buffers for up to ``max_batch`` slots, and the runners over them.
 
     One call of ``run`` at a time; whoever wants several streams at once takes several engines. ``codec`` gives the
     codec when samples are first asked for.
@@ -159,19 +159,19 @@ class Engine:
         with torch.inference_mode(False):  # buffers that any later call may write, whatever mode this one is in
             self._state = FrameState.allocate(model.config, max_batch, model.device, model.dtype)
             self._prefill = Prefill(model, prefixes)
-        self._lanes: dict[tuple[int, bool], Lane] = {}
+        self._runners: dict[tuple[int, bool], BatchRunner] = {}
         self._codec_stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
-        self.captured: list[int] = []  # batch sizes
+        self.captured_batch_sizes: list[int] = []  # batch sizes
 
     def capture(self, batches: Sequence[int]) -> None:
-        """Capture the prompts' passes, and a lane of each of these batch sizes. Not in the middle of a request."""
+        """Capture the prompts' passes, and a runner of each of these batch sizes. Not in the middle of a request."""
         if not graphs_enabled(self.model.device):
             return
         frame_pool, codec_pool = Pool(self.model.device), Pool(self.model.device)
         for batch in sorted(set(batches), reverse=True):  # the largest first: the smaller ones fit its memory
-            self._lane(batch, audio=True).capture(frame_pool, codec_pool)
+            self._runner(batch, audio=True).capture(frame_pool, codec_pool)
         self._prefill.capture(frame_pool)
-        self.captured = sorted(set(batches))
+        self.captured_batch_sizes = sorted(set(batches))
 
     def run(self, requests: Sequence[Request], audio: bool) -> Iterator[Frame]:
         """Speak all requests, slot i the i-th, and hand out frames until every one has ended."""
@@ -183,18 +183,18 @@ class Engine:
                 torch.cuda.current_stream(self.model.device).wait_stream(self._codec_stream)
 
     def _run(self, requests: Sequence[Request], audio: bool) -> Iterator[Frame]:
-        # A captured lane with slots to spare beats one of the very size that is not captured.
-        batch = next((size for size in self.captured if size >= len(requests)), len(requests))
-        lane = self._lane(batch, audio or batch in self.captured)
+        # A captured runner with slots to spare beats one of the very size that is not captured.
+        batch = next((size for size in self.captured_batch_sizes if size >= len(requests)), len(requests))
+        runner = self._runner(batch, audio or batch in self.captured_batch_sizes)
         with _on(self.model.device):
-            lane.restart(audio)
+            runner.restart(audio)
             self._prefill.check()
             for slot, request in enumerate(requests):
                 row_TC, mask_TC, turn_ends, params, _ = request
-                self._prefill.start(lane.state, slot, row_TC, mask_TC, params, turn_ends)
+                self._prefill.start(runner.state, slot, row_TC, mask_TC, params, turn_ends)
         live = {slot: request.max_frames for slot, request in enumerate(requests)}
         longest = max(request.row_TC.shape[0] for request in requests)
-        for spoken, output in enumerate(self._steps(lane, longest, max(live.values()), audio), start=1):
+        for spoken, output in enumerate(self._steps(runner, longest, max(live.values()), audio), start=1):
             output.wait()
             for slot, max_frames in list(live.items()):
                 if not output.codes_BK[slot].any():  # a frame of zeros ends the speech
@@ -206,22 +206,24 @@ class Engine:
             if not live:
                 return
 
-    def _steps(self, lane: Lane, longest: int, count: int, audio: bool) -> Iterator[Output]:
+    def _steps(self, runner: BatchRunner, longest: int, count: int, audio: bool) -> Iterator[Output]:
         """``count`` steps; on a GPU each is launched before the one before it is handed out."""
-        ahead = 1 if lane.device.type == "cuda" else 0
+        ahead = 1 if runner.device.type == "cuda" else 0
         launched: deque[Output] = deque()
         for step in range(count):
-            output = lane.outputs[step % 2]
-            with _on(lane.device):
-                lane.launch(lane.state.backbone_cache.span_of(longest + step), output, audio)
+            output = runner.outputs[step % 2]
+            with _on(runner.device):
+                runner.launch(runner.state.backbone_cache.bucket_for(longest + step), output, audio)
             launched.append(output)
             if len(launched) > ahead:
                 yield launched.popleft()
         yield from launched
 
-    def _lane(self, batch: int, audio: bool) -> Lane:
-        if (batch, audio) not in self._lanes:
+    def _runner(self, batch: int, audio: bool) -> BatchRunner:
+        if (batch, audio) not in self._runners:
             with torch.inference_mode(False), torch.no_grad():
                 decoder = self._codec().stream_decoder(batch) if audio else None
-                self._lanes[batch, audio] = Lane(self.model, self._state.narrow(batch), decoder, self._codec_stream)
-        return self._lanes[batch, audio]
+                self._runners[batch, audio] = BatchRunner(
+                    self.model, self._state.narrow(batch), decoder, self._codec_stream
+                )
+        return self._runners[batch, audio]

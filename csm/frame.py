@@ -1,9 +1,9 @@
-"""One frame: every buffer that the step touches, and the step itself.
+"""The step that generates one frame, and all buffers that it reads and writes.
 
-A slot holds one *pending row*: the row of codes or text that the backbone has not read yet. ``csm.prefill`` writes the
-keys and values of a prompt up to its last row, which it leaves pending; ``decode_frame`` reads the pending row of every
-slot, writes a frame of codes, and makes that frame the next pending row. So a prompt and a frame of speech are the same
-thing to the step, and a first frame needs nothing of its own.
+Every slot has one *pending row*, the row that the backbone has not read yet. ``csm.prefill`` writes the keys and values
+of all prompt rows but the last, which becomes the pending row. ``decode_frame`` reads the pending row of every slot,
+generates a frame of codes, and makes it the next pending row. The first frame of a request is therefore computed by the
+same step as all others.
 
 Shapes: B slots, C columns of a row (K codebooks, then text), K codebooks, V ids, D dim.
 """
@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 
 from csm.cache import KVCache
-from csm.config import CSMConfig
+from csm.config import CSMConfig, TransformerConfig
 from csm.kernels import draw_noise, sample
 from csm.model import CSM
 
 
 @dataclass(frozen=True, eq=False)
 class FrameState:
-    """Every buffer of the step, at a fixed address. All are read and written on the device only.
+    """All buffers of the step, at fixed addresses. The step reads and writes them on the device only.
 
-    ``row_BC`` and ``mask_BC`` are the pending row, ``position_B`` its backbone position, ``frame_B`` the number of
-    frames spoken so far, ``codes_BK`` the last frame.
+    ``pending_row_BC`` and ``pending_mask_BC`` are the pending rows and ``position_B`` their backbone positions.
+    ``frame_B`` counts the frames generated so far, and ``codes_BK`` is the last frame.
     """
 
-    row_BC: Tensor
-    mask_BC: Tensor
+    pending_row_BC: Tensor
+    pending_mask_BC: Tensor
     position_B: Tensor
     frame_B: Tensor
     codes_BK: Tensor
@@ -44,18 +44,18 @@ class FrameState:
 
     @classmethod
     def allocate(cls, config: CSMConfig, batch: int, device: torch.device, dtype: torch.dtype) -> FrameState:
-        """Buffers of ``batch`` slots, with caches of the backbone's every position."""
+        """Allocate ``batch`` slots, with caches for all positions of the backbone."""
         num_codebooks = config.num_codebooks
 
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device, dtype=torch.int64)
 
-        def cache(transformer, max_positions):  # type: ignore[no-untyped-def]
+        def cache(transformer: TransformerConfig, max_positions: int) -> KVCache:
             return KVCache.allocate(transformer, batch, max_positions, device, dtype)
 
         return cls(
-            row_BC=integers(batch, num_codebooks + 1),
-            mask_BC=torch.zeros(batch, num_codebooks + 1, device=device, dtype=torch.bool),
+            pending_row_BC=integers(batch, num_codebooks + 1),
+            pending_mask_BC=torch.zeros(batch, num_codebooks + 1, device=device, dtype=torch.bool),
             position_B=integers(batch),
             frame_B=integers(batch),
             codes_BK=integers(batch, num_codebooks),
@@ -69,10 +69,10 @@ class FrameState:
 
     @property
     def batch(self) -> int:
-        return self.row_BC.shape[0]
+        return self.pending_row_BC.shape[0]
 
     def narrow(self, batch: int) -> FrameState:
-        """The first ``batch`` slots, in the same memory."""
+        """The first ``batch`` slots, as views of the same memory."""
         parts: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -80,7 +80,7 @@ class FrameState:
         return FrameState(**parts)
 
     def buffers(self) -> dict[str, Tensor]:
-        """Every tensor of the state by name, those of the caches too."""
+        """All tensors of the state by name, including those of the caches."""
         named: dict[str, Tensor] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -92,45 +92,59 @@ class FrameState:
 
 
 @torch.inference_mode()
-def decode_frame(model: CSM, state: FrameState, span: int | None = None) -> None:
-    """Read the pending row of every slot and speak one frame into ``state.codes_BK``.
+def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = None) -> None:
+    """Read the pending row of every slot and generate one frame into ``state.codes_BK``.
 
-    ``span`` bounds how many positions of the cache are looked at (None: all); every slot's position must lie within.
-    It is a constant of the step, chosen among few, not a position.
+    Attention covers the first ``context_bucket`` cache positions (None: all of them), one of ``KVCache.buckets``. Every
+    slot's position must be below it.
 
-    No sync with the host and no position of Python's: positions, frame counters and sampling parameters are read, and
-    the first two advanced, on the device.
+    The step never synchronises with the host, so that it can be captured: positions, frame counters and sampling
+    parameters are read, and positions and frame counters advanced, on the device.
     """
     num_codebooks = model.config.num_codebooks
-    counters = (state.seed_B, state.frame_B, state.temperature_B, state.top_k_B)
-    noise = draw_noise(*counters, num_codebooks, model.config.codebook_size, model.codebook0_head)
+    noise = draw_noise(
+        seed_B=state.seed_B,
+        frame_B=state.frame_B,
+        temperature_B=state.temperature_B,
+        top_k_B=state.top_k_B,
+        num_codebooks=num_codebooks,
+        codebook_size=model.config.codebook_size,
+        head_VD=model.codebook0_head,
+    )
 
-    def draw(codebook: int, hidden_BTD: Tensor) -> Tensor | None:
-        """Draw a code from a pass's last row; its embedding, (B, depth dim), unless it is the last."""
+    def sample_code(codebook: int, hidden_BTD: Tensor) -> Tensor | None:
+        """Sample a code from the last row; return its embedding, (B, depth dim), or None for the last codebook."""
         logits_BV = model.logits(codebook, hidden_BTD[:, -1:]).squeeze(1)
         table_VD = model.code_embedding(codebook) if codebook + 1 < num_codebooks else None
         return sample(logits_BV, codebook, noise, state.codes_BK, table_VD)
 
-    x_B1D = model.embed_rows(state.row_BC.unsqueeze(1), state.mask_BC.unsqueeze(1))
-    at = model.backbone.places(state.position_B.unsqueeze(1), span or state.backbone_cache.max_positions)
-    hidden_B1D = model.backbone(x_B1D, state.backbone_cache, at)
-    entered_BD = model.enter_depth(hidden_B1D).squeeze(1)
+    x_B1D = model.embed_rows(state.pending_row_BC.unsqueeze(1), state.pending_mask_BC.unsqueeze(1))
+    meta = model.backbone.attention_metadata(
+        state.position_B.unsqueeze(1), context_bucket or state.backbone_cache.max_positions
+    )
+    hidden_B1D = model.backbone(x_B1D, state.backbone_cache, meta)
+    projected_BD = model.enter_depth(hidden_B1D).squeeze(1)
 
     # Depth positions: 0 reads the backbone's hidden state, i >= 1 reads code i - 1 and predicts code i.
-    depth_at = model.depth_decoder.places(state.depth_position_BK, span=num_codebooks)
-    code_BD = draw(0, hidden_B1D)
+    depth_meta = model.depth_decoder.attention_metadata(state.depth_position_BK, context_bucket=num_codebooks)
+    code_BD = sample_code(0, hidden_B1D)
     assert code_BD is not None
-    x_BTD = torch.stack((entered_BD, code_BD), dim=1)
+    x_BTD = torch.stack((projected_BD, code_BD), dim=1)
     for codebook in range(1, num_codebooks):
         first = codebook + 1 - x_BTD.shape[1]
-        hidden_BTD = model.depth_decoder(x_BTD, state.depth_cache, depth_at.rows(first, codebook + 1))
-        code_BD = draw(codebook, hidden_BTD)
+        hidden_BTD = model.depth_decoder(x_BTD, state.depth_cache, depth_meta.rows(first, codebook + 1))
+        code_BD = sample_code(codebook, hidden_BTD)
         x_BTD = x_BTD if code_BD is None else code_BD.unsqueeze(1)
 
-    state.row_BC[:, :-1] = state.codes_BK
-    state.row_BC[:, -1] = 0
-    state.mask_BC[:, :-1] = True
-    state.mask_BC[:, -1] = False
+    _advance(state)
+
+
+def _advance(state: FrameState) -> None:
+    """Make the generated frame the pending row of the next position."""
+    state.pending_row_BC[:, :-1] = state.codes_BK
+    state.pending_row_BC[:, -1] = 0
+    state.pending_mask_BC[:, :-1] = True
+    state.pending_mask_BC[:, -1] = False
     state.frame_B.add_(1)
-    # A slot that has ended goes on until its batch does: it must not run out of its cache.
+    # A finished slot keeps stepping with its batch, so its position must stay within the cache.
     state.position_B.add_(1).clamp_(max=state.backbone_cache.max_positions - 1)

@@ -272,7 +272,7 @@ class Generator:
         """
         with self._lock:
             fitting = [engine for engine in self._engines if engine.max_batch >= batch]
-            fitting.sort(key=lambda engine: (not engine.captured, engine.max_batch))
+            fitting.sort(key=lambda engine: (not engine.captured_batch_sizes, engine.max_batch))
             engine = fitting[0] if fitting else Engine(self.model, lambda: self.codec, batch, self._prefixes)
             self._engines = [other for other in self._engines if other is not engine]
         try:
@@ -280,8 +280,8 @@ class Generator:
         finally:
             with self._lock:
                 engines = [engine, *self._engines]
-                spare = [other for other in engines if not other.captured][:MAX_SPARE_ENGINES]
-                self._engines = [other for other in engines if other.captured] + spare
+                spare = [other for other in engines if not other.captured_batch_sizes][:MAX_SPARE_ENGINES]
+                self._engines = [other for other in engines if other.captured_batch_sizes] + spare
 
 
 def find_device(name: str | torch.device | None) -> torch.device:

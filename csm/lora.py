@@ -127,13 +127,13 @@ class Lora(nn.Module):
 
     @torch.no_grad()
     def merge(self, model: CSM) -> None:
-        """Add the adapters to the weights of ``model``, in place, and fold."""
+        """Add the adapters to the weights of ``model``, in place, and update the depth embedding."""
         weights = dict(model.named_parameters())
         for layer in self.layers:
             rows = weights[layer.weight][layer.first : layer.first + layer.rows]
             a_RI, b_OR = self.a[_key(layer)], self.b[_key(layer)]
             rows.copy_(rows.to(a_RI.dtype) + self.scale * (b_OR @ a_RI).to(rows.device))
-        model.fold()
+        model.precompute_depth_embedding()
 
     @contextmanager
     def merged(self, model: CSM) -> Iterator[None]:
@@ -147,7 +147,7 @@ class Lora(nn.Module):
             with torch.no_grad():
                 for name, weight in before.items():
                     weights[name].copy_(weight)
-            model.fold()
+            model.precompute_depth_embedding()
 
     def tensors(self) -> dict[str, Tensor]:
         """A and B of each layer, under the names that a file has."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from csm.kernels.launch import jit, kernels_run, launch, power_of_two, tl
 from csm.kernels.tiles import wait_for_inputs
 
-CHUNK = 64  # positions a program looks at: the same at every span, so that a longer span changes no bit
+CHUNK = 64  # positions a program looks at: the same at every context, so that a longer context changes no bit
 
 
 def attention_reference(q_BTHd: Tensor, k_cache_BGSd: Tensor, v_cache_BGSd: Tensor, bias_BTS: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from csm.kernels.attention import attention
 from csm.kernels.launch import jit, kernels_run, launch, power_of_two, tl
+from csm.kernels.launch_config import launch_config
 from csm.kernels.linear_add import linear_add
-from csm.kernels.shapes import launch_shape
 from csm.kernels.tiles import product, wait_for_inputs
 
-FUSED_SPAN = 32  # and one row: every program repeats the attention, whose tiles fill its registers
+MAX_FUSED_CONTEXT = 32  # and one row: every program repeats the attention, whose tiles fill its registers
 
 
 @jit
@@ -97,16 +97,16 @@ def attention_linear_add(
 ) -> Tensor:
     """``linear_add(attention(q, ...), weight, residual)``: (B, T, H, d), (B, T, D) -> (B, T, D)."""
     (B, T, H, d), G, D = q_BTHd.shape, k_cache_BGSd.shape[1], residual_BTD.shape[2]
-    span = bias_BTS.shape[-1]
-    fused = B * T == 1 and span <= FUSED_SPAN and kernels_run(q_BTHd, 1)
-    shape = launch_shape("attention_linear_add", weight_DE, 1) if fused else None
+    context = bias_BTS.shape[-1]
+    fused = B * T == 1 and context <= MAX_FUSED_CONTEXT and kernels_run(q_BTHd, 1)
+    shape = launch_config("attention_linear_add", weight_DE, 1) if fused else None
     if shape is None:
         mixed_BTE = attention(q_BTHd, k_cache_BGSd, v_cache_BGSd, bias_BTS, position_BT)
         return linear_add(mixed_BTE, weight_DE, residual_BTD)
     assert q_BTHd.is_contiguous() and k_cache_BGSd.stride() == v_cache_BGSd.stride()
     out_BTD = q_BTHd.new_empty(B, T, D)
     constants = dict(H=H, G=G, d=d, N=D, BLOCK_N=shape.constants["BLOCK_N"])
-    blocks = dict(GROUPS=power_of_two(G), R=power_of_two(H // G), D=power_of_two(d), S=power_of_two(span))
+    blocks = dict(GROUPS=power_of_two(G), R=power_of_two(H // G), D=power_of_two(d), S=power_of_two(context))
     tensors = (q_BTHd, k_cache_BGSd, v_cache_BGSd, weight_DE, residual_BTD, out_BTD, position_BT)
     numbers = (k_cache_BGSd.stride(1), 1 / math.sqrt(d))
     options = dict(**constants, **blocks, num_warps=shape.num_warps)

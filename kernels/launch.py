@@ -74,8 +74,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def family(device: torch.device) -> str:
-    """The GPU family that a launch shape is tuned for: ``sm_90``, say."""
+def gpu_arch(device: torch.device) -> str:
+    """The GPU architecture that a launch configuration is tuned for: ``sm_90``, say."""
     return "sm_{}{}".format(*_capability(device)) if device.type == "cuda" else device.type
 
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm.kernels.launch import jit, kernels_run, launch, row_stride, tl
-from csm.kernels.shapes import launch_shape
-from csm.kernels.tiles import dots, load_row, product, wait_for_inputs, weight_tile
+from csm.kernels.launch_config import launch_config
+from csm.kernels.tiles import load_row, matmul_tile, product, wait_for_inputs, weight_tile
 
 
 def linear_add_reference(x_BTF: Tensor, weight_DF: Tensor, residual_BTD: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def linear_add_rows(
 
 
 @jit
-def linear_add_dots(
+def linear_add_matmul(
     x_ptr,
     weight_ptr,
     residual_ptr,
@@ -61,7 +61,7 @@ def linear_add_dots(
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)
-    acc_MN = dots(x_ptr, x_stride, 1.0, x_ptr, weight_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=False)
+    acc_MN = matmul_tile(x_ptr, x_stride, 1.0, x_ptr, weight_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=False)
     mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
     residual_at = residual_ptr + m_M[:, None] * residual_stride + n_N[None, :]
     acc_MN += tl.load(residual_at, mask=mask_MN, other=0.0).to(tl.float32)
@@ -71,11 +71,11 @@ def linear_add_dots(
 def linear_add(x_BTF: Tensor, weight_DF: Tensor, residual_BTD: Tensor) -> Tensor:
     """``residual + x @ weight.T``: (B, T, F), (B, T, D) -> (B, T, D)."""
     (B, T, D), F_ = residual_BTD.shape, x_BTF.shape[2]
-    shape = launch_shape("linear_add", weight_DF, B * T) if kernels_run(x_BTF, B * T) else None
+    shape = launch_config("linear_add", weight_DF, B * T) if kernels_run(x_BTF, B * T) else None
     if shape is None:
         return linear_add_reference(x_BTF, weight_DF, residual_BTD)
     out_BTD = x_BTF.new_empty(B, T, D)
-    kernel = linear_add_dots if "M" in shape.constants else linear_add_rows
+    kernel = linear_add_matmul if "M" in shape.constants else linear_add_rows
     args = (x_BTF, weight_DF, residual_BTD, out_BTD, row_stride(x_BTF), row_stride(residual_BTD))
     launch(kernel, [shape.blocks(D)], *args, ROWS=B * T, N=D, K=F_, **shape.options)
     return out_BTD

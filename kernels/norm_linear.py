@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm.kernels.launch import jit, kernels_run, launch, row_stride, tl
-from csm.kernels.shapes import launch_shape
-from csm.kernels.tiles import dots, load_row, norm_scales, normed_row, product, wait_for_inputs, weight_tile
+from csm.kernels.launch_config import launch_config
+from csm.kernels.tiles import load_row, matmul_tile, norm_scales, normed_row, product, wait_for_inputs, weight_tile
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -50,7 +50,7 @@ def norm_linear_rows(
 
 
 @jit
-def norm_linear_dots(
+def norm_linear_matmul(
     x_ptr,
     norm_ptr,
     weight_ptr,
@@ -70,7 +70,7 @@ def norm_linear_dots(
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)
     scale_M = norm_scales(x_ptr, x_stride, m_M, ROWS, K, EPS, BLOCK_K)
-    acc_MN = dots(x_ptr, x_stride, scale_M, norm_ptr, weight_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=True)
+    acc_MN = matmul_tile(x_ptr, x_stride, scale_M, norm_ptr, weight_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=True)
     mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
     tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], acc_MN.to(x_ptr.dtype.element_ty), mask=mask_MN)
 
@@ -78,11 +78,11 @@ def norm_linear_dots(
 def norm_linear(x_BTD: Tensor, norm_D: Tensor, weight_ED: Tensor, eps: float) -> Tensor:
     """``rms_norm(x) @ weight.T``: (B, T, D) -> (B, T, E)."""
     (B, T, D), E = x_BTD.shape, weight_ED.shape[0]
-    shape = launch_shape("norm_linear", weight_ED, B * T) if kernels_run(x_BTD, B * T) else None
+    shape = launch_config("norm_linear", weight_ED, B * T) if kernels_run(x_BTD, B * T) else None
     if shape is None:
         return norm_linear_reference(x_BTD, norm_D, weight_ED, eps)
     out_BTE = x_BTD.new_empty(B, T, E)
-    kernel = norm_linear_dots if "M" in shape.constants else norm_linear_rows
+    kernel = norm_linear_matmul if "M" in shape.constants else norm_linear_rows
     args = (x_BTD, norm_D, weight_ED, out_BTE, row_stride(x_BTD))
     launch(kernel, [shape.blocks(E)], *args, ROWS=B * T, N=E, K=D, EPS=eps, **shape.options)
     return out_BTE

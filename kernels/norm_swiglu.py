@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm.kernels.launch import jit, kernels_run, launch, row_stride, tl
+from csm.kernels.launch_config import launch_config
 from csm.kernels.norm_linear import rms_norm
-from csm.kernels.shapes import launch_shape
-from csm.kernels.tiles import dots, load_row, norm_scales, normed_row, product, wait_for_inputs, weight_tile
+from csm.kernels.tiles import load_row, matmul_tile, norm_scales, normed_row, product, wait_for_inputs, weight_tile
 
 
 def norm_swiglu_reference(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Tensor, eps: float) -> Tensor:
@@ -51,7 +51,7 @@ def norm_swiglu_rows(
 
 
 @jit
-def norm_swiglu_dots(
+def norm_swiglu_matmul(
     x_ptr,
     norm_ptr,
     gate_up_ptr,
@@ -71,8 +71,10 @@ def norm_swiglu_dots(
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)
     scale_M = norm_scales(x_ptr, x_stride, m_M, ROWS, K, EPS, BLOCK_K)
-    gate_MN = dots(x_ptr, x_stride, scale_M, norm_ptr, gate_up_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=True)
-    up_MN = dots(x_ptr, x_stride, scale_M, norm_ptr, gate_up_ptr + N * K, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=True)
+    gate_MN = matmul_tile(x_ptr, x_stride, scale_M, norm_ptr, gate_up_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=True)
+    up_MN = matmul_tile(
+        x_ptr, x_stride, scale_M, norm_ptr, gate_up_ptr + N * K, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=True
+    )
     mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
     hidden_MN = swiglu(gate_MN, up_MN).to(x_ptr.dtype.element_ty)
     tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], hidden_MN, mask=mask_MN)
@@ -84,11 +86,11 @@ def norm_swiglu(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Tensor, eps: float) 
     ``gate_up_2FD`` holds the F rows of the gate (Sesame's w1), then the F rows of up (w3).
     """
     (B, T, D), F_ = x_BTD.shape, gate_up_2FD.shape[0] // 2
-    shape = launch_shape("norm_swiglu", gate_up_2FD, B * T) if kernels_run(x_BTD, B * T) else None
+    shape = launch_config("norm_swiglu", gate_up_2FD, B * T) if kernels_run(x_BTD, B * T) else None
     if shape is None:
         return norm_swiglu_reference(x_BTD, norm_D, gate_up_2FD, eps)
     out_BTF = x_BTD.new_empty(B, T, F_)
-    kernel = norm_swiglu_dots if "M" in shape.constants else norm_swiglu_rows
+    kernel = norm_swiglu_matmul if "M" in shape.constants else norm_swiglu_rows
     args = (x_BTD, norm_D, gate_up_2FD, out_BTF, row_stride(x_BTD))
     launch(kernel, [shape.blocks(F_)], *args, ROWS=B * T, N=F_, K=D, EPS=eps, **shape.options)
     return out_BTF

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from csm.kernels.launch import Launch, triton
 
-FAMILIES = (80, 89, 90, 120)
+GPU_ARCHS = (80, 89, 90, 120)
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -25,12 +25,15 @@ TYPES = {
 
 
 class Compiled(NamedTuple):
-    """One kernel for one family. ``load_bits`` is the widest load; ``early_bytes`` what a program asks for, by loads of
-    128 bits, before it waits."""
+    """One kernel for one GPU architecture.
+
+    ``load_bits`` is the widest load; ``early_bytes`` are the bytes of 128-bit loads that a program issues before it
+    waits for the previous kernel.
+    """
 
     kernel: str
     constants: str
-    family: int
+    gpu_arch: int
     programs: int
     num_warps: int
     registers: int
@@ -79,9 +82,9 @@ def _sixteenfold(value: Any) -> bool:
     return isinstance(value, int) and value % 16 == 0
 
 
-def compile_for(launch: Launch, family: int) -> Any:
-    """A launch's kernel for one family. Storages begin at multiples of 16 bytes, as PyTorch's do."""
-    types, pdl = signature(launch), family >= 90
+def compile_for(launch: Launch, gpu_arch: int) -> Any:
+    """A launch's kernel for one GPU architecture. Storages begin at multiples of 16 bytes, as PyTorch's do."""
+    types, pdl = signature(launch), gpu_arch >= 90
     constants = {"PDL": pdl, **launch.constants}
     attributes = {}
     for index, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.args, strict=False)):
@@ -91,17 +94,17 @@ def compile_for(launch: Launch, family: int) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
     types |= dict.fromkeys(constants, "constexpr")
     source = triton.compiler.ASTSource(launch.kernel, types, constants, attributes)
-    target = triton.backends.compiler.GPUTarget("cuda", family, 32)
+    target = triton.backends.compiler.GPUTarget("cuda", gpu_arch, 32)
     options = {"num_warps": launch.num_warps, **({"launch_pdl": True} if pdl else {})}
     return triton.compile(source, target=target, options=options)
 
 
-def examine(launch: Launch, family: int) -> Compiled:
+def examine(launch: Launch, gpu_arch: int) -> Compiled:
     """Compile, and read what came out."""
-    compiled = compile_for(launch, family)
+    compiled = compile_for(launch, gpu_arch)
     ptx = compiled.asm["ptx"]
     early, _, _ = ptx.rpartition("griddepcontrol.wait")
-    said = assembler_report(ptx, family)
+    said = assembler_report(ptx, gpu_arch)
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
     constants = " ".join(f"{name}={value}" for name, value in launch.constants.items() if name != "EPS")
     registers = re.search(r"Used (\d+) registers", said)
@@ -109,7 +112,7 @@ def examine(launch: Launch, family: int) -> Compiled:
     return Compiled(
         kernel=launch.name,
         constants=constants,
-        family=family,
+        gpu_arch=gpu_arch,
         programs=torch.Size(launch.grid).numel(),
         num_warps=launch.num_warps,
         registers=int(registers[1]),
@@ -120,7 +123,7 @@ def examine(launch: Launch, family: int) -> Compiled:
     )
 
 
-def assembler_report(ptx: str, family: int) -> str:
+def assembler_report(ptx: str, gpu_arch: int) -> str:
     """What ptxas says of a kernel's resources."""
     ptxas = triton.knobs.nvidia.ptxas.path
     arch = re.search(r"\.target (sm_\w+)", ptx)

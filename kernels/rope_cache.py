@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 
 from csm.kernels.launch import jit, kernels_run, launch, row_stride, tl
+from csm.kernels.launch_config import MAX_GEMV_ROWS, launch_config
 from csm.kernels.norm_linear import norm_linear
-from csm.kernels.shapes import LOOPED_ROWS, launch_shape
 from csm.kernels.tiles import load_row, normed_row, product, wait_for_inputs, weight_tile
 
 
-def rotate_pairs(x_BTHd: Tensor, turn_BTp2: Tensor) -> Tensor:
+def rotate_pairs(x_BTHd: Tensor, rope_BTp2: Tensor) -> Tensor:
     """Turn the interleaved pairs (x0, x1), (x2, x3)... by the angle of their position (RoFormer, eq. 34).
 
-    ``turn_BTp2`` holds cosine and sine for each of the d / 2 pairs: a pair is a complex number, its turn a product.
+    ``rope_BTp2`` holds cosine and sine for each of the d / 2 pairs: a pair is a complex number, its turn a product.
     Computed in float32 at least, cast back.
     """
-    x_wide = x_BTHd.to(torch.promote_types(x_BTHd.dtype, turn_BTp2.dtype))
+    x_wide = x_BTHd.to(torch.promote_types(x_BTHd.dtype, rope_BTp2.dtype))
     pairs_BTHp = torch.view_as_complex(x_wide.unflatten(-1, (-1, 2)))
-    turned_BTHp = pairs_BTHp * torch.view_as_complex(turn_BTp2).unsqueeze(2)
-    return torch.view_as_real(turned_BTHp).flatten(-2).to(x_BTHd.dtype)
+    rotated_BTHp = pairs_BTHp * torch.view_as_complex(rope_BTp2).unsqueeze(2)
+    return torch.view_as_real(rotated_BTHp).flatten(-2).to(x_BTHd.dtype)
 
 
 def rope_cache_reference(
     qkv_BTE: Tensor,
-    turn_BTp2: Tensor,
+    rope_BTp2: Tensor,
     k_cache_BGSd: Tensor,
     v_cache_BGSd: Tensor,
     slot_B1: Tensor,
@@ -37,7 +37,7 @@ def rope_cache_reference(
     num_kv_heads, head_dim = k_cache_BGSd.shape[1], k_cache_BGSd.shape[3]
     heads = qkv_BTE.unflatten(-1, (-1, head_dim))
     num_rotated = heads.shape[2] - num_kv_heads
-    rotated = rotate_pairs(heads[:, :, :num_rotated], turn_BTp2)
+    rotated = rotate_pairs(heads[:, :, :num_rotated], rope_BTp2)
     q_BTHd, k_BTGd = rotated.split([num_rotated - num_kv_heads, num_kv_heads], dim=2)
     k_cache_BGSd[slot_B1, :, position_BT] = k_BTGd
     v_cache_BGSd[slot_B1, :, position_BT] = heads[:, :, num_rotated:]
@@ -45,13 +45,13 @@ def rope_cache_reference(
 
 
 @jit
-def turn_pairs(qkv_N, n_N, turn_at, d: tl.constexpr, TURNED: tl.constexpr):
-    """Outputs ``n_N``, of which the first is an even one, as float32: the first TURNED turned, values as they are."""
+def rotate_pair_tile(qkv_N, n_N, rope_at, d: tl.constexpr, ROTATED: tl.constexpr):
+    """Outputs ``n_N``, of which the first is an even one, as float32: the first ROTATED turned, values as they are."""
     PAIRS: tl.constexpr = qkv_N.shape[0] // 2
     even_P, odd_P = tl.split(tl.reshape(qkv_N, (PAIRS, 2)))
     n_P, _ = tl.split(tl.reshape(n_N, (PAIRS, 2)))
-    cos_P = tl.load(turn_at + n_P % d, mask=n_P < TURNED, other=1.0)
-    sin_P = tl.load(turn_at + n_P % d + 1, mask=n_P < TURNED, other=0.0)
+    cos_P = tl.load(rope_at + n_P % d, mask=n_P < ROTATED, other=1.0)
+    sin_P = tl.load(rope_at + n_P % d + 1, mask=n_P < ROTATED, other=0.0)
     turned_P2 = tl.join(even_P * cos_P - odd_P * sin_P, even_P * sin_P + odd_P * cos_P)
     return tl.reshape(turned_P2, (PAIRS * 2,))
 
@@ -74,7 +74,7 @@ def norm_rope_cache_rows(
     q_ptr,
     k_ptr,
     v_ptr,
-    turn_ptr,
+    rope_ptr,
     slot_ptr,
     position_ptr,
     x_stride,
@@ -102,7 +102,7 @@ def norm_rope_cache_rows(
         qkv_N = product(weight_NK, x_K).to(x_ptr.dtype.element_ty).to(tl.float32)
         at = row // T * position_stride + row % T
         place = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + at) * d
-        out_N = turn_pairs(qkv_N, n_N, turn_ptr + at * d, d, (H + G) * d).to(x_ptr.dtype.element_ty)
+        out_N = rotate_pair_tile(qkv_N, n_N, rope_ptr + at * d, d, (H + G) * d).to(x_ptr.dtype.element_ty)
         write_heads(out_N, n_N, q_ptr + row * (H * d), k_ptr + place, v_ptr + place, head_stride, H, G, d)
 
 
@@ -112,7 +112,7 @@ def rope_cache_row(
     q_ptr,
     k_ptr,
     v_ptr,
-    turn_ptr,
+    rope_ptr,
     slot_ptr,
     position_ptr,
     position_stride,
@@ -133,7 +133,7 @@ def rope_cache_row(
     qkv_N = tl.load(qkv_at, mask=n_N < (H + 2 * G) * d, other=0.0).to(tl.float32)
     at = row // T * position_stride + row % T
     place = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + at) * d
-    out_N = turn_pairs(qkv_N, n_N, turn_ptr + at * d, d, (H + G) * d).to(qkv_ptr.dtype.element_ty)
+    out_N = rotate_pair_tile(qkv_N, n_N, rope_ptr + at * d, d, (H + G) * d).to(qkv_ptr.dtype.element_ty)
     write_heads(out_N, n_N, q_ptr + row * (H * d), k_ptr + place, v_ptr + place, head_stride, H, G, d)
 
 
@@ -142,7 +142,7 @@ def norm_rope_cache(
     norm_D: Tensor,
     qkv_ED: Tensor,
     eps: float,
-    turn_BTp2: Tensor,
+    rope_BTp2: Tensor,
     k_cache_BGSd: Tensor,
     v_cache_BGSd: Tensor,
     slot_B1: Tensor,
@@ -151,14 +151,14 @@ def norm_rope_cache(
     """``rope_cache(norm_linear(x, norm, qkv, eps), ...)``: (B, T, D) -> q (B, T, H, d)."""
     (B, T, D), (G, d) = x_BTD.shape, (k_cache_BGSd.shape[1], k_cache_BGSd.shape[3])
     H = qkv_ED.shape[0] // d - 2 * G
-    looped = B * T <= LOOPED_ROWS and kernels_run(x_BTD, B * T)
-    shape = launch_shape("norm_rope_cache", qkv_ED, B * T) if looped else None
+    looped = B * T <= MAX_GEMV_ROWS and kernels_run(x_BTD, B * T)
+    shape = launch_config("norm_rope_cache", qkv_ED, B * T) if looped else None
     if shape is None:
         qkv_BTE = norm_linear(x_BTD, norm_D, qkv_ED, eps)
-        return rope_cache(qkv_BTE, turn_BTp2, k_cache_BGSd, v_cache_BGSd, slot_B1, position_BT)
+        return rope_cache(qkv_BTE, rope_BTp2, k_cache_BGSd, v_cache_BGSd, slot_B1, position_BT)
     q_BTHd = x_BTD.new_empty(B, T, H, d)
-    places = (q_BTHd, k_cache_BGSd, v_cache_BGSd, turn_BTp2, slot_B1, position_BT)
-    strides = (row_stride(x_BTD), *_strides(turn_BTp2, position_BT, k_cache_BGSd, v_cache_BGSd))
+    places = (q_BTHd, k_cache_BGSd, v_cache_BGSd, rope_BTp2, slot_B1, position_BT)
+    strides = (row_stride(x_BTD), *_strides(rope_BTp2, position_BT, k_cache_BGSd, v_cache_BGSd))
     constants: dict[str, Any] = dict(ROWS=B * T, T=T, H=H, G=G, d=d, K=D, EPS=eps)
     grid = [shape.blocks(qkv_ED.shape[0])]
     launch(norm_rope_cache_rows, grid, x_BTD, norm_D, qkv_ED, *places, *strides, **constants, **shape.options)
@@ -167,7 +167,7 @@ def norm_rope_cache(
 
 def rope_cache(
     qkv_BTE: Tensor,
-    turn_BTp2: Tensor,
+    rope_BTp2: Tensor,
     k_cache_BGSd: Tensor,
     v_cache_BGSd: Tensor,
     slot_B1: Tensor,
@@ -181,19 +181,19 @@ def rope_cache(
     (B, T, E), (G, d) = qkv_BTE.shape, (k_cache_BGSd.shape[1], k_cache_BGSd.shape[3])
     H = E // d - 2 * G
     if not kernels_run(qkv_BTE, B * T):
-        return rope_cache_reference(qkv_BTE, turn_BTp2, k_cache_BGSd, v_cache_BGSd, slot_B1, position_BT)
+        return rope_cache_reference(qkv_BTE, rope_BTp2, k_cache_BGSd, v_cache_BGSd, slot_B1, position_BT)
     q_BTHd = qkv_BTE.new_empty(B, T, H, d)
-    places = (q_BTHd, k_cache_BGSd, v_cache_BGSd, turn_BTp2, slot_B1, position_BT)
-    strides = _strides(turn_BTp2, position_BT, k_cache_BGSd, v_cache_BGSd)
+    places = (q_BTHd, k_cache_BGSd, v_cache_BGSd, rope_BTp2, slot_B1, position_BT)
+    strides = _strides(rope_BTp2, position_BT, k_cache_BGSd, v_cache_BGSd)
     block = 512
     launch(rope_cache_row, [B * T, -(-E // block)], qkv_BTE, *places, *strides, T=T, H=H, G=G, d=d, BLOCK_N=block)
     return q_BTHd
 
 
-def _strides(turn_BTp2: Tensor, position_BT: Tensor, k_cache_BGSd: Tensor, v_cache_BGSd: Tensor) -> tuple[int, ...]:
+def _strides(rope_BTp2: Tensor, position_BT: Tensor, k_cache_BGSd: Tensor, v_cache_BGSd: Tensor) -> tuple[int, ...]:
     """Of a slot's positions, of a slot and of a head in the caches, where all lie as the kernels expect."""
     d = k_cache_BGSd.shape[3]
     assert k_cache_BGSd.stride() == v_cache_BGSd.stride() and k_cache_BGSd.stride()[2:] == (d, 1)
-    assert turn_BTp2.stride()[1:] == (d, 2, 1) and position_BT.stride(1) == 1
-    assert turn_BTp2.stride(0) == position_BT.stride(0) * d
+    assert rope_BTp2.stride()[1:] == (d, 2, 1) and position_BT.stride(1) == 1
+    assert rope_BTp2.stride(0) == position_BT.stride(0) * d
     return position_BT.stride(0), *k_cache_BGSd.stride()[:2]

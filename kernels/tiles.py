@@ -62,7 +62,7 @@ def norm_scales(x_ptr, stride, m_M, ROWS: tl.constexpr, K: tl.constexpr, EPS: tl
 
 
 @jit
-def dots(
+def matmul_tile(
     x_ptr,
     stride,
     scale_M,

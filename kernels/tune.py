@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from csm.kernels import shapes
+from csm.kernels import launch_config
 from csm.kernels.attention_linear_add import attention_linear_add
-from csm.kernels.launch import COMPILE_ERRORS, Launch, family
+from csm.kernels.launch import COMPILE_ERRORS, Launch, gpu_arch
 from csm.kernels.linear_add import linear_add
 from csm.kernels.norm_linear import norm_linear
 from csm.kernels.norm_swiglu import norm_swiglu
@@ -41,11 +41,11 @@ class Product(NamedTuple):
     def m(self) -> int:
         """Rows of a tensor core's tile, 0 where rows are looped over."""
         count = self.rows[0] * self.rows[1]
-        return 0 if count <= shapes.LOOPED_ROWS else max(16, shapes.power_of_two(count))
+        return 0 if count <= launch_config.MAX_GEMV_ROWS else max(16, launch_config.power_of_two(count))
 
     @property
     def key(self) -> str:
-        return shapes.key(self.op, self.n, self.k, str(self.dtype).removeprefix("torch."), self.m)
+        return launch_config.key(self.op, self.n, self.k, str(self.dtype).removeprefix("torch."), self.m)
 
 
 def products(launches: list[Launch]) -> list[Product]:
@@ -53,7 +53,7 @@ def products(launches: list[Launch]) -> list[Product]:
     found: dict[str, Product] = {}
     for launch in launches:
         op, _, way = launch.name.rpartition("_")
-        if way not in ("rows", "row", "dots") or op not in CALLS:
+        if way not in ("rows", "row", "matmul") or op not in CALLS:
             continue
         tensors = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
         weight = tensors["gate_up_ptr"] if op == "norm_swiglu" else tensors["weight_ptr"]
@@ -70,7 +70,7 @@ def candidates(product: Product) -> Iterator[dict[str, int]]:
     yield {"fallback": 1}
     warps = (4, 8) if product.m else (4, 8, 16)
     blocks_n = (16, 32, 64) if product.m else (2, 4, 8, 16)
-    blocks_k = (64, 128, 256) if product.m else (shapes.power_of_two(product.k),)
+    blocks_k = (64, 128, 256) if product.m else (launch_config.power_of_two(product.k),)
     for num_warps, block_n, block_k in itertools.product(warps, blocks_n, blocks_k):
         if product.m or block_n * block_k <= 1 << 16:
             yield {"num_warps": num_warps, "BLOCK_N": block_n, "BLOCK_K": block_k}
@@ -83,7 +83,7 @@ def tune(
 
     Seconds are of one product, its launch included.
     """
-    table = shapes.tuned_shapes().setdefault(family(device), {})
+    table = launch_config.tuned_configs().setdefault(gpu_arch(device), {})
     best: dict[str, tuple[dict[str, int], float, float]] = {}
     for product in tqdm(wanted, unit="product", disable=quiet, leave=False):
         step, count = calls(product, device)
@@ -95,12 +95,12 @@ def tune(
         entry, least = min(times, key=lambda pair: pair[1])
         best[product.key] = (entry, least, times[0][1])
         table[product.key] = entry
-    shapes._launch_shape.cache_clear()
+    launch_config._launch_config.cache_clear()
     return best
 
 
 def _time(step: Callable[[], None], device: torch.device, seconds: Timer) -> float:
-    shapes._launch_shape.cache_clear()
+    launch_config._launch_config.cache_clear()
     try:
         return seconds(step, device)
     except TOO_MUCH:

@@ -86,16 +86,16 @@ def test_count(capsys):
 COMPILE = """
 import sys, torch, bench
 from csm.config import CSM_1B
-bench.FAMILIES = tuple(map(int, sys.argv[3].split()))
+bench.GPU_ARCHS = tuple(map(int, sys.argv[3].split()))
 kernels = bench.compiled_kernels(CSM_1B, [int(sys.argv[1])], bench.DTYPES[sys.argv[2]], quiet=True)
 for kernel in kernels:
     assert kernel.spilled_bytes == 0, kernel
     assert kernel.load_bits >= 64, kernel
-    if kernel.kernel.endswith("_rows") and kernel.family >= 90:  # its weights are on their way before it waits
+    if kernel.kernel.endswith("_rows") and kernel.gpu_arch >= 90:  # its weights are on their way before it waits
         sizes = dict(pair.split("=") for pair in kernel.constants.split())
         tile = int(sizes["BLOCK_N"]) * int(sizes["BLOCK_K"]) * bench.DTYPES[sys.argv[2]].itemsize
         assert kernel.early_bytes >= tile * (2 if "swiglu" in kernel.kernel else 1), kernel
-print(len({kernel.kernel for kernel in kernels}), *sorted({kernel.family for kernel in kernels}))
+print(len({kernel.kernel for kernel in kernels}), *sorted({kernel.gpu_arch for kernel in kernels}))
 """
 
 

@@ -1,4 +1,4 @@
-"""The codec against HF Transformers' Mimi, the stream against the whole, and audio of every kind."""
+"""The codec against HF Transformers' Mimi, streaming against decoding all frames at once, and input validation."""
 
 import math
 
@@ -27,7 +27,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loud():
-    """A codec whose transformer layers matter (their layer scale is 1), at the embedded checkpoint's size."""
+    """A codec with layer scale 1, so that its transformer affects the output, of the embedded checkpoint's size."""
     state = random_state(mimi_table(CODEC), seed=5)
     for name in state:
         if name.endswith(".scale"):
@@ -67,7 +67,7 @@ def test_decode_equals_transformers(pair, frames):
     assert (audio - expected).norm() / expected.norm() < 1e-3
 
 
-# 125 frames are 250 steps of the codec's transformer, its whole context: beyond them the ring of keys turns over.
+# 125 frames are 250 latent steps, the context of the codec's transformer. Beyond that its key ring wraps around.
 @pytest.mark.parametrize("frames", [1, 2, 7, 50, 125, 126, 127, 200])
 def test_stream_equals_whole(loud, frames):
     codes = random_codes(frames, loud)
@@ -79,7 +79,7 @@ def test_stream_equals_whole(loud, frames):
     assert whole.abs().max() > 0.1
 
 
-def test_a_reset_stream_begins_again_where_it_is(loud):
+def test_reset_restarts_in_place(loud):
     decoder = loud.stream_decoder(batch=2)
     addresses = [decoder.codes_BK.data_ptr(), decoder.audio_BN.data_ptr()]
     for t in range(130):
@@ -91,7 +91,7 @@ def test_a_reset_stream_begins_again_where_it_is(loud):
     assert [decoder.codes_BK.data_ptr(), decoder.audio_BN.data_ptr()] == addresses
 
 
-def test_a_batch_of_streams_equals_each_alone(loud):
+def test_batched_streams_equal_single_ones(loud):
     codes = torch.stack([random_codes(5, loud, seed) for seed in range(3)])
     decoder = loud.stream_decoder(batch=3)
     together = torch.cat([decoder.step(codes[:, t]) for t in range(5)], dim=1)
@@ -99,7 +99,7 @@ def test_a_batch_of_streams_equals_each_alone(loud):
         torch.testing.assert_close(together[slot], loud.decode(codes[slot]), atol=1e-4, rtol=0)
 
 
-def test_open_streams_do_not_disturb_each_other_or_the_whole(loud):
+def test_open_streams_are_independent(loud):
     first, second = random_codes(6, loud, 1), random_codes(6, loud, 2)
     one, other = loud.stream_decoder(), loud.stream_decoder()
     chunks = ([], [])
@@ -126,7 +126,7 @@ RATES = [1_999, 8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000, 24_001, 3
 
 @pytest.mark.parametrize("rate", RATES)
 def test_any_sample_rate(rate):
-    """A tone of 440 Hz stays one, whatever rate it comes in."""
+    """A 440 Hz tone at any rate is a 440 Hz tone at 24 kHz."""
     tone = torch.sin(2 * math.pi * 440 * torch.arange(2 * rate) / rate)
     mono = to_mono(tone, rate, 24_000)
     expected = torch.sin(2 * math.pi * 440 * torch.arange(mono.shape[0]) / 24_000)
@@ -164,14 +164,14 @@ BAD_AUDIO = {
 
 
 @pytest.mark.parametrize("name", BAD_AUDIO)
-def test_bad_audio_is_named(loud, name):
+def test_invalid_audio_is_rejected(loud, name):
     audio, message = BAD_AUDIO[name]
     with pytest.raises(AudioError, match=message):
         loud.encode(audio)
 
 
 @pytest.mark.parametrize("rate", [0, -24_000])
-def test_bad_sample_rate(rate):
+def test_invalid_sample_rates_are_rejected(rate):
     with pytest.raises(AudioError, match="sample rate"):
         to_mono(noise(100), rate, 24_000)
 
@@ -183,15 +183,15 @@ def test_bad_sample_rate(rate):
         (torch.zeros(8, dtype=torch.int64), "shape"),
         (torch.zeros(3, 8), "integers"),
         (torch.full((3, 8), 256), "255"),
-        (torch.full((3, 8), -1), "within 0"),
+        (torch.full((3, 8), -1), "from 0"),
     ],
 )
-def test_bad_codes_are_named(loud, codes, message):
+def test_invalid_codes_are_rejected(loud, codes, message):
     with pytest.raises(AudioError, match=message):
         loud.decode(codes)
 
 
-def test_no_codes_are_no_audio(loud):
+def test_no_codes_give_no_audio(loud):
     assert loud.decode(torch.zeros(0, 8, dtype=torch.int64)).shape == (0,)
 
 
@@ -203,7 +203,7 @@ def test_every_length_gives_its_frames(loud, samples, rate, channels):
 
 
 def test_fewer_codebooks_than_the_codec_has():
-    """CSM may use only the first codebooks of a codec: their codes are the same ones."""
+    """Using only the first codebooks of a codec does not change their codes."""
     state = random_state(mimi_table(CODEC), seed=5)
     few, all_of_them = (Codec(CODEC, count, state, torch.device("cpu")) for count in (3, 8))
     audio = noise(9600)
@@ -211,7 +211,7 @@ def test_fewer_codebooks_than_the_codec_has():
 
 
 def kyutai_names(state):
-    """moshi's current names as Kyutai's published file has them: one in_proj_weight, one out_proj."""
+    """Rename moshi's current names to those in Kyutai's published file."""
     return {
         name.replace("in_projs.0.weight", "in_proj_weight").replace("out_projs.0.weight", "out_proj.weight"): tensor
         for name, tensor in state.items()
@@ -227,7 +227,7 @@ def test_a_file_in_kyutais_layout(tmp_path):
     assert torch.equal(generator.decode(codes), expected.decode(codes))
 
 
-def test_a_codec_of_another_shape_is_refused(tmp_path):
+def test_a_codec_of_another_shape_is_rejected(tmp_path):
     save_file(kyutai_names(random_state(mimi_table(MIMI), seed=9)), tmp_path / "mimi.safetensors")
     generator = Generator.from_pretrained(NOISE, device="cpu", codec=tmp_path / "mimi.safetensors")
     with pytest.raises(CheckpointError, match=r"mimi\.safetensors: not a Mimi"):
@@ -235,6 +235,6 @@ def test_a_codec_of_another_shape_is_refused(tmp_path):
 
 
 def test_codes_need_no_codec(monkeypatch):
-    monkeypatch.setattr("csm.generator.read_codec", lambda *_: pytest.fail("the codec was loaded"))
+    monkeypatch.setattr("csm.generator.read_codec", lambda *_: pytest.fail("loaded the codec"))
     generator = Generator.from_pretrained(NOISE, device="cpu")
     assert generator.generate_codes("Hello.", 0, max_audio_length_ms=160, seed=0).shape == (2, 8)

@@ -82,7 +82,7 @@ BAD_AT_ONCE = [
 BAD_RECORDINGS = [
     ("missing.wav", "no such file"),
     ("empty.wav", "the file is empty (0 bytes)"),
-    ("broken.wav", "not audio that can be read"),
+    ("broken.wav", "cannot be decoded as audio"),
     ("folder.wav", "is a folder"),
     ("nan.wav", "not finite (NaN or infinite)"),
     ("loud.wav", "samples of up to 1e+03; full scale is 1"),

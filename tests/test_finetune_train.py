@@ -312,7 +312,7 @@ def test_averages_are_of_what_was_trained(tmp_path):
     with run.speaking():
         torch.testing.assert_close(run.trained[name].double(), expected, atol=1e-6, rtol=0)
         spoken = run.trainee.model.depth_embedding.clone()
-        run.trainee.model.fold()
+        run.trainee.model.precompute_depth_embedding()
         assert torch.equal(run.trainee.model.depth_embedding, spoken)  # it was folded
     assert torch.equal(run.trained[name], history[-1])
 

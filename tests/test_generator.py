@@ -106,8 +106,8 @@ def ends_at(monkeypatch, frame):
     """Let the model fall silent: from ``frame`` on every frame is zeros."""
     step = csm.engine.decode_frame
 
-    def ending(model, state, span):
-        step(model, state, span)
+    def ending(model, state, context_bucket):
+        step(model, state, context_bucket)
         state.codes_BK.masked_fill_((state.frame_B > frame).unsqueeze(1), 0)
 
     monkeypatch.setattr(csm.engine, "decode_frame", ending)

@@ -1,4 +1,4 @@
-"""Graph where nothing is captured: the same callable runs, and moved buffers are named."""
+"""Graphs on the CPU, where the step is called instead of captured, and checks for changed buffers."""
 
 import pytest
 import torch
@@ -13,10 +13,10 @@ def counter():
     return buffers, Graph(lambda: buffers["count"].add_(buffers["by"]), lambda: buffers, CPU)
 
 
-def test_on_a_cpu_the_callable_itself_runs():
+def test_on_a_cpu_the_step_itself_is_called():
     buffers, graph = counter()
     assert not graph.is_captured
-    assert buffers["count"].tolist() == [0, 0, 0]  # nothing to capture, so nothing was run
+    assert buffers["count"].tolist() == [0, 0, 0]  # no capture, so no warm-up runs
     for _ in range(4):
         graph.replay()
     graph.check()
@@ -34,21 +34,21 @@ MOVES = {
 @pytest.mark.parametrize("what", MOVES)
 def test_a_buffer_that_changed_is_named(what):
     buffers, graph = counter()
-    kept = buffers["count"]  # its memory must not be handed out again
+    kept = buffers["count"]  # so that the allocator does not reuse its memory
     buffers["count"] = MOVES[what](kept)
-    with pytest.raises(GraphError, match=f"buffer count: its {what} was"):
+    with pytest.raises(GraphError, match=f"buffer count: {what} was"):
         graph.check()
 
 
-def test_a_buffer_that_is_gone_is_named():
+def test_a_missing_buffer_is_named():
     buffers, graph = counter()
     del buffers["by"]
-    with pytest.raises(GraphError, match="buffer by is gone"):
+    with pytest.raises(GraphError, match="buffer by no longer exists"):
         graph.check()
 
 
 @pytest.mark.parametrize(("value", "enabled"), [(None, True), ("", True), ("0", True), ("1", False)])
-def test_the_switch(monkeypatch, value, enabled):
+def test_graphs_can_be_disabled(monkeypatch, value, enabled):
     if value is None:
         monkeypatch.delenv("CSM_NO_GRAPH", raising=False)
     else:

@@ -1,4 +1,4 @@
-"""Our model against HF Transformers, on random checkpoints that Transformers wrote."""
+"""Our model against HF Transformers, on random checkpoints saved by Transformers."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SHAPES = [
     Shape(backbone=(1, 48, 6, 2, 128), depth=(1, 32, 2, 2, 48), num_codebooks=5, scaling="blend"),
     Shape(backbone=(2, 64, 5, 5, 64), depth=(2, 48, 2, 1, 64), head_dims=(16, 32), num_codebooks=32, scaling="none"),
 ]
-SECONDS = (1.28, 0.8)  # whole frames: how codecs pad a partial one is test_codec's
+SECONDS = (1.28, 0.8)  # whole frames; test_codec tests the padding of partial ones
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
@@ -47,7 +47,7 @@ def test_greedy_codes_equal(pair, turns):
     codes = ours.generate_codes("How are you?", 0, segments(turns), max_audio_length_ms=frames * 80, temperature=0)
     assert codes.shape == (frames, ours.config.num_codebooks)
     assert torch.equal(codes, expected[0, -frames:])
-    assert len(codes.unique(dim=0)) > frames // 2  # the comparison is of a varied sequence, not of one frame repeated
+    assert len(codes.unique(dim=0)) > frames // 2  # not just one frame repeated
 
 
 def test_teacher_forced_logits_agree(pair, turns):
@@ -59,14 +59,14 @@ def test_teacher_forced_logits_agree(pair, turns):
         expected = hf(**inputs, output_hidden_states=True)
         cache = KVCache.allocate(config.backbone, 1, 2048, ours.device, ours.model.dtype)
         num_rows = prompt.row_TC.shape[0]
-        at = model.backbone.places(torch.arange(num_rows).unsqueeze(0), span=num_rows)
-        hidden = model.backbone(model.embed_rows(prompt.row_TC[None], prompt.mask_TC[None]), cache, at)
+        meta = model.backbone.attention_metadata(torch.arange(num_rows).unsqueeze(0), context_bucket=num_rows)
+        hidden = model.backbone(model.embed_rows(prompt.row_TC[None], prompt.mask_TC[None]), cache, meta)
         normed = rms_norm(hidden, model.backbone.norm, config.backbone.norm_eps)
         torch.testing.assert_close(normed, expected.hidden_states[-1], atol=1e-4, rtol=0)
         logits = model.logits(0, hidden)
         torch.testing.assert_close(logits, expected.logits[..., : config.codebook_size], atol=1e-4, rtol=0)
 
-        # The depth decoder on arbitrary codes of a few frames: position 0 is the backbone's hidden state.
+        # The depth decoder on random codes of a few frames. Position 0 is the backbone's hidden state.
         frames = 6
         codes = torch.randint(config.codebook_size, (frames, config.num_codebooks))
         expected_depth = hf.depth_decoder(
@@ -75,9 +75,9 @@ def test_teacher_forced_logits_agree(pair, turns):
         embedded = torch.stack([model.code_embedding(k)[codes[:, k]] for k in range(config.num_codebooks - 1)], dim=1)
         depth_cache = KVCache.allocate(config.depth_decoder, frames, config.num_codebooks, ours.device, model.dtype)
         positions = torch.arange(config.num_codebooks).expand(frames, -1)
-        at = model.depth_decoder.places(positions, span=config.num_codebooks)
+        meta = model.depth_decoder.attention_metadata(positions, context_bucket=config.num_codebooks)
         x = torch.cat((model.enter_depth(hidden[:, -frames:]).transpose(0, 1), embedded), dim=1)
-        depth_hidden = model.depth_decoder(x, depth_cache, at)
+        depth_hidden = model.depth_decoder(x, depth_cache, meta)
         for codebook in range(1, config.num_codebooks):
             ours_logits = model.logits(codebook, depth_hidden[:, codebook : codebook + 1]).squeeze(1)
             expected_logits = expected_depth[:, codebook - 1, : config.codebook_size]
@@ -85,7 +85,7 @@ def test_teacher_forced_logits_agree(pair, turns):
 
 
 def test_audio_equals(pair, turns):
-    """Codes to samples, through Transformers' Mimi and ours."""
+    """The same codes decoded by Transformers' Mimi and by ours."""
     hf, ours = pair
     codes = ours.generate_codes("How are you?", 0, segments(turns), max_audio_length_ms=1600, seed=4)
     with torch.no_grad():

@@ -60,15 +60,15 @@ HEADS = [(1, 1, 4), (3, 1, 8), (4, 2, 16), (5, 5, 6), (32, 8, 64)]  # query head
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize(("batch", "rows", "span"), [(1, 1, 1), (2, 3, 9), (3, 1, 40)])
+@pytest.mark.parametrize(("batch", "rows", "context"), [(1, 1, 1), (2, 3, 9), (3, 1, 40)])
 class TestCacheOps:
-    def test_rope_cache(self, dtype, heads, batch, rows, span):
+    def test_rope_cache(self, dtype, heads, batch, rows, context):
         num_heads, num_kv_heads, head_dim = heads
         qkv = randn(batch, rows, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
-        generator = torch.Generator().manual_seed(span)
-        position = torch.stack([torch.randperm(span, generator=generator)[:rows] for _ in range(batch)])
+        generator = torch.Generator().manual_seed(context)
+        position = torch.stack([torch.randperm(context, generator=generator)[:rows] for _ in range(batch)])
         angle = position[..., None] * 0.1 ** torch.arange(head_dim // 2, dtype=torch.float64)
-        poison = torch.full((batch, num_kv_heads, span, head_dim), math.nan, dtype=dtype)
+        poison = torch.full((batch, num_kv_heads, context, head_dim), math.nan, dtype=dtype)
         k_cache, v_cache = poison.clone(), poison.clone()
         turn = torch.stack((angle.cos(), angle.sin()), dim=-1)
         turn = turn if dtype == torch.float64 else turn.float()
@@ -84,19 +84,19 @@ class TestCacheOps:
         for b in range(batch):
             close(k_cache[b][:, position[b]], turned(parts[1])[b].transpose(0, 1), dtype)
             assert torch.equal(v_cache[b][:, position[b]], parts[2][b].transpose(0, 1))
-        written = torch.zeros(batch, span, dtype=torch.bool).scatter(1, position, True)
+        written = torch.zeros(batch, context, dtype=torch.bool).scatter(1, position, True)
         untouched = k_cache.transpose(1, 2)[~written], v_cache.transpose(1, 2)[~written]
         assert all(torch.isnan(rest).all() for rest in untouched)
 
-    def test_attention(self, dtype, heads, batch, rows, span):
+    def test_attention(self, dtype, heads, batch, rows, context):
         num_heads, num_kv_heads, head_dim = heads
         q = randn(batch, rows, num_heads, head_dim, dtype=dtype)
-        k = randn(batch, num_kv_heads, span + 3, head_dim, dtype=dtype, seed=1)
-        v = randn(batch, num_kv_heads, span + 3, head_dim, dtype=dtype, seed=2)
-        position = torch.randint(span, (batch, rows), generator=torch.Generator().manual_seed(rows))
-        hidden = torch.arange(span) > position[..., None]
+        k = randn(batch, num_kv_heads, context + 3, head_dim, dtype=dtype, seed=1)
+        v = randn(batch, num_kv_heads, context + 3, head_dim, dtype=dtype, seed=2)
+        position = torch.randint(context, (batch, rows), generator=torch.Generator().manual_seed(rows))
+        hidden = torch.arange(context) > position[..., None]
         bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -math.inf)
-        k[:, :, span:], v[:, :, span:] = 1e4, 1e4  # beyond the span: must not be looked at
+        k[:, :, context:], v[:, :, context:] = 1e4, 1e4  # beyond the context: must not be looked at
         mixed = attention(q, k, v, bias, position)
         for b in range(batch):
             for t in range(rows):

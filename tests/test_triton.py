@@ -13,13 +13,13 @@ from csm.kernels import (
     attention,
     attention_linear_add,
     embed_rows,
+    launch_config,
     linear_add,
     norm_linear,
     norm_rope_cache,
     norm_swiglu,
     rope_cache,
     sample,
-    shapes,
 )
 from csm.kernels.launch import MAX_ROWS, kernels_run, launches
 from csm.kernels.sample import Noise, draw, gumbel_noise, tempered
@@ -42,9 +42,9 @@ def kernels(monkeypatch):
     """Kernels and nothing else, in few programs (the interpreter runs one by one); what they do not write is NaN."""
     monkeypatch.setenv("CSM_OPS", "triton")
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(shapes, "LEAST_PROGRAMS", 3)
-        monkeypatch.setattr(shapes, "TILE_BYTES", 1 << 18)
-        shapes._launch_shape.cache_clear()
+        monkeypatch.setattr(launch_config, "LEAST_PROGRAMS", 3)
+        monkeypatch.setattr(launch_config, "TILE_BYTES", 1 << 18)
+        launch_config._launch_config.cache_clear()
     empty = torch.Tensor.new_empty
 
     def poisoned(self, *args, **kwargs):
@@ -68,7 +68,7 @@ def names(seen):
 
 
 def way(rows):
-    return "rows" if math.prod(rows) <= shapes.LOOPED_ROWS else "dots"
+    return "rows" if math.prod(rows) <= launch_config.MAX_GEMV_ROWS else "matmul"
 
 
 def close(actual, expected, dtype):
@@ -87,7 +87,7 @@ class TestProducts:
             result = norm_linear(x, norm, weight, 1e-5)
         close(result, norm_linear(*wide(x, norm, weight), 1e-5), dtype)
         assert [launch.name for launch in seen] == [
-            "norm_linear_rows" if math.prod(rows) <= shapes.LOOPED_ROWS else "norm_linear_dots"
+            "norm_linear_rows" if math.prod(rows) <= launch_config.MAX_GEMV_ROWS else "norm_linear_matmul"
         ]
 
     def test_norm_swiglu(self, dtype, rows, shape):
@@ -97,7 +97,7 @@ class TestProducts:
             result = norm_swiglu(x, norm, gate_up, 1e-5)
         close(result, norm_swiglu(*wide(x, norm, gate_up), 1e-5), dtype)
         assert [launch.name for launch in seen] == [
-            "norm_swiglu_rows" if math.prod(rows) <= shapes.LOOPED_ROWS else "norm_swiglu_dots"
+            "norm_swiglu_rows" if math.prod(rows) <= launch_config.MAX_GEMV_ROWS else "norm_swiglu_matmul"
         ]
 
     def test_linear_add(self, dtype, rows, shape):
@@ -107,7 +107,7 @@ class TestProducts:
             result = linear_add(x, weight, residual)
         close(result, linear_add(*wide(x, weight, residual)), dtype)
         assert [launch.name for launch in seen] == [
-            "linear_add_rows" if math.prod(rows) <= shapes.LOOPED_ROWS else "linear_add_dots"
+            "linear_add_rows" if math.prod(rows) <= launch_config.MAX_GEMV_ROWS else "linear_add_matmul"
         ]
 
     def test_rows_that_stand_apart(self, dtype, rows, shape):
@@ -138,30 +138,30 @@ HEADS = [(1, 1, 4), (3, 1, 8), (4, 2, 16), (5, 5, 6), (12, 3, 10)]  # query head
 
 QUERIES, SPANS = [(1, 1), (1, 2), (3, 2), (17, 1)], [2, 32, 65, 200]  # slots and rows of each; positions
 CASES = [(heads, rows, SPANS[(i + j) % 4]) for i, heads in enumerate(HEADS) for j, rows in enumerate(QUERIES)]
-CASES += [(heads, (1, 1), span) for heads in HEADS for span in (7, 31)]
+CASES += [(heads, (1, 1), context) for heads in HEADS for context in (7, 31)]
 CASES = CASES[::3] if DEVICE.type == "cuda" else CASES
 
 
-def places(batch, rows, span, head_dim):
+def attention_metadata(batch, rows, context, head_dim):
     """Positions of each slot's rows, in ascending order, the last possible among them; and their turns."""
-    generator = torch.Generator().manual_seed(span + batch)
-    position = torch.stack([torch.randperm(span, generator=generator)[:rows].sort().values for _ in range(batch)])
-    position[0, -1] = span - 1
+    generator = torch.Generator().manual_seed(context + batch)
+    position = torch.stack([torch.randperm(context, generator=generator)[:rows].sort().values for _ in range(batch)])
+    position[0, -1] = context - 1
     angle = position[..., None] * 0.1 ** torch.arange(head_dim // 2, dtype=torch.float64)
     turn = torch.stack((angle.cos(), angle.sin()), dim=-1).float()
-    hidden = torch.arange(span) > position[..., None]
+    hidden = torch.arange(context) > position[..., None]
     bias = torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, -math.inf)
     return position.to(DEVICE), turn.to(DEVICE), bias.to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "rows", "span"), CASES, ids=str)
+@pytest.mark.parametrize(("heads", "rows", "context"), CASES, ids=str)
 class TestCacheOps:
     @pytest.mark.parametrize("fused", [True, False])
-    def test_rope_cache(self, dtype, heads, rows, span, fused):
+    def test_rope_cache(self, dtype, heads, rows, context, fused):
         (num_heads, num_kv_heads, head_dim), (batch, num_rows) = heads, rows
-        position, turn, _ = places(batch, num_rows, span, head_dim)
-        caches = torch.full((2, batch + 1, num_kv_heads, span, head_dim), math.nan, dtype=dtype, device=DEVICE)
+        position, turn, _ = attention_metadata(batch, num_rows, context, head_dim)
+        caches = torch.full((2, batch + 1, num_kv_heads, context, head_dim), math.nan, dtype=dtype, device=DEVICE)
         expected = caches.double()
         slot = torch.arange(batch, device=DEVICE)[:, None]
         num_out = (num_heads + 2 * num_kv_heads) * head_dim
@@ -180,13 +180,13 @@ class TestCacheOps:
         assert torch.equal(~caches.isnan(), written)
         close(caches[written], expected[written], dtype)
 
-    def test_attention(self, dtype, heads, rows, span):
-        """Alone, and with its output projection and residual: in one kernel where the span is short."""
+    def test_attention(self, dtype, heads, rows, context):
+        """Alone, and with its output projection and residual: in one kernel where the context is short."""
         (num_heads, num_kv_heads, head_dim), (batch, num_rows) = heads, rows
-        position, _, bias = places(batch, num_rows, span, head_dim)
+        position, _, bias = attention_metadata(batch, num_rows, context, head_dim)
         q = randn(*rows, num_heads, head_dim, dtype=dtype)
-        k, v = (randn(batch, num_kv_heads, span + 3, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
-        ahead = torch.arange(span + 3, device=DEVICE) > position[:, -1:]
+        k, v = (randn(batch, num_kv_heads, context + 3, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+        ahead = torch.arange(context + 3, device=DEVICE) > position[:, -1:]
         beyond = ahead[:, None, :, None].expand_as(k)
         expected = attention(*wide(q, k, v), bias, position)
         k[beyond], v[beyond] = math.nan, math.nan  # must not be looked at
@@ -196,7 +196,7 @@ class TestCacheOps:
         with launches() as seen:
             result = attention_linear_add(q, k, v, bias, position, weight, residual)
         close(result, linear_add(expected, *wide(weight, residual)), dtype)
-        assert (names(seen) == ["attention_linear_add_row"]) == (span <= 32 and rows == (1, 1))
+        assert (names(seen) == ["attention_linear_add_row"]) == (context <= 32 and rows == (1, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -204,7 +204,7 @@ def test_attention_does_not_depend_on_the_span(dtype):
     """Nor on the batch: bit for bit."""
     q, k, v = (randn(3, heads, rows, 16, dtype=dtype) for heads, rows in ((1, 4), (2, 300), (2, 300)))
     position = torch.tensor([[63], [64], [130]], device=DEVICE)
-    short, long = (attention(q, k, v, torch.zeros(3, 1, span, device=DEVICE), position) for span in (131, 300))
+    short, long = (attention(q, k, v, torch.zeros(3, 1, context, device=DEVICE), position) for context in (131, 300))
     assert torch.equal(short, long)
     alone = attention(q[1:2], k[1:2], v[1:2], torch.zeros(1, 1, 131, device=DEVICE), position[1:2])
     assert torch.equal(alone[0], short[1])

@@ -7,7 +7,7 @@ import torch
 
 import bench
 from csm.config import CSM_1B
-from csm.kernels import shapes, tune
+from csm.kernels import launch_config, tune
 from csm.kernels.launch import launches
 
 CPU = torch.device("cpu")
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels a
 def empty_table(monkeypatch):
     monkeypatch.setenv("CSM_OPS", "triton")
     monkeypatch.setattr(tune, "POOL_BYTES", 1)
-    shapes.tuned_shapes.cache_clear()
+    launch_config.tuned_configs.cache_clear()
     yield
-    shapes.tuned_shapes.cache_clear()
-    shapes._launch_shape.cache_clear()
+    launch_config.tuned_configs.cache_clear()
+    launch_config._launch_config.cache_clear()
 
 
 def launches_of(config, *batches):
@@ -48,7 +48,7 @@ def test_products_of_a_frame():
         "norm_linear 2048x1024 bfloat16 rows",
     } <= set(keys)
     assert tune.products(launches_of(CSM_1B, 1, 8))[0].rows == (1, 1)
-    assert "norm_swiglu 16384x2048 bfloat16 dots 32" in {product.key for product in products_of(CSM_1B, 32)}
+    assert "norm_swiglu 16384x2048 bfloat16 matmul 32" in {product.key for product in products_of(CSM_1B, 32)}
 
 
 @pytest.mark.parametrize("batch", [1, 12])
@@ -59,11 +59,11 @@ def test_the_best_of_what_was_tried_is_kept(noisy, batch):
         wanted = entries[-1]
 
         def seconds(step, device, product=product, wanted=wanted):
-            return 0.0 if shapes.tuned_shapes()["cpu"].get(product.key, {}) == wanted else 1.0
+            return 0.0 if launch_config.tuned_configs()["cpu"].get(product.key, {}) == wanted else 1.0
 
         best = tune.tune([product], CPU, seconds, quiet=True)
         assert best == {product.key: (wanted, 0.0, 0.5)}  # of each of two calls
-        shape = shapes.launch_shape(
+        shape = launch_config.launch_config(
             product.op, torch.empty(product.n, product.k, dtype=product.dtype), math.prod(product.rows)
         )
         assert shape.options.items() >= wanted.items()
@@ -76,14 +76,16 @@ def test_the_best_of_what_was_tried_is_kept(noisy, batch):
 
 def test_the_fallback_may_win():
     weight = torch.empty(64, 64)
-    shapes.tuned_shapes().setdefault("cpu", {})[shapes.key("linear_add", 64, 64, "float32", 0)] = {"fallback": 1}
-    shapes._launch_shape.cache_clear()
-    assert shapes.launch_shape("linear_add", weight, 1) is None
-    assert shapes.launch_shape("linear_add", weight, 9) is not None
+    launch_config.tuned_configs().setdefault("cpu", {})[launch_config.key("linear_add", 64, 64, "float32", 0)] = {
+        "fallback": 1
+    }
+    launch_config._launch_config.cache_clear()
+    assert launch_config.launch_config("linear_add", weight, 1) is None
+    assert launch_config.launch_config("linear_add", weight, 9) is not None
 
 
 def test_without_a_gpu_nothing_is_tuned(capsys):
-    before = shapes.TABLE.read_bytes()
+    before = launch_config.TABLE.read_bytes()
     assert bench.main(["--tune", "--quiet"]) == 2
     assert "GPU" in capsys.readouterr().err
-    assert shapes.TABLE.read_bytes() == before
+    assert launch_config.TABLE.read_bytes() == before

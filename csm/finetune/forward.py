@@ -35,10 +35,10 @@ def hidden_states(
     which its adapters are found. ``checkpointing`` keeps the blocks' inputs alone and computes the rest again in the
     backward pass.
     """
-    turn_1Tp2 = transformer.rope.turn_Sp2[: x_BTD.shape[1]].unsqueeze(0)
+    rope_1Tp2 = transformer.rope.rope_Sp2[: x_BTD.shape[1]].unsqueeze(0)
     for index, layer in enumerate(transformer.layers):
         assert isinstance(layer, Block)
-        arguments = (layer, transformer.config, x_BTD, turn_1Tp2, f"{part}.layers.{index}", lora)
+        arguments = (layer, transformer.config, x_BTD, rope_1Tp2, f"{part}.layers.{index}", lora)
         x_BTD = checkpoint(_block, *arguments, use_reentrant=False) if checkpointing else _block(*arguments)
     return x_BTD
 
@@ -49,11 +49,11 @@ def final_norm(transformer: Transformer, x: Tensor) -> Tensor:
 
 
 def _block(
-    layer: Block, config: TransformerConfig, x_BTD: Tensor, turn_1Tp2: Tensor, name: str, lora: Lora | None
+    layer: Block, config: TransformerConfig, x_BTD: Tensor, rope_1Tp2: Tensor, name: str, lora: Lora | None
 ) -> Tensor:
     attention, mlp = layer.attention, layer.mlp
     normed_BTD = rms_norm(x_BTD, attention.norm, config.norm_eps)
-    mixed_BTE = _attend(_linear(normed_BTD, attention.qkv, f"{name}.attention.qkv", lora), turn_1Tp2, config)
+    mixed_BTE = _attend(_linear(normed_BTD, attention.qkv, f"{name}.attention.qkv", lora), rope_1Tp2, config)
     x_BTD = x_BTD + _linear(mixed_BTE, attention.output, f"{name}.attention.output", lora)
     normed_BTD = rms_norm(x_BTD, mlp.norm, config.norm_eps)
     gate_BTF, up_BTF = _linear(normed_BTD, mlp.gate_up, f"{name}.mlp.gate_up", lora).chunk(2, dim=-1)
@@ -66,11 +66,11 @@ def _linear(x: Tensor, weight: Tensor, name: str, lora: Lora | None) -> Tensor:
     return y if added is None else y + added
 
 
-def _attend(qkv_BTE: Tensor, turn_1Tp2: Tensor, config: TransformerConfig) -> Tensor:
+def _attend(qkv_BTE: Tensor, rope_1Tp2: Tensor, config: TransformerConfig) -> Tensor:
     """Grouped-query attention of each position to itself and before: (B, T, E) -> (B, T, H * d)."""
     heads = qkv_BTE.unflatten(-1, (-1, config.head_dim))
     num_rotated = config.num_heads + config.num_kv_heads
-    rotated = rotate_pairs(heads[:, :, :num_rotated], turn_1Tp2)
+    rotated = rotate_pairs(heads[:, :, :num_rotated], rope_1Tp2)
     q_BTHd, k_BTGd = rotated.split([config.num_heads, config.num_kv_heads], dim=2)
     q, k, v = (t.transpose(1, 2) for t in (q_BTHd, k_BTGd, heads[:, :, num_rotated:]))
     plain = q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] <= PLAIN_POSITIONS

@@ -224,7 +224,7 @@ class Trainer:
         model, lora = self.trainee.model, self.trainee.lora
         with self.averaged(), lora.merged(model) if lora is not None else nullcontext():
             if lora is None:
-                model.fold()
+                model.precompute_depth_embedding()
             yield
 
     def save(self) -> Path:
