@@ -19,7 +19,7 @@ from pathlib import Path
 
 from csm.errors import CheckpointError
 
-FILE = "pronunciation.json.gz"
+PRONUNCIATION_FILE = "pronunciation.json.gz"
 CONTEXT = (0, 1, -1, 2, -2, 3, -3, 4, -4)  # offsets of the letters a rule may look at, the most telling first
 EDGE = "_"  # the letter before the first and after the last
 SUFFIXES = {"'ll": "əl", "'d": "d", "'ve": "v", "'re": "ɜ", "n't": "ənt"}
