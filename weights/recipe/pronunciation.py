@@ -31,7 +31,8 @@ SYMBOLS = dict(  # of flite's phones: one character each
     """.split()
 )
 LONGEST = 3  # phones of one letter
-FEWEST = 3  # words behind a rule
+ALIGNED_FIRST = 10_000  # words from which the alignment's costs are learnt
+FEWEST = 1  # words behind a rule: of 2,000 words kept back, 68 % are right with 1, 62 % with 2
 
 
 def flite_phones(words: Iterable[str]) -> dict[str, str]:
@@ -40,7 +41,7 @@ def flite_phones(words: Iterable[str]) -> dict[str, str]:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{word}.\n\n" for word in words))
         file.flush()
-        command = ["flite", "-voice", "kal", "-ps", "-f", file.name, "-o", "none"]
+        command = ["flite", "-voice", "kal16", "-ps", "-f", file.name, "-o", "none"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     lines = [line.split() for line in said.splitlines() if line.strip()]
     if len(lines) != len(words):
@@ -54,24 +55,22 @@ def flite_phones(words: Iterable[str]) -> dict[str, str]:
 def align(phones_of: Mapping[str, str], rounds: int = 5) -> list[tuple[str, list[str]]]:
     """Words and the phones, 0 to LONGEST, that each of their letters stands for.
 
-    Hard expectation maximisation (Viterbi training): the likeliest alignment of each word, then how often a letter
-    had which phones. A word that no alignment fits is left out.
+    Hard expectation maximisation (Viterbi training) on some of the words: the likeliest alignment of each, then how
+    often a letter had which phones. A word that no alignment fits is left out.
     """
     cost: dict[tuple[str, str], float] = {}
-    aligned: list[tuple[str, list[str]]] = []
+    words = list(phones_of)
+    some = words[:: max(1, len(words) // ALIGNED_FIRST)]
     for _ in range(rounds):
         counts: Counter[tuple[str, str]] = Counter()
-        aligned = []
-        for word, phones in phones_of.items():
-            pieces = _best_alignment(word, phones, cost)
-            if pieces is not None:
-                aligned.append((word, pieces))
-                counts.update(zip(word, pieces, strict=True))
+        for word in some:
+            counts.update(zip(word, _best_alignment(word, phones_of[word], cost) or "", strict=False))
         total: Counter[str] = Counter()
         for (letter, _piece), number in counts.items():
             total[letter] += number
         cost = {pair: -math.log(number / total[pair[0]]) for pair, number in counts.items() if number > 1}
-    return aligned
+    aligned = ((word, _best_alignment(word, phones, cost)) for word, phones in phones_of.items())
+    return [(word, pieces) for word, pieces in aligned if pieces is not None]
 
 
 def _best_alignment(word: str, phones: str, cost: Mapping[tuple[str, str], float]) -> list[str] | None:
