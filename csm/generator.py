@@ -26,7 +26,7 @@ from csm.lora import load_adapter
 from csm.model import CSM
 from csm.prompt import Segment, TextTokenizer, build_prompt, check_length
 from csm.sampling import SamplingParams
-from csm.weights import Checkpoint, open_checkpoint, read_codec, read_model
+from csm.weights import Checkpoint, open_checkpoint, read_codec, read_generation_defaults, read_model
 
 DEFAULT_MODEL = "sesame/csm-1b"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,6 +41,7 @@ class Generator:
         self.config: CSMConfig = model.config
         self.model = model
         self.sample_rate = checkpoint.codec_config.sample_rate
+        self.defaults = read_generation_defaults(checkpoint.folder)
         self._checkpoint = checkpoint
         self._codec_file = codec_file
         self._tokenizer = TextTokenizer(checkpoint.tokenizer_path, model.config.text_vocab_size)
@@ -135,9 +136,9 @@ class Generator:
         text: str,
         speaker: int = 0,
         context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
-        temperature: float = 0.9,
-        topk: int = 50,
+        max_audio_length_ms: float | None = None,
+        temperature: float | None = None,
+        topk: int | None = None,
         seed: int | None = None,
     ) -> Tensor:
         """Speak ``text``: (samples,) float32 on the CPU, at ``sample_rate``.
@@ -148,7 +149,8 @@ class Generator:
             context: earlier turns, oldest first, each with audio or codes.
             max_audio_length_ms: stop there even if the speech has not ended. Speech also stops where the backbone's
                 positions end; a prompt that leaves less room than this gives a RoomWarning.
-            temperature: 0 is greedy.
+            temperature: 0 is greedy. None, for this and the limits before and after it, is the checkpoint's own
+                default (``generation_config.json``); without one these are 90,000 ms, 0.9 and 50.
             topk: draw among this many best ids.
             seed: the same seed gives the same speech; None draws one from ``torch``'s generator.
 
@@ -163,9 +165,9 @@ class Generator:
         text: str,
         speaker: int = 0,
         context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
-        temperature: float = 0.9,
-        topk: int = 50,
+        max_audio_length_ms: float | None = None,
+        temperature: float | None = None,
+        topk: int | None = None,
         seed: int | None = None,
     ) -> Iterator[Tensor]:
         """``generate``, in chunks of 1920 samples (80 ms) as they are spoken. Arguments are checked at the call."""
@@ -177,9 +179,9 @@ class Generator:
         text: str,
         speaker: int = 0,
         context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
-        temperature: float = 0.9,
-        topk: int = 50,
+        max_audio_length_ms: float | None = None,
+        temperature: float | None = None,
+        topk: int | None = None,
         seed: int | None = None,
     ) -> Tensor:
         """``generate``, before the codec: codes (T, K) int64 on the CPU."""
@@ -207,12 +209,15 @@ class Generator:
         text: str,
         speaker: int = 0,
         context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
-        temperature: float = 0.9,
-        topk: int = 50,
+        max_audio_length_ms: float | None = None,
+        temperature: float | None = None,
+        topk: int | None = None,
         seed: int | None = None,
     ) -> Request:
         """``generate``'s arguments, checked and tokenised."""
+        temperature = self.defaults.temperature if temperature is None else temperature
+        topk = self.defaults.top_k if topk is None else topk
+        max_audio_length_ms = self.defaults.max_audio_length_ms if max_audio_length_ms is None else max_audio_length_ms
         frame_ms = 1000 / self._checkpoint.codec_config.frame_rate
         if not isinstance(max_audio_length_ms, numbers.Real) or not max_audio_length_ms >= frame_ms:
             raise CSMError(

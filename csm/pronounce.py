@@ -26,18 +26,25 @@ SUFFIXES = {"'ll": "əl", "'d": "d", "'ve": "v", "'re": "ɜ", "n't": "ənt"}
 VOICELESS, SIBILANTS = "ptkfθ", "szʃʒʧʤ"
 
 _TOKEN = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*'?|\d+(?:,\d{3})+|\d+|[.,;:?!]")
-_PUNCTUATION = {
-    "…": ".",
-    "—": ", ",
-    "–": ", ",
-    "(": ", ",
-    ")": ", ",
-    "’": "'",
-    "‘": "'",
-    "&": " and ",
-    "%": " percent ",
-}
-_SPACED = str.maketrans({"-": " ", "/": " ", '"': " ", "“": " ", "”": " "})
+# Written forms and how they are read, applied in order.
+_SPELLINGS = [
+    (re.compile(pattern), said)
+    for pattern, said in (
+        (r"[’‘]", "'"),
+        (r"…", "."),
+        (r"\s[-–]\s|—|–|[()]", ", "),
+        (r"[-/\"“”*_]", " "),
+        (r"\b(Mr|Mrs|Ms|Dr)\.?(?= )", lambda match: _TITLES[match[1]]),
+        (r"\$(\d[\d,]*)\.(\d\d)\b", r"\1 dollars \2"),
+        (r"\$(\d[\d,]*)", r"\1 dollars"),
+        (r"(\d):00\b", r"\1 o'clock"),
+        (r"(\d):(?=\d\d\b)", r"\1 "),
+        (r"(\d)\.(?=\d)", r"\1 point "),
+        (r"%", " percent "),
+        (r"&", " and "),
+    )
+]
+_TITLES = {"Mr": "Mister", "Mrs": "Missus", "Ms": "Miss", "Dr": "Doctor"}
 _ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
 seventeen eighteen nineteen""".split()
 _TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
@@ -92,9 +99,9 @@ class Pronouncer:
 
     def __call__(self, text: str) -> str:
         """The phones of ``text``, words separated by spaces, with its punctuation."""
-        for char, plain in _PUNCTUATION.items():
-            text = text.replace(char, plain)
-        folded = unicodedata.normalize("NFKD", text.translate(_SPACED))
+        for pattern, said in _SPELLINGS:
+            text = pattern.sub(said, text)
+        folded = unicodedata.normalize("NFKD", text)
         spoken = ""
         for token in _TOKEN.findall(folded.encode("ascii", "ignore").decode()):
             if not token[0].isalnum():

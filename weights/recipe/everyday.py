@@ -30,13 +30,13 @@ Rogers Ross Russell Sanders Scott Smith Stewart Sullivan Taylor Thomas Thompson 
 Wilson Wood Wright Young
 """.split()
 PLACES = """
-Alaska Amsterdam Arizona Athens Atlanta Austin Australia Austria Baltimore Barcelona Beijing Belgium Berlin Boston Brazil
-Brooklyn Cairo California Canada Chicago Chile China Cleveland Colorado Cuba Dallas Denmark Denver Detroit Dublin Egypt
-England Finland Florida France Geneva Germany Greece Hawaii Houston Hungary Iceland India Ireland Israel Italy Jamaica
-Japan Kansas Kentucky Kenya London Madrid Manchester Melbourne Memphis Mexico Miami Michigan Milan Montana Montreal
-Moscow Munich Nashville Nevada Norway Ohio Oregon Orlando Oslo Paris Peru Philadelphia Phoenix Poland Portland Portugal
-Prague Rome Russia Scotland Seattle Singapore Spain Stockholm Sweden Switzerland Sydney Tennessee Texas Thailand Tokyo
-Toronto Turkey Utah Venice Vermont Vienna Vietnam Virginia Wales Warsaw Washington
+Alaska Amsterdam Arizona Athens Atlanta Austin Australia Austria Baltimore Barcelona Beijing Belgium Berlin Boston
+Brazil Brooklyn Cairo California Canada Chicago Chile China Cleveland Colorado Cuba Dallas Denmark Denver Detroit
+Dublin Egypt England Finland Florida France Geneva Germany Greece Hawaii Houston Hungary Iceland India Ireland Israel
+Italy Jamaica Japan Kansas Kentucky Kenya London Madrid Manchester Melbourne Memphis Mexico Miami Michigan Milan
+Montana Montreal Moscow Munich Nashville Nevada Norway Ohio Oregon Orlando Oslo Paris Peru Philadelphia Phoenix Poland
+Portland Portugal Prague Rome Russia Scotland Seattle Singapore Spain Stockholm Sweden Switzerland Sydney Tennessee
+Texas Thailand Tokyo Toronto Turkey Utah Venice Vermont Vienna Vietnam Virginia Wales Warsaw Washington
 """.split()
 MONTHS = "January February March April May June July August September October November December".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
@@ -142,45 +142,48 @@ WEATHER = "rain|snow|be sunny|be cloudy|be windy|be foggy|be freezing|be humid|g
 TEMPLATES = (
     """
 Hi {name}.|Hello {name}, how are you?|Hey {name}, it's {name}.|Good morning, {name}!|Good night, {name}.|Bye, {name}!
-Hi there, my name is {name} {surname}.|This is {name} {surname} speaking.|Nice to meet you, {name}.|Welcome to {place}!
-I'm {name}, and this is {name}.|Thanks for your help, {name}.|Is {name} there?|Have you met {name} {surname}?
-Mister {surname} will see you {when}.|Doctor {surname} is {where}.|Miss {surname} called {when}.
-What time is it in {place}?|It's {clock}.|It's almost {clock}.|Let's meet at {clock}.|The meeting starts at {clock}.
-Set an alarm for {clock}.|Wake me up at {clock}.|We close at {clock}.|My flight leaves at {clock} on {day}.
-The bus comes every {number} minutes.|Set a timer for {number} minutes.|I'll be there in {number} minutes.
-Remind me to {handle} the {thing} {when}.|Remind me to {do} {name} at {clock}.|Can you {handle} the {thing}?
-Could you please {handle} the {thing} {when}?|Would you mind if I {handle} the {thing}?|Did you {handle} the {thing}?
-Don't forget to {handle} the {thing}.|Please {handle} my {thing}.|I need to {handle} the {thing} {when}.
-I can't {handle} the {thing} {when}.|Who's going to {handle} the {thing}?|Why didn't you {handle} the {thing}?
-Where's the {thing}?|Where did you put my {thing}?|I left my {thing} {where}.|Your {thing} is {where}.
-The {thing} is {quality}.|That {thing} isn't {quality}.|Isn't the {thing} {quality}?|This is a {quality} {thing}.
-What a {quality} {thing}!|I think it's {quality}.|It was really {quality}.|That's {quality}!|It's not that {quality}.
-How {quality} is it?|It wasn't as {quality} as I thought.|It's too {quality} for me.|She said it was {quality}.
-I'm so {feeling}.|Are you {feeling}?|You look {feeling}.|Why are you {feeling}?|{person_cap} was {feeling} {when}.
-{person_cap} is {where}.|Where is {person}?|{person_cap} went {activity} {when}.|Let's go {activity} {when}.
-I love {activity}.|I don't like {activity}.|Do you like {activity}?|I'm tired of {activity}.|We're {activity} {where}.
-{name} and {name} are {where}.|{name} lives in {place}.|I grew up in {place}.|We're moving to {place} in {month}.
-How far is {place} from here?|What's the weather like in {place}?|Will it {weather} {when}?|It's going to {weather} {when}.
+Hi there, my name is {name} {surname}.|This is {name} {surname} speaking.|Nice to meet you, {name}.
+Welcome to {place}!|I'm {name}, and this is {name}.|Thanks for your help, {name}.|Is {name} there?
+Have you met {name} {surname}?|Mister {surname} will see you {when}.|Doctor {surname} is {where}.
+Miss {surname} called {when}.|What time is it in {place}?|It's {clock}.|It's almost {clock}.|Let's meet at {clock}.
+The meeting starts at {clock}.|Set an alarm for {clock}.|Wake me up at {clock}.|We close at {clock}.
+My flight leaves at {clock} on {day}.|The bus comes every {number} minutes.|Set a timer for {number} minutes.
+I'll be there in {number} minutes.|Remind me to {handle} the {thing} {when}.|Remind me to {do} {name} at {clock}.
+Can you {handle} the {thing}?|Could you please {handle} the {thing} {when}?|Would you mind if I {handle} the {thing}?
+Did you {handle} the {thing}?|Don't forget to {handle} the {thing}.|Please {handle} my {thing}.
+I need to {handle} the {thing} {when}.|I can't {handle} the {thing} {when}.|Who's going to {handle} the {thing}?
+Why didn't you {handle} the {thing}?|Where's the {thing}?|Where did you put my {thing}?|I left my {thing} {where}.
+Your {thing} is {where}.|The {thing} is {quality}.|That {thing} isn't {quality}.|Isn't the {thing} {quality}?
+This is a {quality} {thing}.|What a {quality} {thing}!|I think it's {quality}.|It was really {quality}.
+That's {quality}!|It's not that {quality}.|How {quality} is it?|It wasn't as {quality} as I thought.
+It's too {quality} for me.|She said it was {quality}.|I'm so {feeling}.|Are you {feeling}?|You look {feeling}.
+Why are you {feeling}?|{person_cap} was {feeling} {when}.|{person_cap} is {where}.|Where is {person}?
+{person_cap} went {activity} {when}.|Let's go {activity} {when}.|I love {activity}.|I don't like {activity}.
+Do you like {activity}?|I'm tired of {activity}.|We're {activity} {where}.|{name} and {name} are {where}.
+{name} lives in {place}.|I grew up in {place}.|We're moving to {place} in {month}.|How far is {place} from here?
+What's the weather like in {place}?|Will it {weather} {when}?|It's going to {weather} {when}.
 I think it might {weather} on {day}.|It's {number} degrees outside.|My birthday is on {month} {ordinal}.
 Today is {day}, {month} {ordinal}.|He was born in {year}.|We got married in {year}.|The year was {year}.
 See you on {day}.|I'm busy on {day}.|Are you free on {day}?|How about {day} at {clock}?|I'll see you {when}.
 That costs {number} dollars.|It's {number} dollars and {number} cents.|I paid {number} dollars for the {thing}.
 The total is {number} dollars.|Only {number} people came.|There are {number} of them.|Page {number}, please.
-My phone number is {digits}.|The code is {digits}.|Room {number} is {where}.|Turn to chapter {small}.|I'm on line {small}.
-She's {number} years old.|We need {small} more.|{small_cap}, {small}, {small}.|I waited for {small} hours.
-We have {food}, {food}, and {food}.|I'd like {food} and {food}, please.|Buy {food}, {food}, {food}, and {food}.
-Do we have any {food}?|We're out of {food}.|Can I have some {food}?|What's for dinner, {food} or {food}?
-I'm allergic to {food}.|This {food} tastes {quality}.|Add {food} to my shopping list.|I had {food} for breakfast.
-Would you like {food} with your {food}?|{name} made {food} {when}.|Who wants more {food}?|No {food} for me, thanks.
-I need to {do} {person} {when}.|Can you {do} {name} for me?|Did you {do} {person} {when}?|I'll {do} you {when}.
-{name} wants to {do} {person}.|Please {do} {name} {surname}.|We should {do} {person} {when}.
-I've never been to {place}.|Have you been to {place}?|They've lived in {place} since {year}.|We flew from {place} to {place}.
-Play something by {name} {surname}.|Turn left, then right.|Spell it {letter}, {letter}, {letter}.|It's flight {letter} {number}.
-Yes, please.|No, thank you.|Of course.|Sure, why not?|Okay, sounds good.|I guess so.|I don't think so.|Not really.|Absolutely!
-Sorry, I didn't catch that.|Could you repeat that?|What do you mean?|I have no clue.|It doesn't matter.|Never mind.|Well, {when}.
-If it {rains}, we'll stay {where}.|When {person} comes home, we'll {handle} the {thing}.|I haven't {done} it yet.
-{name} said {person} was {feeling}.|I wonder if {name} is {feeling}.|You should've told {person}.|They're not {quality}, are they?
-Whose {thing} is this?|Which {thing} do you want?|How many {food} did you eat?|How long have you been {activity}?|What's wrong?
+My phone number is {digits}.|The code is {digits}.|Room {number} is {where}.|Turn to chapter {small}.
+I'm on line {small}.|She's {number} years old.|We need {small} more.|{small_cap}, {small}, {small}.
+I waited for {small} hours.|We have {food}, {food}, and {food}.|I'd like {food} and {food}, please.
+Buy {food}, {food}, {food}, and {food}.|Do we have any {food}?|We're out of {food}.|Can I have some {food}?
+What's for dinner, {food} or {food}?|I'm allergic to {food}.|This {food} tastes {quality}.
+Add {food} to my shopping list.|I had {food} for breakfast.|Would you like {food} with your {food}?
+{name} made {food} {when}.|Who wants more {food}?|No {food} for me, thanks.|I need to {do} {person} {when}.
+Can you {do} {name} for me?|Did you {do} {person} {when}?|I'll {do} you {when}.|{name} wants to {do} {person}.
+Please {do} {name} {surname}.|We should {do} {person} {when}.|I've never been to {place}.|Have you been to {place}?
+They've lived in {place} since {year}.|We flew from {place} to {place}.|Play something by {name} {surname}.
+Turn left, then right.|Spell it {letter}, {letter}, {letter}.|It's flight {letter} {number}.|Yes, please.
+No, thank you.|Of course.|Sure, why not?|Okay, sounds good.|I guess so.|I don't think so.|Not really.|Absolutely!
+Sorry, I didn't catch that.|Could you repeat that?|What do you mean?|I have no clue.|It doesn't matter.|Never mind.
+Well, {when}.|If it {rains}, we'll stay {where}.|When {person} comes home, we'll {handle} the {thing}.
+I haven't {done} it yet.|{name} said {person} was {feeling}.|I wonder if {name} is {feeling}.
+You should've told {person}.|They're not {quality}, are they?|Whose {thing} is this?|Which {thing} do you want?
+How many {food} did you eat?|How long have you been {activity}?|What's wrong?
 """.replace("\n", "|")
     .strip("|")
     .split("|")

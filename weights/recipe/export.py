@@ -48,9 +48,7 @@ def export_codec(trained: Path, file: Path) -> None:
     save_file({name: tensor.to(torch.float16).contiguous() for name, tensor in state.items()}, file)
 
 
-def export_start(
-    codec: Path, folder: Path, pronunciation: Path, weights: Path | None = None, seed: int = 0
-) -> None:
+def export_start(codec: Path, folder: Path, pronunciation: Path, weights: Path | None = None, seed: int = 0) -> None:
     """A checkpoint to start training from: a codec that ``export_codec`` wrote, and random weights for the model.
 
     ``weights`` is a checkpoint of the same shape to take the weights from instead. Only its text embedding is
@@ -116,7 +114,9 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--codec", type=Path, help="model: a codec file to use instead of the checkpoint's own")
-    parser.add_argument("--pronunciation", type=Path, help="start: the text stage's file (csm.weights.recipe.pronunciation)")
+    parser.add_argument(
+        "--pronunciation", type=Path, help="start: the text stage's file (csm.weights.recipe.pronunciation)"
+    )
     parser.add_argument("--weights", type=Path, help="start: a checkpoint to take the model's weights from")
     args = parser.parse_args()
     if args.what == "codec":

@@ -1,14 +1,15 @@
 """Make a checkpoint's ``pronunciation.json.gz``: ``python -m csm.weights.recipe.pronunciation FILE``.
 
-The synthesiser's own pronunciation of a word is the truth: ``flite -ps`` prints the phones that it says (its lexicon
-and letter-to-sound rules are made from CMUdict; BSD-like licence). It is asked for every word of Debian's
-``wamerican`` and of the training text. From these come the letter-to-sound rules; the lexicon then holds the common
-words that the rules get wrong. Which words are common: the order of WordNet's text, then the length of a word.
+The phones that the synthesiser says are the reference. ``flite -ps`` prints them (its lexicon and its letter-to-sound
+rules come from CMUdict; BSD-like licence). It is run on every word of Debian's ``wamerican``, of WordNet's texts and of
+the training sentences. Letter-to-sound rules are made from these words. The lexicon holds the words that the rules get
+wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import re
 import string
@@ -19,10 +20,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from csm.pronounce import CONTEXT, Pronouncer, letter_context
-from csm.weights.recipe.open_text import common_words, open_sentences
+from csm.weights.recipe.open_text import open_sentences, wordnet_texts
 
 DICTIONARY = Path("/usr/share/dict/american-english")
-TRAINING_SENTENCES = 40_000  # whose words are in the lexicon
+TRAINING_SENTENCES = 60_000  # their words are included
 SYMBOLS = dict(  # of flite's phones: one character each
     pair.split(":")
     for pair in """
@@ -107,38 +108,29 @@ def make_rules(aligned: Iterable[tuple[str, list[str]]], fewest: int = FEWEST) -
     return rules
 
 
-def make_pronouncer(phones_of: Mapping[str, str], common: Iterable[str], size: int) -> Pronouncer:
-    """Rules from all words, and a lexicon of the first ``size`` of ``common`` that the rules get wrong."""
+def make_pronouncer(phones_of: Mapping[str, str]) -> Pronouncer:
+    """Rules made from the words of ``phones_of``, and a lexicon of those that the rules get wrong."""
     letters = {word: phones for word, phones in phones_of.items() if word.isalpha() and len(word) > 1}
     rules = make_rules(align(letters))
     by_rules = Pronouncer({}, rules)
-    lexicon = {letter: phones_of[letter] for letter in string.ascii_lowercase} | {"A": phones_of["a"], "a": "ə"}
-    for word in common:
-        if len(lexicon) >= size:
-            break
-        if word in phones_of and by_rules.word(word) != phones_of[word]:
-            lexicon.setdefault(word, phones_of[word])
-    return Pronouncer(lexicon, rules)
+    wrong = {w: phones for w, phones in phones_of.items() if len(w) > 1 and by_rules.word(w) != phones}
+    names = {letter: phones_of[letter] for letter in string.ascii_lowercase}
+    return Pronouncer(wrong | names | {"A": phones_of["a"], "a": "ə"}, rules)
 
 
-def words_of(texts: Iterable[str]) -> list[str]:
-    """The words of texts in lower case, the most frequent first."""
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower()))
-    return [word for word, _ in counts.most_common()]
+def vocabulary() -> list[str]:
+    """The words of the dictionary, of WordNet's texts and of the training sentences, without possessives."""
+    texts = [DICTIONARY.read_text(encoding="utf-8"), *itertools.chain(*wordnet_texts())]
+    texts += open_sentences("train", TRAINING_SENTENCES)
+    words = {word for text in texts for word in re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())}
+    return sorted(word for word in words | set(string.ascii_lowercase) if not word.endswith("'s"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--lexicon", type=int, default=30_000, help="most words in the lexicon (default 30000)")
     arguments = parser.parse_args()
-    dictionary = DICTIONARY.read_text(encoding="utf-8").lower().split()
-    dictionary = sorted((word for word in dictionary if re.fullmatch(r"[a-z]+(?:'[a-z]+)?", word)), key=len)
-    training = words_of(open_sentences("train", TRAINING_SENTENCES))
-    common = list(dict.fromkeys([*training, *common_words(10**6), *dictionary, *string.ascii_lowercase]))
-    pronouncer = make_pronouncer(flite_phones(common), common, arguments.lexicon)
+    pronouncer = make_pronouncer(flite_phones(vocabulary()))
     arguments.file.parent.mkdir(parents=True, exist_ok=True)
     pronouncer.write(arguments.file)
     print(f"{arguments.file}: {len(pronouncer.lexicon)} words, {len(pronouncer.rules)} rules")
