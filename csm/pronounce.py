@@ -23,7 +23,7 @@ PRONUNCIATION_FILE = "pronunciation.json.gz"
 CONTEXT = (0, 1, -1, 2, -2, 3, -3, 4, -4)  # offsets of the letters a rule may look at, the most telling first
 EDGE = "_"  # the letter before the first and after the last
 SUFFIXES = {"'ll": "əl", "'d": "d", "'ve": "v", "'re": "ɜ", "n't": "ənt"}
-VOICELESS, SIBILANTS = "ptkfθ", "szʃʒʧʤ"
+VOICELESS, SIBILANTS, VOWELS = "ptkfθ", "szʃʒʧʤ", "ɑæʌɔWəIɛɜAɪiOYʊu"
 
 _TOKEN = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*'?|\d+(?:,\d{3})+|\d+|[.,;:?!]")
 # Written forms and how they are read, applied in order.
@@ -32,7 +32,7 @@ _SPELLINGS = [
     for pattern, said in (
         (r"[’‘]", "'"),
         (r"…", "."),
-        (r"\s[-–]\s|—|–|[()]", ", "),
+        (r"\s[-–]+\s|—|–|[()]", ", "),
         (r"[-/\"“”*_]", " "),
         (r"\b(Mr|Mrs|Ms|Dr)\.?(?= )", lambda match: _TITLES[match[1]]),
         (r"\$(\d[\d,]*)\.(\d\d)\b", r"\1 dollars \2"),
@@ -45,20 +45,20 @@ _SPELLINGS = [
     )
 ]
 _TITLES = {"Mr": "Mister", "Mrs": "Missus", "Ms": "Miss", "Dr": "Doctor"}
-_ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
 seventeen eighteen nineteen""".split()
-_TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 def number_in_words(number: int) -> str:
     """0 to 999,999,999 in words: 341 is "three hundred forty one"."""
     if number < 20:
-        return _ONES[number]
+        return ONES[number]
     for size, name in ((1_000_000, "million"), (1000, "thousand"), (100, "hundred")):
         if number >= size:
             rest = number % size
             return f"{number_in_words(number // size)} {name}" + (f" {number_in_words(rest)}" if rest else "")
-    return _TENS[number // 10] + (f" {_ONES[number % 10]}" if number % 10 else "")
+    return TENS[number // 10] + (f" {ONES[number % 10]}" if number % 10 else "")
 
 
 def letter_context(word: str, place: int) -> str:
@@ -101,14 +101,16 @@ class Pronouncer:
         """The phones of ``text``, words separated by spaces, with its punctuation."""
         for pattern, said in _SPELLINGS:
             text = pattern.sub(said, text)
-        folded = unicodedata.normalize("NFKD", text)
+        folded = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
         spoken = ""
-        for token in _TOKEN.findall(folded.encode("ascii", "ignore").decode()):
-            if not token[0].isalnum():
-                spoken = spoken if not spoken or spoken[-1] in ".,;:?!" else spoken + token
-                continue
-            words = self._words_of(token)
-            spoken += (" " if spoken else "") + " ".join(self.word(word) for word in words)
+        for token in _TOKEN.findall(folded):
+            if token[0].isalnum():
+                phones = " ".join(self.word(word) for word in self._words_of(token))
+                if phones and phones[0] in VOWELS and (spoken == "ðə" or spoken.endswith(" ðə")):
+                    spoken = spoken[:-1] + "i"  # "the apple"
+                spoken += (" " if spoken else "") + phones
+            elif spoken and spoken[-1] not in ".,;:?!":
+                spoken += token
         return spoken
 
     def _words_of(self, token: str) -> list[str]:
@@ -116,8 +118,9 @@ class Pronouncer:
         if token[0].isdigit():
             digits = token.replace(",", "")
             if len(digits) > 9 or (len(digits) > 1 and digits[0] == "0"):
-                return [_ONES[int(digit)] for digit in digits]
+                return [ONES[int(digit)] for digit in digits]
             return number_in_words(int(digits)).split()
+        token = token.rstrip("'")  # a closing quotation mark, or the possessive of a plural
         is_abbreviation = token.isupper() and 1 < len(token) <= 5 and token.lower() not in self.lexicon
         return list(token) if is_abbreviation else [token.lower()]
 
@@ -129,9 +132,9 @@ class Pronouncer:
         for suffix, phones in SUFFIXES.items():
             if word.endswith(suffix) and len(word) > len(suffix):
                 return self.word(word.removesuffix(suffix)) + phones
-        if word.endswith(("'s", "s'")) and len(word) > 2:
-            stem = self.word(word[:-2] if word.endswith("'s") else word[:-1])
-            return stem + (_possessive(stem[-1:]) if word.endswith("'s") else "")
+        if word.endswith("'s") and len(word) > 2:
+            stem = self.word(word[:-2])
+            return stem + _possessive(stem[-1:])
         return "".join(self._phones_of(letter_context(word, place)) for place in range(len(word)) if word[place] != "'")
 
     def _phones_of(self, context: str) -> str:

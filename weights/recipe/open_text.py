@@ -69,10 +69,10 @@ def wordnet_texts(folder: Path = WORDNET) -> tuple[tuple[str, ...], tuple[str, .
 
 
 @cache
-def common_words(count: int = COMMON_WORDS) -> tuple[str, ...]:
+def common_words(folder: Path = WORDNET, count: int = COMMON_WORDS) -> tuple[str, ...]:
     """The ``count`` commonest words of WordNet's examples and definitions."""
     counts: Counter[str] = Counter()
-    for text in itertools.chain(*wordnet_texts()):
+    for text in itertools.chain(*wordnet_texts(folder)):
         counts.update(re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower()))
     return tuple(word for word, _ in counts.most_common(count))
 
@@ -88,25 +88,25 @@ def _shuffled(texts: tuple[str, ...], rng: random.Random) -> Iterator[str]:
         yield from rng.sample(texts, len(texts))
 
 
-def _word_lists(rng: random.Random) -> Iterator[str]:
-    words = _shuffled(common_words(), rng)
+def _word_lists(common: tuple[str, ...], rng: random.Random) -> Iterator[str]:
+    words = _shuffled(common, rng)
     while True:
         separator = rng.choice((", ", " "))
         text = separator.join(itertools.islice(words, rng.randint(1, 6)))
         yield text[0].upper() + text[1:] + rng.choice("...?!")
 
 
-def open_sentences(split: str, count: int, seed: int = SEED) -> list[str]:
+def open_sentences(split: str, count: int, seed: int = SEED, wordnet: Path = WORDNET) -> list[str]:
     """``count`` different sentences of a split, the same for a seed; a larger count only adds to the end."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-    examples, definitions = wordnet_texts()
+    examples, definitions = wordnet_texts(wordnet)
     sources = {
         "examples": _shuffled(examples, random.Random(f"examples/{seed}")),
         "definitions": _shuffled(definitions, random.Random(f"definitions/{seed}")),
         "everyday": everyday_sentences(random.Random(f"everyday/{seed}")),
         "templates": endless_sentences(random.Random(f"templates/{seed}")),
-        "words": _word_lists(random.Random(f"words/{seed}")),
+        "words": _word_lists(common_words(wordnet), random.Random(f"words/{seed}")),
     }
     rng = random.Random(seed)
     names, weights = list(MIX), list(MIX.values())

@@ -31,6 +31,7 @@ SYMBOLS = dict(  # of flite's phones: one character each
     ng:ŋ ow:O oy:Y p:p r:r s:s sh:ʃ t:t th:θ uh:ʊ uw:u v:v w:w y:j z:z zh:ʒ
     """.split()
 )
+IN_SENTENCES = {"a": "ə", "haven't": "hævənt", "lives": "lɪvz"}  # unlike the word by itself
 LONGEST = 3  # phones of one letter
 ALIGNED_FIRST = 10_000  # words from which the alignment's costs are learnt
 FEWEST = 1  # words behind a rule: of 2,000 words kept back, 68 % are right with 1, 62 % with 2
@@ -115,7 +116,7 @@ def make_pronouncer(phones_of: Mapping[str, str]) -> Pronouncer:
     by_rules = Pronouncer({}, rules)
     wrong = {w: phones for w, phones in phones_of.items() if len(w) > 1 and by_rules.word(w) != phones}
     names = {letter: phones_of[letter] for letter in string.ascii_lowercase}
-    return Pronouncer(wrong | names | {"A": phones_of["a"], "a": "ə"}, rules)
+    return Pronouncer(wrong | names | {"A": phones_of["a"]} | IN_SENTENCES, rules)
 
 
 def vocabulary() -> list[str]:

@@ -52,7 +52,9 @@ class Utterance:
     order: int
 
 
-def plan(split: str, count: int, voices: Sequence[str] = VOICES, text: str = "open") -> Iterator[tuple[int, str, int]]:
+def plan(
+    split: str, count: int, voices: Sequence[str] = VOICES, text: str = "templates"
+) -> Iterator[tuple[int, str, int]]:
     """(number of the sentence, sentence, speaker id) of every recording of a split's first ``count`` sentences."""
     for number, sentence in enumerate(TEXTS[text](split, count)):
         for voice in [voices[number % len(voices)]] if split == "train" else voices:
@@ -94,7 +96,7 @@ def record(folder: Path, split: str, number: int, text: str, speaker: int) -> Ut
 
 
 def record_all(
-    folder: Path, split: str, count: int, workers: int, voices: Sequence[str] = VOICES, text: str = "open"
+    folder: Path, split: str, count: int, workers: int, voices: Sequence[str] = VOICES, text: str = "templates"
 ) -> Path:
     """Record a split and write its manifest, whose path is returned."""
     for voice in voices:
@@ -128,7 +130,7 @@ def main() -> None:
     parser.add_argument(
         "--voices", nargs="+", choices=SPEAKERS, default=VOICES, help="who reads them (default: flite's)"
     )
-    parser.add_argument("--text", choices=TEXTS, default="open", help="where the sentences come from (default: open)")
+    parser.add_argument("--text", choices=TEXTS, default="templates", help="what is read (default: templates)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
