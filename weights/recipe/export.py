@@ -1,11 +1,12 @@
-"""From training to a checkpoint in HF's layout: config.json, tokenizer.json, model.safetensors.
+"""Export training results as checkpoints in HF's layout.
 
-- ``python -m csm.weights.recipe.export codec RUN/checkpoint.pt codec.safetensors``: a trained codec alone, in moshi's
-  names and float16.
-- ``python -m csm.weights.recipe.export start codec.safetensors FOLDER``: a checkpoint of that codec and a model without
-  training, from which ``python -m csm finetune --config FOLDER/config.json --model FOLDER`` starts.
-- ``python -m csm.weights.recipe.export model RUN/model FOLDER``: what came of that as it is shipped, the model in
-  bfloat16 and the codec in float16; ``--codec codec.safetensors`` takes that one, whose decoder learned more since.
+- ``python -m csm.weights.recipe.export codec RUN/checkpoint.pt codec.safetensors``: a trained codec alone, with moshi's
+  names, in float16.
+- ``python -m csm.weights.recipe.export start codec.safetensors FOLDER --pronunciation FILE``: a checkpoint of that
+  codec and an untrained model, for ``python -m csm finetune --config FOLDER/config.json --model FOLDER``.
+  ``--weights CHECKPOINT`` takes the model's weights from a checkpoint with byte tokens instead.
+- ``python -m csm.weights.recipe.export model RUN/model FOLDER``: a trained model as it is shipped, in bfloat16 with the
+  codec in float16. ``--codec codec.safetensors`` replaces the codec.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ GENERATION = {"do_sample": True, "temperature": 0.6, "top_k": 50}  # the checkpo
 
 
 def export_codec(trained: Path, file: Path) -> None:
-    """The codec of a checkpoint of ``csm.weights.recipe.codec``, its codebooks as they are used, not as running sums.
+    """Write the codec of a checkpoint of ``csm.weights.recipe.codec``, with codebooks instead of their running sums.
 
-    A sum and its count, each rounded, would give a less exact quotient than the rounded quotient over a count of one.
-    Layer scales are folded before the rounding: who goes on with the codec folds again, and must not change its codes.
+    Rounding a codebook is more exact than rounding its sum and its count. Layer scales are folded before rounding, so
+    that ``start_from``, which folds them again, does not change the codes.
     """
     state = fold_layer_scales(torch.load(trained, weights_only=True)["mimi"])
     for name in [name for name in state if name.endswith("embedding_sum")]:
@@ -86,7 +87,7 @@ def phone_embedding(byte_embedding: Tensor) -> Tensor:
 
 
 def export_model(source: Path, folder: Path, codec: Path | None = None) -> None:
-    """A checkpoint in the precision that it is shipped in, with its own codec or one that ``export_codec`` wrote."""
+    """Write a checkpoint in the precision of shipped weights, with its own codec or one from ``export_codec``."""
     checkpoint = open_checkpoint(source)
     model, codec_state = read_model(checkpoint, CPU, torch.bfloat16), read_codec(checkpoint, codec, CPU)
     _write(folder, checkpoint.config, model, checkpoint.codec_config, codec_state)

@@ -1,7 +1,7 @@
 """Write English sentences to be read aloud: ``python -m csm.weights.recipe.sentences --split train --count 10``.
 
-Templates over word lists, from a seed. Which split a sentence belongs to is decided by a hash of its words, so that
-what is held out stays held out, however many are made and whatever is added to the lists.
+Templates are filled from word lists at random. A hash of a sentence's words decides its split, so a held-out sentence
+stays held out, however many are made and whatever is added to the lists.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from csm.weights.recipe import words
 SPLITS = ("train", "valid", "test")
 SEED = 20_251_121
 
-# What a slot in braces may become; a slot's own text may hold slots again.
+# Slots in braces are replaced by words of SLOTS.
 TEMPLATES = (
     """
 The {char} {job} {did} the {adj} {object} {past}.|{name} {did} a {color} {object} {past}.
@@ -76,7 +76,7 @@ _PLURALS |= {"policeman": "policemen"}
 
 
 def year_in_words(year: int) -> str:
-    """1100 to 2099 as a year is said: 1984 is "nineteen eighty four"."""
+    """A year from 1100 to 2099 in words: 1984 is "nineteen eighty four"."""
     century, rest = divmod(year, 100)
     if century == 20 and rest < 10:
         return "two thousand" + (f" {ONES[rest]}" if rest else "")
@@ -176,7 +176,7 @@ def split_of(sentence: str) -> str:
 
 
 def sentences(split: str, count: int, seed: int = SEED) -> list[str]:
-    """``count`` different sentences of a split, always the same and in the same order; more only adds to the end."""
+    """``count`` different sentences of a split, the same for a seed; a larger count only adds to the end."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     found: dict[str, None] = {}

@@ -1,4 +1,4 @@
-"""The embedded checkpoint's shapes and tokenizer."""
+"""Shapes and tokenizers of the embedded checkpoint."""
 
 from __future__ import annotations
 
