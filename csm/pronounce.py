@@ -15,6 +15,7 @@ import gzip
 import json
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 from csm.errors import CheckpointError
@@ -26,15 +27,22 @@ SUFFIXES = {"'ll": "əl", "'d": "d", "'ve": "v", "'re": "ɜ", "n't": "ənt"}
 VOICELESS, SIBILANTS, VOWELS = "ptkfθ", "szʃʒʧʤ", "ɑæʌɔWəIɛɜAɪiOYʊu"
 
 _TOKEN = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*'?|\d+(?:,\d{3})+|\d+|[.,;:?!]")
+_TITLES = {"Mr": "Mister", "Mrs": "Missus", "Ms": "Miss", "Dr": "Doctor"}
+
+
+def _title(match: re.Match[str]) -> str:
+    return _TITLES[match[1]]
+
+
 # Written forms and how they are read, applied in order.
-_SPELLINGS = [
+_SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), said)
     for pattern, said in (
         (r"[’‘]", "'"),
         (r"…", "."),
         (r"\s[-–]+\s|—|–|[()]", ", "),
         (r"[-/\"“”*_]", " "),
-        (r"\b(Mr|Mrs|Ms|Dr)\.?(?= )", lambda match: _TITLES[match[1]]),
+        (r"\b(Mr|Mrs|Ms|Dr)\.?(?= )", _title),
         (r"\$(\d[\d,]*)\.(\d\d)\b", r"\1 dollars \2"),
         (r"\$(\d[\d,]*)", r"\1 dollars"),
         (r"(\d):00\b", r"\1 o'clock"),
@@ -44,7 +52,6 @@ _SPELLINGS = [
         (r"&", " and "),
     )
 ]
-_TITLES = {"Mr": "Mister", "Mrs": "Missus", "Ms": "Miss", "Dr": "Doctor"}
 ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
 seventeen eighteen nineteen""".split()
 TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
