@@ -28,7 +28,7 @@ from csm.prompt import Segment, TextTokenizer, build_prompt, check_length
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
 from csm.selfcheck import default_dtype
-from csm.weights import Checkpoint, open_checkpoint, read_codec, read_model
+from csm.weights import Checkpoint, open_checkpoint, read_codec, read_generation_defaults, read_model
 from csm.worker import Worker
 
 DEFAULT_MODEL = "sesame/csm-1b"
@@ -53,6 +53,7 @@ class Generator:
         self.config: CSMConfig = model.config
         self.model = model
         self.sample_rate = checkpoint.codec_config.sample_rate
+        self.defaults = read_generation_defaults(checkpoint.folder)
         self._checkpoint = checkpoint
         self._codec_file = codec_file
         self._tokenizer = TextTokenizer(checkpoint.tokenizer_path, model.config.text_vocab_size)
@@ -155,9 +156,9 @@ class Generator:
         text: str,
         speaker: int = 0,
         context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
-        temperature: float = 0.9,
-        topk: int = 50,
+        max_audio_length_ms: float | None = None,
+        temperature: float | None = None,
+        topk: int | None = None,
         seed: int | None = None,
     ) -> Tensor:
         """Speak ``text``: (samples,) float32 on the CPU, at ``sample_rate``.
@@ -169,8 +170,11 @@ class Generator:
             max_audio_length_ms: stop there even if the speech has not ended. Speech also stops where the backbone's
                 positions end; a prompt that leaves less room than this gives a RoomWarning.
             temperature: 0 is greedy.
-            topk: draw among this many best ids.
+            topk: sample among this many most likely ids.
             seed: the same seed gives the same speech; None draws one from ``torch``'s generator.
+
+        ``max_audio_length_ms``, ``temperature`` and ``topk`` of None are the checkpoint's defaults
+        (``generation_config.json``; without one 90,000, 0.9 and 50).
 
         Raises:
             PromptError, PromptTooLongError, SamplingError, AudioError: an argument is out of range.
@@ -183,9 +187,9 @@ class Generator:
         text: str,
         speaker: int = 0,
         context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
-        temperature: float = 0.9,
-        topk: int = 50,
+        max_audio_length_ms: float | None = None,
+        temperature: float | None = None,
+        topk: int | None = None,
         seed: int | None = None,
     ) -> Iterator[Tensor]:
         """``generate``, in chunks of 1920 samples (80 ms) as they are generated.
@@ -202,9 +206,9 @@ class Generator:
         text: str,
         speaker: int = 0,
         context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
-        temperature: float = 0.9,
-        topk: int = 50,
+        max_audio_length_ms: float | None = None,
+        temperature: float | None = None,
+        topk: int | None = None,
         seed: int | None = None,
     ) -> Tensor:
         """``generate``, before the codec: codes (T, K) int64 on the CPU."""
@@ -235,13 +239,17 @@ class Generator:
     def _request(self, speech: SpeechRequest, audio: bool = True) -> Request:
         """A checked and tokenised request. ``audio`` asks for samples, not codes alone."""
         frame_ms = 1000 / self._checkpoint.codec_config.frame_rate
-        limit_ms = speech.max_audio_length_ms
+        limit_ms = (
+            self.defaults.max_audio_length_ms if speech.max_audio_length_ms is None else speech.max_audio_length_ms
+        )
         if not isinstance(limit_ms, numbers.Real) or not limit_ms >= frame_ms:
             raise CSMError(f"the audio's limit must be at least one frame, {frame_ms:g} ms, not {limit_ms!r}")
         seed = int(torch.randint(2**63 - 1, ())) if speech.seed is None else speech.seed
-        params = SamplingParams(speech.temperature, speech.topk, seed)
-        if speech.topk > self.config.codebook_size:
-            raise SamplingError(f"top-k must be at most {self.config.codebook_size}, not {speech.topk}")
+        temperature = self.defaults.temperature if speech.temperature is None else speech.temperature
+        topk = self.defaults.top_k if speech.topk is None else speech.topk
+        params = SamplingParams(temperature, topk, seed)
+        if topk > self.config.codebook_size:
+            raise SamplingError(f"top-k must be at most {self.config.codebook_size}, not {topk}")
         text_ids = self._tokenizer.encode(speech.speaker, speech.text)
         check_length(len(text_ids), self.config)
         prompt = build_prompt([self._turn(segment) for segment in speech.context], text_ids, self.config)

@@ -15,7 +15,7 @@ ROOT = Path(csm.__file__).parent.parent
 LAYERS = [
     {"csm.errors"},
     {"csm.config"},
-    {"csm.audio", "csm.graph", "csm.kernels", "csm.weights"},
+    {"csm.audio", "csm.graph", "csm.kernels", "csm.pronounce", "csm.weights"},
     {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt"},
     {"csm.prefix_cache", "csm.request"},
     {"csm.model"},

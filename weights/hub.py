@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import requests
@@ -30,6 +31,7 @@ WEIGHTS = (
     "model.safetensors",
     "ckpt.pt",
 )
+OPTIONAL = ("generation_config.json", "pronunciation.json.gz")  # beside tokenizer.json, where a repository has them
 OTHERWISE = "Without network, use --model tiny."
 
 
@@ -55,7 +57,7 @@ def shard_names(index: Path) -> list[str]:
 
 
 def fetch_checkpoint(repo: str, revision: str | None) -> Path:
-    """Download config.json, tokenizer.json and the weights of a repository, and return their folder.
+    """Download config.json, tokenizer.json, the weights and OPTIONAL files of a repository, and return their folder.
 
     Files in the cache are not downloaded again. Raises UnavailableError, which says what to do.
     """
@@ -70,6 +72,9 @@ def fetch_checkpoint(repo: str, revision: str | None) -> Path:
         if path.suffix == ".json":
             for shard in shard_names(path):
                 fetch(repo, shard, revision, offline)
+        for optional in OPTIONAL:
+            with suppress(EntryNotFoundError):
+                _fetch(repo, optional, revision, offline)
         return config.parent
     raise UnavailableError(
         f"{repo}: no weights in the repository or in the cache; expected one of {', '.join(WEIGHTS)}. {OTHERWISE}"
