@@ -4,15 +4,18 @@ from csm.audio import WavWriter, read_audio
 from csm.errors import (
     AudioError,
     CheckpointError,
+    CheckpointWarning,
     CSMError,
     PromptError,
     PromptTooLongError,
+    QueueFullError,
     RoomWarning,
     SamplingError,
     UnavailableError,
 )
 from csm.generator import DEFAULT_MODEL, Generator, load_csm_1b
 from csm.prompt import Segment
+from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
 
 __all__ = [
@@ -20,13 +23,16 @@ __all__ = [
     "AudioError",
     "CSMError",
     "CheckpointError",
+    "CheckpointWarning",
     "Generator",
     "PromptError",
     "PromptTooLongError",
+    "QueueFullError",
     "RoomWarning",
     "SamplingError",
     "SamplingParams",
     "Segment",
+    "SpeechRequest",
     "UnavailableError",
     "WavWriter",
     "load_csm_1b",

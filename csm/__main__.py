@@ -1,4 +1,4 @@
-"""``python -m csm COMMAND``: what is not speaking. ``python -m csm --help`` lists the commands."""
+"""``python -m csm COMMAND``: training and evaluation. ``python -m csm --help`` lists the commands."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from csm.finetune import command as finetune
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad option as everything else is reported."""
+    """An ArgumentParser that raises CSMError, so that all errors are reported in the same way."""
 
     def error(self, message: str) -> NoReturn:
         raise CSMError(message)
 
 
-# Name, what it does, and the module with its add_arguments and run.
+# Name, help text, and the module that defines add_arguments() and run().
 COMMANDS = (
-    ("finetune", "train a model, whole or by adapters, on recordings", finetune),
-    ("eval", "measure what a model says: word error rate, length, voice", evaluate),
+    ("finetune", "train all weights or LoRA adapters on recordings", finetune),
+    ("eval", "measure generated speech: word error rate, length, voice similarity", evaluate),
 )
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command's options, and as ``run`` what runs it."""
+    """The command's options; ``run`` is the function that executes it."""
     parser = Parser(prog="python -m csm", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, does, module in COMMANDS:
-        command = commands.add_parser(name, help=does, description=module.__doc__)
+    for name, help_text, module in COMMANDS:
+        command = commands.add_parser(name, help=help_text, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 with a message on stderr for what the user can mend."""
+    """Run a command and return its exit code: 0, or 2 with a message on stderr for an error that the user can fix."""
     try:
         args = parse_arguments(argv)
-        said = args.run(args)
-        if said:
-            print(said)
+        output = args.run(args)
+        if output:
+            print(output)
     except (CSMError, OSError) as error:
         print(f"python -m csm: error: {error}", file=sys.stderr)
         return 2

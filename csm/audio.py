@@ -1,6 +1,6 @@
-"""Audio as the codec wants it, and as files: mono, one sample rate, finite floats.
+"""Audio conversion and files: to mono float samples at one sample rate, and 16-bit WAV files.
 
-Nothing here knows the codec. Reading goes through sphn (it comes with moshi), resampling through torchaudio.
+Independent of the codec. Files are decoded by sphn (a dependency of moshi); torchaudio resamples.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from csm.errors import AudioError
 
-MAX_PHASES = 1_000_000  # 44,100 Hz to 24,000 Hz has 147 x 80
+MAX_PHASES = 1_000_000  # of torchaudio's polyphase filter bank; 44,100 Hz to 24,000 Hz takes 147 * 80
 
 
 def to_mono(audio: Tensor, sample_rate: int, target_rate: int) -> Tensor:
-    """(samples,) or (channels, samples) at any rate to (samples,) float32 at ``target_rate`` Hz, on the CPU.
+    """Convert (samples,) or (channels, samples) at any rate to (samples,) float32 at ``target_rate`` Hz, on the CPU.
 
-    Channels are averaged; integer samples are taken as PCM of their width. Raises AudioError for audio that is empty,
-    not finite, or not of that shape.
+    Channels are averaged. Integer samples are PCM of the dtype's width. Raises AudioError if the audio is empty, not
+    finite, or of another shape.
     """
     audio = _as_tensor(audio)
     if audio.dtype == torch.bool or audio.is_complex() or audio.ndim not in (1, 2):
@@ -53,7 +53,7 @@ def to_mono(audio: Tensor, sample_rate: int, target_rate: int) -> Tensor:
 
 def _as_tensor(audio: Tensor) -> Tensor:
     try:
-        if isinstance(audio, np.ndarray):  # torch knows neither negative strides nor foreign byte orders
+        if isinstance(audio, np.ndarray):  # torch supports neither negative strides nor foreign byte orders
             audio = np.ascontiguousarray(audio, audio.dtype.newbyteorder("="))
         return torch.as_tensor(audio).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -61,9 +61,9 @@ def _as_tensor(audio: Tensor) -> Tensor:
 
 
 def _resample(audio: Tensor, sample_rate: int, target_rate: int) -> Tensor:
-    """(samples,) to another rate; rates with hardly a common divisor (24,001 Hz) by their spectrum.
+    """Resample (samples,) by a polyphase filter bank, or by FFT if the bank would be too large.
 
-    For those torchaudio's filter bank, a filter for each phase of the one rate against the other, would take gigabytes.
+    The bank has one filter per phase. For almost coprime rates (24,001 and 24,000 Hz) it would take gigabytes.
     """
     common = math.gcd(sample_rate, target_rate)
     if (sample_rate // common) * (target_rate // common) <= MAX_PHASES:
@@ -77,9 +77,9 @@ def _kind(audio: Tensor) -> str:
 
 
 def read_audio(path: str | Path) -> tuple[Tensor, int]:
-    """A sound file (WAV, FLAC, MP3, Ogg) as (channels, samples) float32 and its sample rate in Hz.
+    """Read an audio file (WAV, FLAC, MP3, Ogg): (channels, samples) float32 and the sample rate in Hz.
 
-    Raises AudioError, naming the file.
+    Raises AudioError that names the file.
     """
     if not Path(path).is_file():
         raise AudioError(f"{path}: no such file")
@@ -87,29 +87,30 @@ def read_audio(path: str | Path) -> tuple[Tensor, int]:
         samples, sample_rate = sphn.read(str(path))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of sphn's, a sample rate of 0 for one, is not even an Exception
-        raise AudioError(f"{path}: not audio that can be read: {error}") from error
+    except BaseException as error:  # a Rust panic in sphn (for a sample rate of 0, say) derives from BaseException
+        raise AudioError(f"{path}: cannot be decoded as audio: {error}") from error
     return torch.from_numpy(samples), int(sample_rate)
 
 
 class WavWriter:
-    """A 16-bit mono WAV file that appears under its name only when it is whole.
+    """Writes a 16-bit mono WAV file atomically. A context manager.
 
-    As a context manager: opens a temporary file beside ``path`` at once, so that a folder that cannot be written to
-    fails before any work; renames it on success, removes it on any exception. ``begin`` comes before ``write``.
+    Entering it creates a temporary file beside ``path``, so an unwritable folder raises before any work is done.
+    Leaving it renames the temporary file to ``path``, or removes it after an exception. Call ``begin`` before
+    ``write``.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(os.path.realpath(path))  # a link stays one
+        self.path = Path(os.path.realpath(path))  # replace the target of a symbolic link, not the link
         self._wave: wave.Wave_write | None = None
 
     def __enter__(self) -> WavWriter:
         if self.path.is_dir():
-            raise AudioError(f"{self.path} is a folder; give the name of a file")
+            raise AudioError(f"{self.path} is a folder: give a file name")
         if self.path.exists() and not self.path.is_file():
-            raise AudioError(f"{self.path} is not a file but a device or a pipe")
+            raise AudioError(f"{self.path} is a device or a pipe: give the name of a regular file")
         try:
-            handle, self._aside = tempfile.mkstemp(dir=self.path.parent, prefix=".csm-", suffix=".part")
+            handle, self._temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".csm-", suffix=".part")
         except OSError as error:
             raise AudioError(f"{self.path}: cannot be written: {error.strerror}") from error
         self._file = os.fdopen(handle, "wb")
@@ -121,8 +122,8 @@ class WavWriter:
         self._wave.setparams((1, 2, sample_rate, 0, "NONE", "not compressed"))
 
     def write(self, audio: Tensor) -> None:
-        """Append (samples,) floats; what exceeds -1..1 is clipped."""
-        assert self._wave is not None, "begin() comes first"
+        """Append (samples,) floats, clipped to -1..1."""
+        assert self._wave is not None, "call begin() first"
         pcm = (audio.detach().cpu().float().clamp(-1, 1) * 32767).round().to(torch.int16)
         try:
             self._wave.writeframes(pcm.numpy().astype("<i2").tobytes())
@@ -137,9 +138,9 @@ class WavWriter:
             if kind is None:
                 umask = os.umask(0)
                 os.umask(umask)
-                os.chmod(self._aside, 0o666 & ~umask)  # mkstemp's own mode is 0600
-                os.replace(self._aside, self.path)
+                os.chmod(self._temporary, 0o666 & ~umask)  # mkstemp's own mode is 0600
+                os.replace(self._temporary, self.path)
         except OSError as failure:
             raise AudioError(f"{self.path}: cannot be written: {failure.strerror}") from failure
         finally:
-            Path(self._aside).unlink(missing_ok=True)
+            Path(self._temporary).unlink(missing_ok=True)

@@ -1,12 +1,14 @@
-"""The Mimi codec, from the moshi package: audio to codes and back, whole or frame by frame.
+"""The Mimi codec of the moshi package: encodes audio, and decodes codes whole or frame by frame.
 
-Shapes: B slots, K codebooks, T frames of 80 ms, C latent channels.
+Shapes: B slots, K codebooks, T frames of 80 ms (in a latent: steps of 40 ms), C latent channels, N samples of a frame
+(or numbers of a slot's state), L transformer layers, H heads, S positions of a key ring, d head dim.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,19 +19,22 @@ from csm.audio import to_mono
 from csm.config import CodecConfig
 from csm.errors import AudioError, CheckpointError
 
-# moshi keeps streaming state on its modules, and whether to compile in a global: one call at a time, over all codecs.
-_MOSHI = threading.RLock()
+# moshi keeps streaming state on its modules, and its compile switch in a global: all codecs share one lock.
+_MOSHI_LOCK = threading.RLock()
 
 
 class Codec:
-    """Mimi in float32 on one device. Calls from several threads take turns."""
+    """Mimi in float32 on one device. Thread-safe: calls are serialised."""
 
     def __init__(self, config: CodecConfig, num_codebooks: int, state: dict[str, Tensor], device: torch.device):
-        """``state`` is a state dict in moshi's names; ``num_codebooks`` of the codec's codebooks are used."""
+        """``state`` is a state dict with moshi's names. Only the first ``num_codebooks`` codebooks are used.
+
+        Raises CheckpointError if ``state`` does not match ``config``.
+        """
         self.config = config
         self.num_codebooks = num_codebooks
         self.device = device
-        from moshi.models import loaders  # here, because codes alone do not need it and it brings a good deal along
+        from moshi.models import loaders  # slow to import, and not needed to generate codes
 
         self._mimi = loaders.get_mimi(
             None, mimi_config=moshi_config(config), device=device, num_codebooks=num_codebooks
@@ -38,9 +43,9 @@ class Codec:
             self._mimi.load_state_dict(dict(state))
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"not a Mimi of the shape in config.json: {reason}") from error
+            raise CheckpointError(f"not a Mimi codec of the shape given in config.json: {reason}") from error
         self._mimi.requires_grad_(False)
-        for module in self._mimi.modules():  # moshi computes its codebooks when they are first read: now, on one stream
+        for module in self._mimi.modules():  # moshi computes embedding tables lazily: compute them on one stream now
             getattr(module, "embedding", None)
 
     @property
@@ -54,9 +59,9 @@ class Codec:
 
     @torch.no_grad()
     def encode(self, audio: Tensor, sample_rate: int | None = None) -> Tensor:
-        """(samples,) or (channels, samples) at any rate to codes (T, K) int64 on the CPU.
+        """Encode (samples,) or (channels, samples) at any rate to codes (T, K) int64 on the CPU.
 
-        The last frame is padded with silence. ``sample_rate`` None means the codec's own. Raises AudioError.
+        The last frame is padded with silence. ``sample_rate`` None means the codec's. Raises AudioError.
         """
         mono = to_mono(audio, self.sample_rate if sample_rate is None else sample_rate, self.sample_rate)
         with self._exclusive():
@@ -65,7 +70,7 @@ class Codec:
 
     @torch.no_grad()
     def decode(self, codes_TK: Tensor) -> Tensor:
-        """Codes (T, K) to (T * frame_size,) float32 on the CPU, in one pass. Raises AudioError."""
+        """Decode codes (T, K) to (T * frame_size,) float32 on the CPU, all frames at once. Raises AudioError."""
         codes_TK = check_codes(codes_TK, self.num_codebooks, self.config.codebook_size)
         if codes_TK.shape[0] == 0:
             return torch.zeros(0, dtype=torch.float32)
@@ -74,50 +79,70 @@ class Codec:
         return audio_B1N[0, 0].cpu()
 
     def stream_decoder(self, batch: int = 1) -> StreamDecoder:
-        """A decoder that carries its own state from frame to frame; any number may be in use at once."""
+        """A decoder of ``batch`` slots with streaming state of its own. Any number may be in use at once."""
         with self._exclusive(), self._mimi.streaming(batch):
             state = self._mimi.get_streaming_state()
         return StreamDecoder(self, state, batch)
 
     @contextmanager
     def _exclusive(self, state: dict[str, Any] | None = None) -> Iterator[None]:
-        """The modules to oneself, with a streaming state put in for the time and taken out again."""
+        """Lock moshi's modules and, if ``state`` is given, set it as their streaming state for the duration."""
         from moshi.utils.compile import no_compile, no_cuda_graph
 
-        with _MOSHI, no_compile(), no_cuda_graph():
+        with _MOSHI_LOCK, no_compile(), no_cuda_graph():
             if state is None:
                 yield
                 return
-            nothing = self._mimi.get_streaming_state()
+            outer = self._mimi.get_streaming_state()
             self._mimi.set_streaming_state(state)
             try:
                 yield
             finally:
-                self._mimi.set_streaming_state(nothing)
+                self._mimi.set_streaming_state(outer)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """All parameters and buffers of the codec by name."""
+        return {**dict(self._mimi.named_parameters()), **dict(self._mimi.named_buffers())}
+
+    @property
+    def _latent_steps(self) -> int:
+        """Steps of the decoder transformer in one frame: 2 in Mimi."""
+        return round(self._mimi.encoder_frame_rate / self._mimi.frame_rate)
 
     def _decode_frame(self, codes_BK: Tensor, state: dict[str, Any]) -> Tensor:
-        """One frame of each slot to (B, frame_size) samples, from and into a streaming state."""
+        """Decode one frame of each slot to (B, frame_size) samples, and advance the streaming state."""
         mimi = self._mimi
         with self._exclusive(state):
             latent_BCT = mimi.upsample(mimi.decode_latent(codes_BK.unsqueeze(-1)))
-            # One latent step at a time: moshi's ring of `context` keys would drop, for two steps at once, a key that
-            # the first of them still sees, and beyond 10 s the stream would no longer equal the whole.
-            steps = [mimi.decoder_transformer(step)[0] for step in latent_BCT.split(1, dim=-1)]
-            return mimi.decoder(torch.cat(steps, dim=-1))[:, 0]
+            return mimi.decoder(mimi.decoder_transformer(latent_BCT)[0])[:, 0]
 
 
 class StreamDecoder:
-    """Decodes frame after frame; the samples are those of ``Codec.decode`` on all frames.
+    """Decodes one frame of every slot at a time. The samples equal those of ``Codec.decode`` on all frames.
 
-    ``codes_BK`` and ``audio_BN`` are buffers at fixed addresses, and ``run`` turns the one into the other without a
-    sync, so that it can be captured.
+    ``run`` reads ``codes_BK`` and ``active_B`` and writes ``audio_BN``, buffers with fixed addresses, and never
+    synchronises with the host, so that it can be captured. Slots are independent. Where ``active_B`` (initially all
+    true) is false, ``run`` leaves the slot's streaming state as it is, and the slot's audio is meaningless.
+
+    The streaming state is three tensors, of which the attributes that moshi reads and writes are views: ``_conv_BN``
+    (overlaps of convolutions), ``_offset_BN`` (counts of latent steps), ``_keys_L2BHSd`` (rings of keys and values of
+    L layers). So resetting or moving a slot takes one op for each of them.
     """
 
     def __init__(self, codec: Codec, state: dict[str, Any], batch: int):
         self._codec = codec
-        self._state = state
         self.codes_BK = torch.zeros(batch, codec.num_codebooks, dtype=torch.int64, device=codec.device)
         self.audio_BN = torch.zeros(batch, codec.frame_size, dtype=torch.float32, device=codec.device)
+        self.active_B = torch.ones(batch, dtype=torch.bool, device=codec.device)
+        # Decoding does not use the encoder's state, which is as large as the decoder's.
+        self._state = {name: None if name.startswith(("encoder", "downsample")) else s for name, s in state.items()}
+        modules = [module_state for module_state in self._state.values() if module_state is not None]
+        rings = [module_state.kv_cache for module_state in modules if hasattr(module_state, "kv_cache")]
+        for module_state in modules:
+            module_state.exec_mask = self.active_B
+        self._keys_L2BHSd = _enlarge_rings(rings, codec._latent_steps - 1)
+        self._offset_BN = _pack([*modules, *rings], ("offset", "offsets", "end_offset"))
+        self._conv_BN = _pack(modules, ("previous", "partial"))
 
     @torch.no_grad()
     def run(self) -> None:
@@ -125,22 +150,92 @@ class StreamDecoder:
         self.audio_BN.copy_(self._codec._decode_frame(self.codes_BK, self._state))
 
     def step(self, codes_BK: Tensor) -> Tensor:
-        """One frame of each slot, (B, K) int64, to (B, frame_size) float32 on the codec's device."""
+        """Decode one frame of each slot, (B, K) int64, to (B, frame_size) float32 on the codec's device."""
         self.codes_BK.copy_(codes_BK)
         self.run()
         return self.audio_BN.clone()
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Begin again, in every slot and in the same buffers."""
-        everything = torch.ones(self.codes_BK.shape[0], dtype=torch.bool, device=self.codes_BK.device)
-        for name, state in self._state.items():
-            if not name.startswith(("encoder", "downsample")):  # what decoding leaves alone
-                state.reset(everything)
+    def reset(self, slots: Sequence[int] | None = None) -> None:
+        """Restart these slots (None: all) in place, without effect on the others. Does not synchronise.
+
+        Keys need no reset: attention does not read beyond a slot's offset.
+        """
+        for buffer_BN in (self._conv_BN, self._offset_BN):
+            for rows in [buffer_BN] if slots is None else [buffer_BN[slot] for slot in slots]:
+                rows.zero_()
+
+    @torch.no_grad()
+    def move(self, source: int, target: int) -> None:
+        """Copy the streaming state of slot ``source`` to slot ``target``, which continues the stream exactly.
+
+        ``source`` keeps its state. ``codes_BK``, ``audio_BN`` and ``active_B`` are not copied.
+        """
+        for buffer_BN in (self._conv_BN, self._offset_BN):
+            buffer_BN[target] = buffer_BN[source]
+        self._keys_L2BHSd[:, :, target] = self._keys_L2BHSd[:, :, source]
+
+    def narrow(self, batch: int) -> StreamDecoder:
+        """The first ``batch`` slots, as views of the same memory."""
+        view = copy.copy(self)
+        for name in ("codes_BK", "audio_BN", "active_B", "_conv_BN", "_offset_BN"):
+            setattr(view, name, getattr(self, name)[:batch])
+        view._keys_L2BHSd = self._keys_L2BHSd[:, :, :batch]
+        view._state = {name: None if s is None else _narrow(s, batch) for name, s in self._state.items()}
+        return view
+
+    def buffers(self) -> dict[str, Tensor]:
+        """All tensors that ``run`` reads or writes by name: inputs, outputs, streaming state, and the codec's."""
+        named = {"codes_BK": self.codes_BK, "audio_BN": self.audio_BN, "active_B": self.active_B}
+        for name, module_state in self._state.items():
+            if module_state is not None:
+                ring = getattr(module_state, "kv_cache", None)
+                tensors = {**vars(module_state), **({} if ring is None else vars(ring))}
+                named |= {f"{name}.{key}": value for key, value in tensors.items() if isinstance(value, Tensor)}
+        return {**named, **self._codec.buffers()}
+
+
+def _narrow(module_state: Any, batch: int) -> Any:
+    """A module's streaming state with the first ``batch`` slots of its tensors."""
+    view = copy.copy(module_state)
+    view.batch_size = batch
+    for name, value in vars(module_state).items():
+        if isinstance(value, Tensor):
+            setattr(view, name, value[:batch])
+    if getattr(module_state, "kv_cache", None) is not None:
+        view.kv_cache = copy.copy(module_state.kv_cache)
+        view.kv_cache.cache = module_state.kv_cache.cache[:, :batch]
+        view.kv_cache.end_offset = module_state.kv_cache.end_offset[:batch]
+    return view
+
+
+def _enlarge_rings(rings: Sequence[Any], extra: int) -> Tensor:
+    """Give moshi's RingKVCaches ``extra`` more positions, in one tensor (L, 2, B, H, S, d), which is returned.
+
+    moshi's rings hold ``context`` keys. If a call advances the transformer by n steps, the last one overwrites a key
+    that the first one attends to, and beyond ``context`` steps the stream differs from decoding all frames at once.
+    With ``context + n - 1`` keys none is overwritten too early. moshi masks keys outside ``context`` by position.
+    """
+    _, *sizes, capacity, head_dim = rings[0].cache.shape
+    keys_L2BHSd = rings[0].cache.new_zeros(len(rings), 2, *sizes, capacity + extra, head_dim)
+    for ring, keys_2BHSd in zip(rings, keys_L2BHSd, strict=True):
+        ring.capacity, ring.cache = capacity + extra, keys_2BHSd
+    return keys_L2BHSd
+
+
+def _pack(owners: Sequence[object], names: Sequence[str]) -> Tensor:
+    """Copy the tensors (B, ...) of these attributes to one tensor (B, N), and make the attributes views of it."""
+    attributes = [(owner, name) for owner in owners for name in names if name in vars(owner)]
+    tensors = [getattr(owner, name) for owner, name in attributes]
+    packed_BN = torch.cat([tensor.flatten(1) if tensor.ndim > 1 else tensor.unsqueeze(1) for tensor in tensors], dim=1)
+    parts = packed_BN.split([tensor[0].numel() for tensor in tensors], dim=1)
+    for (owner, name), tensor, part_BN in zip(attributes, tensors, parts, strict=True):
+        setattr(owner, name, part_BN.view(tensor.shape))
+    return packed_BN
 
 
 def moshi_config(config: CodecConfig) -> dict[str, Any]:
-    """``config`` as the arguments that moshi builds its Mimi from (moshi.models.loaders)."""
+    """``config`` as the ``mimi_config`` of moshi.models.loaders.get_mimi."""
     return {
         "sample_rate": config.sample_rate,
         "channels": 1,
@@ -173,7 +268,7 @@ def moshi_config(config: CodecConfig) -> dict[str, Any]:
 
 
 def _seanet_config(config: CodecConfig) -> dict[str, Any]:
-    """The convolutional encoder's and decoder's."""
+    """Arguments of the convolutional encoder and decoder (SEANet)."""
     return {
         "channels": 1,
         "dimension": config.dim,
@@ -195,18 +290,18 @@ def _seanet_config(config: CodecConfig) -> dict[str, Any]:
 
 
 def check_codes(codes_TK: Tensor, num_codebooks: int, codebook_size: int) -> Tensor:
-    """Codes as (T, K) int64 on the CPU, T of 0 or more. Raises AudioError for what cannot be codes."""
+    """Codes as (T, K) int64 on the CPU; T may be 0. Raises AudioError for another shape, dtype or range."""
     try:
         codes_TK = torch.as_tensor(codes_TK).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise AudioError(f"codes must be a tensor or an array of integers, not {type(codes_TK).__name__}") from error
-    whole = not (codes_TK.is_floating_point() or codes_TK.is_complex() or codes_TK.dtype == torch.bool)
-    if codes_TK.ndim != 2 or codes_TK.shape[1] != num_codebooks or not whole:
+    is_integer = not (codes_TK.is_floating_point() or codes_TK.is_complex() or codes_TK.dtype == torch.bool)
+    if codes_TK.ndim != 2 or codes_TK.shape[1] != num_codebooks or not is_integer:
         kind = f"{codes_TK.dtype} of shape {tuple(codes_TK.shape)}"
         raise AudioError(f"codes must be integers of shape (frames, {num_codebooks}), not {kind}")
     codes_TK = codes_TK.to(torch.int64)
     if codes_TK.numel():
         low, high = codes_TK.aminmax()
         if low < 0 or high >= codebook_size:
-            raise AudioError(f"codes must be within 0 and {codebook_size - 1}, not {low.item()} to {high.item()}")
+            raise AudioError(f"codes must be from 0 to {codebook_size - 1}, not {low.item()} to {high.item()}")
     return codes_TK

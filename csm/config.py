@@ -1,4 +1,4 @@
-"""Shapes of the model and of the codec. Frozen, complete at construction, and ignorant of any file format."""
+"""Shapes of the model and of the codec, as frozen dataclasses. Independent of any file format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3 frequency scaling (Llama 3.1 model card; only low and high relative to the original context count)."""
+    """Llama-3 scaling of the rotary frequencies (Llama 3.1 model card).
+
+    Only the ratios of ``low_freq_factor`` and ``high_freq_factor`` to ``original_max_positions`` matter.
+    """
 
     factor: float
     low_freq_factor: float
@@ -24,7 +27,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A Llama-style stack: RMSNorm, rotary grouped-query attention, SwiGLU, no biases."""
+    """A Llama-style transformer: RMSNorm, grouped-query attention with rotary embeddings, SwiGLU, no biases."""
 
     num_layers: int
     dim: int
@@ -44,11 +47,11 @@ class TransformerConfig:
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})",
         )
-        _require(self.head_dim % 2 == 0, f"head_dim must be even for rotary pairs, not {self.head_dim}")
+        _require(self.head_dim % 2 == 0, f"head_dim must be even (rotary embeddings act on pairs), not {self.head_dim}")
 
     @property
     def qkv_dim(self) -> int:
-        """Rows of the fused query, key and value projection."""
+        """Output features of the fused query, key and value projection."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
@@ -56,8 +59,8 @@ class TransformerConfig:
 class CSMConfig:
     """CSM: a backbone over text and audio rows, and a depth decoder over the codebooks of one frame.
 
-    ``audio_vocab_size`` counts the rows of a codebook's embedding; only ids below ``codebook_size`` are codes that the
-    codec knows, the rest (2048..2050 in CSM-1B) are never sampled.
+    ``audio_vocab_size`` is the number of rows of a codebook's embedding. Only ids below ``codebook_size`` are codes of
+    the codec; the rest (2048..2050 in CSM-1B) are never sampled.
     """
 
     backbone: TransformerConfig
@@ -72,18 +75,18 @@ class CSMConfig:
         _require(self.text_vocab_size > 0, f"text_vocab_size must be positive, not {self.text_vocab_size}")
         _require(
             0 < self.codebook_size <= self.audio_vocab_size,
-            f"codebook_size ({self.codebook_size}) must be within audio_vocab_size ({self.audio_vocab_size})",
+            f"codebook_size must be from 1 to audio_vocab_size ({self.audio_vocab_size}), not {self.codebook_size}",
         )
         _require(
             self.depth_decoder.max_positions >= self.num_codebooks,
-            f"the depth decoder's max_positions ({self.depth_decoder.max_positions}) must hold "
-            f"num_codebooks ({self.num_codebooks})",
+            f"the depth decoder's max_positions must be at least num_codebooks ({self.num_codebooks}), "
+            f"not {self.depth_decoder.max_positions}",
         )
 
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """Shapes of a Mimi codec (https://arxiv.org/abs/2410.00037, section 3.3); the defaults are Kyutai's."""
+    """Shapes of a Mimi codec (https://arxiv.org/abs/2410.00037, section 3.3). The defaults are Kyutai's."""
 
     sample_rate: int = 24_000
     frame_rate: float = 12.5
@@ -106,9 +109,13 @@ class CodecConfig:
     num_codebooks: int = 32
 
     def __post_init__(self) -> None:
-        _require(self.num_heads > 0 and self.num_layers > 0, "codec: it must have layers and heads")
-        _require(self.num_codebooks >= 2, f"codec: at least 2 codebooks are needed, not {self.num_codebooks}")
-        _require(self.dim % self.num_heads == 0, f"codec: dim {self.dim} is no multiple of {self.num_heads} heads")
+        for name in ("num_heads", "num_layers"):
+            _require(getattr(self, name) > 0, f"codec: {name} must be positive, not {getattr(self, name)}")
+        _require(self.num_codebooks >= 2, f"codec: num_codebooks must be at least 2, not {self.num_codebooks}")
+        _require(
+            self.dim % self.num_heads == 0,
+            f"codec: dim ({self.dim}) must be a multiple of num_heads ({self.num_heads})",
+        )
 
     @property
     def head_dim(self) -> int:

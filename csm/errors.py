@@ -1,33 +1,41 @@
-"""Errors that a user can cause and mend: each names the value and the limit. Anything else is a bug."""
+"""Errors that a user can cause and fix. Each message names the value and the limit. Any other exception is a bug."""
 
 
 class CSMError(ValueError):
-    """Base of every error that a user's input can raise."""
+    """Base class of all errors caused by a user's input."""
 
 
 class CheckpointError(CSMError):
-    """A checkpoint that cannot be found, fetched or read. Names the file, and the tensor where there is one."""
+    """A checkpoint cannot be found, downloaded or read. The message names the file and, if known, the tensor."""
 
 
 class UnavailableError(CheckpointError):
-    """A checkpoint on the hub that cannot be had: gated, no network, no such name, no space. Says what to do."""
+    """A checkpoint cannot be downloaded: gated, no network, unknown name, disk full. The message says what to do."""
 
 
 class PromptError(CSMError):
-    """Text, a speaker or context turns that cannot be spoken."""
+    """Invalid text, speaker or context turns."""
 
 
 class PromptTooLongError(PromptError):
-    """A prompt of more positions than the backbone has."""
+    """The prompt has more positions than the backbone."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint is used although something about it may change the speech. The message names the file."""
 
 
 class RoomWarning(UserWarning):
-    """A prompt so long that speech may be cut before the limit that was asked for."""
+    """The prompt leaves fewer positions than the requested audio length, so the audio may be cut short."""
 
 
 class SamplingError(CSMError):
-    """A sampling parameter out of range."""
+    """A sampling parameter is out of range."""
+
+
+class QueueFullError(CSMError):
+    """More requests are waiting than the engine's queue holds. Try again later."""
 
 
 class AudioError(CSMError):
-    """Audio or codes that cannot be read, encoded or decoded."""
+    """Audio or codes cannot be read, encoded or decoded."""

@@ -1,9 +1,9 @@
-"""One frame: every buffer that the step touches, and the step itself.
+"""The step that generates one frame, and all buffers that it reads and writes.
 
-A slot holds one *pending row*: the row of codes or text that the backbone has not read yet. ``csm.prefill`` writes the
-keys and values of a prompt up to its last row, which it leaves pending; ``decode_frame`` reads the pending row of every
-slot, writes a frame of codes, and makes that frame the next pending row. So a prompt and a frame of speech are the same
-thing to the step, and a first frame needs nothing of its own.
+Every slot has one *pending row*, the row that the backbone has not read yet. ``csm.prefill`` writes the keys and values
+of all prompt rows but the last, which becomes the pending row. ``decode_frame`` reads the pending row of every slot,
+generates a frame of codes, and makes it the next pending row. The first frame of a request is therefore computed by the
+same step as all others.
 
 Shapes: B slots, C columns of a row (K codebooks, then text), K codebooks, V ids, D dim.
 """
@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 
 from csm.cache import KVCache
-from csm.config import CSMConfig
+from csm.config import CSMConfig, TransformerConfig
 from csm.kernels import draw_noise, sample
 from csm.model import CSM
+
+STEP_OUTPUTS = ("pending_row_BC", "pending_mask_BC", "position_B", "frame_B", "codes_BK")  # what the step changes
 
 
 @dataclass(frozen=True, eq=False)
 class FrameState:
-    """Every buffer of the step, at a fixed address. All are read and written on the device only.
+    """All buffers of the step, at fixed addresses. The step reads and writes them on the device only.
 
-    ``pending_row_BC`` and ``pending_mask_BC`` are the pending row, ``position_B`` its backbone position, ``frame_B``
-    the number of frames generated so far, ``codes_BK`` the last frame.
+    ``pending_row_BC`` and ``pending_mask_BC`` are the pending rows and ``position_B`` their backbone positions.
+    ``frame_B`` counts the frames generated so far, and ``codes_BK`` is the last frame.
     """
 
     pending_row_BC: Tensor
@@ -44,13 +46,13 @@ class FrameState:
 
     @classmethod
     def allocate(cls, config: CSMConfig, batch: int, device: torch.device, dtype: torch.dtype) -> FrameState:
-        """Buffers of ``batch`` slots, with caches of the backbone's every position."""
+        """Allocate ``batch`` slots, with caches for all positions of the backbone."""
         num_codebooks = config.num_codebooks
 
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device, dtype=torch.int64)
 
-        def cache(transformer, max_positions):  # type: ignore[no-untyped-def]
+        def cache(transformer: TransformerConfig, max_positions: int) -> KVCache:
             return KVCache.allocate(transformer, batch, max_positions, device, dtype)
 
         return cls(
@@ -72,15 +74,41 @@ class FrameState:
         return self.pending_row_BC.shape[0]
 
     def narrow(self, batch: int) -> FrameState:
-        """The first ``batch`` slots, in the same memory."""
+        """The first ``batch`` slots, as views of the same memory."""
         parts: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             parts[field.name] = value.slots(0, batch) if isinstance(value, KVCache) else value[:batch]
         return FrameState(**parts)
 
+    @torch.inference_mode()
+    def move(self, source: int, target: int, num_positions: int | None = None) -> None:
+        """Copy slot ``source`` to slot ``target``, with its first ``num_positions`` (None: all) keys and values.
+
+        The request continues exactly in ``target``. ``source`` keeps its state.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, KVCache):
+                value[target] = value[source]
+        for cache_LBGSd in (self.backbone_cache.k_LBGSd, self.backbone_cache.v_LBGSd):
+            cache_LBGSd[:, target, :, :num_positions] = cache_LBGSd[:, source, :, :num_positions]
+
+    def save(self, slots: slice) -> dict[str, Tensor]:
+        """Copies of what the step changes in these slots, for ``restore``.
+
+        Keys and values are left out. A step writes them at a slot's own position and later, and those positions are
+        computed again once the slot's position is restored.
+        """
+        return {name: getattr(self, name)[slots].clone() for name in STEP_OUTPUTS}
+
+    def restore(self, saved: dict[str, Tensor], slots: slice) -> None:
+        """Write what ``save`` returned to the same slots, or to as many others."""
+        for name, value in saved.items():
+            getattr(self, name)[slots] = value
+
     def buffers(self) -> dict[str, Tensor]:
-        """Every tensor of the state by name, those of the caches too."""
+        """All tensors of the state by name, including those of the caches."""
         named: dict[str, Tensor] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -93,20 +121,27 @@ class FrameState:
 
 @torch.inference_mode()
 def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = None) -> None:
-    """Read the pending row of every slot and speak one frame into ``state.codes_BK``.
+    """Read the pending row of every slot and generate one frame into ``state.codes_BK``.
 
-    ``context_bucket`` is the number of cache positions that attention covers (None: all); every slot's position must be
-    below it. It is a constant of the step, one of ``KVCache.buckets``.
+    Attention covers the first ``context_bucket`` cache positions (None: all of them), one of ``KVCache.buckets``. Every
+    slot's position must be below it.
 
-    No sync with the host and no position of Python's: positions, frame counters and sampling parameters are read, and
-    the first two advanced, on the device.
+    The step never synchronises with the host, so that it can be captured: positions, frame counters and sampling
+    parameters are read, and positions and frame counters advanced, on the device.
     """
     num_codebooks = model.config.num_codebooks
-    counters = (state.seed_B, state.frame_B, state.temperature_B, state.top_k_B)
-    noise = draw_noise(*counters, num_codebooks, model.config.codebook_size, model.codebook0_head)
+    noise = draw_noise(
+        seed_B=state.seed_B,
+        frame_B=state.frame_B,
+        temperature_B=state.temperature_B,
+        top_k_B=state.top_k_B,
+        num_codebooks=num_codebooks,
+        codebook_size=model.config.codebook_size,
+        head_VD=model.codebook0_head,
+    )
 
-    def draw(codebook: int, hidden_BTD: Tensor) -> Tensor | None:
-        """Draw a code from a pass's last row; its embedding, (B, depth dim), unless it is the last."""
+    def sample_code(codebook: int, hidden_BTD: Tensor) -> Tensor | None:
+        """Sample a code from the last row; return its embedding, (B, depth dim), or None for the last codebook."""
         logits_BV = model.logits(codebook, hidden_BTD[:, -1:]).squeeze(1)
         table_VD = model.code_embedding(codebook) if codebook + 1 < num_codebooks else None
         return sample(logits_BV, codebook, noise, state.codes_BK, table_VD)
@@ -116,23 +151,28 @@ def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = Non
         state.position_B.unsqueeze(1), context_bucket or state.backbone_cache.max_positions
     )
     hidden_B1D = model.backbone(x_B1D, state.backbone_cache, meta)
-    entered_BD = model.enter_depth(hidden_B1D).squeeze(1)
+    projected_BD = model.enter_depth(hidden_B1D).squeeze(1)
 
     # Depth positions: 0 reads the backbone's hidden state, i >= 1 reads code i - 1 and predicts code i.
     depth_meta = model.depth_decoder.attention_metadata(state.depth_position_BK, context_bucket=num_codebooks)
-    code_BD = draw(0, hidden_B1D)
+    code_BD = sample_code(0, hidden_B1D)
     assert code_BD is not None
-    x_BTD = torch.stack((entered_BD, code_BD), dim=1)
+    x_BTD = torch.stack((projected_BD, code_BD), dim=1)
     for codebook in range(1, num_codebooks):
         first = codebook + 1 - x_BTD.shape[1]
         hidden_BTD = model.depth_decoder(x_BTD, state.depth_cache, depth_meta.rows(first, codebook + 1))
-        code_BD = draw(codebook, hidden_BTD)
+        code_BD = sample_code(codebook, hidden_BTD)
         x_BTD = x_BTD if code_BD is None else code_BD.unsqueeze(1)
 
+    _advance(state)
+
+
+def _advance(state: FrameState) -> None:
+    """Make the generated frame the pending row of the next position."""
     state.pending_row_BC[:, :-1] = state.codes_BK
     state.pending_row_BC[:, -1] = 0
     state.pending_mask_BC[:, :-1] = True
     state.pending_mask_BC[:, -1] = False
     state.frame_B.add_(1)
-    # A slot that has ended goes on until its batch does: it must not run out of its cache.
+    # A finished slot keeps stepping with its batch, so its position must stay within the cache.
     state.position_B.add_(1).clamp_(max=state.backbone_cache.max_positions - 1)

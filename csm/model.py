@@ -1,8 +1,8 @@
-"""CSM's two transformers, its embeddings and its heads, in terms of the ops of ``kernels``.
+"""CSM's two transformers, its embeddings and its heads, built from the ops of ``csm.kernels``.
 
-Shapes: B slots, T rows of this pass, C columns of a row (K codebooks, then text), K codebooks, D backbone dim,
-E fused q, k and v, F hidden dim, H heads, G key/value heads, d head dim, p = d / 2 rotary pairs, S cache positions,
-V audio vocabulary.
+Shapes: B slots, T rows, C columns of a row (K codebooks, then text), K codebooks, D model dim, E fused q, k and v,
+F hidden dim, H query heads, G key/value heads, d head dim, p = d / 2 rotary pairs, S cache positions, V audio
+vocabulary.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from csm.kernels import attention_linear_add, embed_rows, linear_add, norm_linea
 
 
 class AttentionMetadata(NamedTuple):
-    """Where the rows of a pass stand: their positions, the rotary turns there, and what each may look at.
+    """Positions of the rows, their rotary embeddings, and the additive attention mask.
 
-    ``bias_BTS`` is 0 at a row's own position of the cache and before, -inf beyond.
+    ``rope_BTp2`` holds cosine and sine. ``bias_BTS`` is 0 at cache positions up to a row's own and -inf beyond (a
+    causal mask).
     """
 
     position_BT: Tensor
@@ -30,12 +31,12 @@ class AttentionMetadata(NamedTuple):
     bias_BTS: Tensor
 
     def rows(self, first: int, last: int) -> AttentionMetadata:
-        """The places of the rows ``first`` to ``last``, which is left out."""
+        """Metadata of rows ``first`` (inclusive) to ``last`` (exclusive)."""
         return AttentionMetadata(*(x[:, first:last] for x in self))
 
 
 class RoPE(nn.Module):
-    """exp(i angle) of every position and rotary pair, (positions, d / 2, 2): real and imaginary part in float32."""
+    """Cosine and sine of the rotary angle of every position and pair: (positions, d / 2, 2) float32."""
 
     rope_Sp2: Tensor
 
@@ -48,18 +49,18 @@ class RoPE(nn.Module):
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Angle per position of each rotary pair, (d / 2,) in float64.
+    """Rotary frequencies in radians per position: (d / 2,) float64.
 
-    With Llama-3 scaling, wavelengths beyond original / low are slowed by ``factor``, those below original / high are
-    kept, and those between are blended linearly in original / wavelength.
+    Llama-3 scaling divides frequencies with a wavelength above original / low by ``factor``, keeps those with a
+    wavelength below original / high, and interpolates between them linearly in original / wavelength.
     """
     frequency_p = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     if scaling is None:
         return frequency_p
-    turns_p = scaling.original_max_positions * frequency_p / (2 * math.pi)
-    kept_p = (turns_p - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept_p = kept_p.clamp(0, 1)
-    return kept_p * frequency_p + (1 - kept_p) * frequency_p / scaling.factor
+    rotations_p = scaling.original_max_positions * frequency_p / (2 * math.pi)  # original / wavelength
+    smooth_p = (rotations_p - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth_p = smooth_p.clamp(0, 1)
+    return smooth_p * frequency_p + (1 - smooth_p) * frequency_p / scaling.factor
 
 
 class Attention(nn.Module):
@@ -73,9 +74,27 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, meta: AttentionMetadata
     ) -> Tensor:
-        into = (k_BGSd, v_BGSd, slot_B1, meta.position_BT)
-        q_BTHd = norm_rope_cache(x_BTD, self.norm, self.qkv, self.eps, meta.rope_BTp2, *into)
-        return attention_linear_add(q_BTHd, k_BGSd, v_BGSd, meta.bias_BTS, meta.position_BT, self.output, x_BTD)
+        # x + attention(norm(x)), in two fused ops.
+        q_BTHd = norm_rope_cache(
+            x_BTD=x_BTD,
+            norm_D=self.norm,
+            qkv_ED=self.qkv,
+            eps=self.eps,
+            rope_BTp2=meta.rope_BTp2,
+            k_cache_BGSd=k_BGSd,
+            v_cache_BGSd=v_BGSd,
+            slot_B1=slot_B1,
+            position_BT=meta.position_BT,
+        )
+        return attention_linear_add(
+            q_BTHd=q_BTHd,
+            k_cache_BGSd=k_BGSd,
+            v_cache_BGSd=v_BGSd,
+            bias_BTS=meta.bias_BTS,
+            position_BT=meta.position_BT,
+            weight_DE=self.output,
+            residual_BTD=x_BTD,
+        )
 
 
 class MLP(nn.Module):
@@ -87,8 +106,9 @@ class MLP(nn.Module):
         self.down = nn.Parameter(torch.empty(config.dim, config.hidden_dim))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        # x + down(silu(gate(norm(x))) * up(norm(x))), in two fused ops.
         hidden_BTF = norm_swiglu(x_BTD, self.norm, self.gate_up, self.eps)
-        return linear_add(hidden_BTF, self.down, x_BTD)
+        return linear_add(hidden_BTF, self.down, residual_BTD=x_BTD)
 
 
 class Block(nn.Module):
@@ -100,11 +120,13 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, meta: AttentionMetadata
     ) -> Tensor:
-        return self.mlp(self.attention(x_BTD, k_BGSd, v_BGSd, slot_B1, meta))
+        # h = x + attention(norm(x)); out = h + mlp(norm(h)). The ops of both sublayers include norm and residual.
+        h_BTD = self.attention(x_BTD, k_BGSd, v_BGSd, slot_B1, meta)
+        return self.mlp(h_BTD)
 
 
 class Transformer(nn.Module):
-    """The backbone or the depth decoder: embedded rows in, hidden states out, which whoever reads them norms."""
+    """The backbone or the depth decoder. Returns un-normalised hidden states; the consumer applies ``norm``."""
 
     def __init__(self, config: TransformerConfig, device: torch.device | None = None):
         super().__init__()
@@ -115,21 +137,22 @@ class Transformer(nn.Module):
 
     def attention_metadata(self, position_BT: Tensor, context_bucket: int) -> AttentionMetadata:
         """Metadata of rows at ``position_BT``: causal attention over the first ``context_bucket`` cache positions."""
-        hidden_BTS = torch.arange(context_bucket, device=position_BT.device) > position_BT.unsqueeze(-1)
-        bias_BTS = torch.zeros_like(hidden_BTS, dtype=self.norm.dtype).masked_fill_(hidden_BTS, -torch.inf)
+        future_BTS = torch.arange(context_bucket, device=position_BT.device) > position_BT.unsqueeze(-1)
+        bias_BTS = torch.zeros_like(future_BTS, dtype=self.norm.dtype).masked_fill_(future_BTS, -torch.inf)
         return AttentionMetadata(position_BT, self.rope.rope_Sp2[position_BT], bias_BTS)
 
     def forward(self, x_BTD: Tensor, cache: KVCache, meta: AttentionMetadata) -> Tensor:
-        """(B, T, D) -> (B, T, D); writes keys and values of the T rows into the cache at their places."""
+        """(B, T, D) -> (B, T, D). Writes the keys and values of the rows into the cache at ``meta.position_BT``."""
         for index, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, cache.k_LBGSd[index], cache.v_LBGSd[index], cache.slot_B1, meta)
         return x_BTD
 
 
 class CSM(nn.Module):
-    """The whole model. Which pass runs when is ``csm.frame``'s business.
+    """The whole model. ``csm.frame`` runs its parts in order.
 
-    ``device`` places the rotary tables; build the rest under ``torch.device("meta")`` and load it with ``assign=True``.
+    ``device`` holds the rotary tables. Build the model under ``torch.device("meta")`` and load the parameters with
+    ``assign=True``.
     """
 
     offset_K: Tensor
@@ -155,7 +178,7 @@ class CSM(nn.Module):
 
     @classmethod
     def from_state_dict(cls, config: CSMConfig, state: dict[str, Tensor], device: torch.device) -> CSM:
-        """A model for inference that holds the tensors of ``state`` themselves; only ``depth_embedding`` is new."""
+        """A model for inference that uses the tensors of ``state`` without a copy. Allocates ``depth_embedding``."""
         with torch.device("meta"):
             model = cls(config, device)
         model.load_state_dict(state, assign=True)
@@ -163,12 +186,12 @@ class CSM(nn.Module):
 
     @torch.no_grad()
     def precompute_depth_embedding(self) -> None:
-        """Compute what no input changes: the projection of every code's embedding that the depth decoder can read.
+        """Project the embedding of every code that the depth decoder can read, into ``depth_embedding``.
 
-        Done whenever weights are loaded; whoever changes them in place calls it.
+        Loading a state dict calls this. Call it after changing ``projection`` or ``audio_embedding`` in place.
         """
         vocab = self.config.audio_vocab_size
-        num_rows = (self.config.num_codebooks - 1) * vocab  # the last codebook's codes are never read
+        num_rows = (self.config.num_codebooks - 1) * vocab  # the depth decoder never reads the last codebook
         self.depth_embedding = self.projection.new_empty(num_rows, self.projection.shape[0])
         for rows in (slice(first, first + vocab) for first in range(0, num_rows, vocab)):
             self.depth_embedding[rows] = F.linear(self.audio_embedding[rows], self.projection)
@@ -182,23 +205,26 @@ class CSM(nn.Module):
         return self.codebook0_head.device
 
     def embed_rows(self, row_BTC: Tensor, mask_BTC: Tensor) -> Tensor:
-        """Sum of the masked-in embeddings of each row: (B, T, K + 1) -> (B, T, D)."""
-        return embed_rows(row_BTC, mask_BTC, self.offset_K, self.audio_embedding, self.text_embedding)
+        """Sum of the embeddings of each row's columns that the mask selects: (B, T, K + 1) -> (B, T, D)."""
+        return embed_rows(
+            row_BTC, mask_BTC, offset_K=self.offset_K, audio_WD=self.audio_embedding, text_VD=self.text_embedding
+        )
 
     def code_embedding(self, codebook: int) -> Tensor:
-        """The codes of one codebook as the depth decoder reads them, their embeddings projected: (V, depth dim)."""
+        """Projected embeddings of the codes of one codebook, the depth decoder's input: (V, depth dim)."""
         first = codebook * self.config.audio_vocab_size
         return self.depth_embedding[first : first + self.config.audio_vocab_size]
 
     def enter_depth(self, hidden_BTD: Tensor) -> Tensor:
-        """The backbone's hidden states as the depth decoder reads them: (B, T, D) -> (B, T, depth dim)."""
+        """Norm and project hidden states of the backbone, for depth position 0: (B, T, D) -> (B, T, depth dim)."""
         return norm_linear(hidden_BTD, self.backbone.norm, self.projection, self.config.backbone.norm_eps)
 
     def logits(self, codebook: int, hidden_BTD: Tensor) -> Tensor:
-        """Logits of a codebook, ids that the codec knows only: (B, T, D) -> (B, T, codebook_size).
+        """Logits of the codec's ids of one codebook: (B, T, D) -> (B, T, codebook_size).
 
-        Codebook 0 reads the backbone's hidden state, the others the depth decoder's at their own position.
+        ``hidden_BTD`` comes from the backbone for codebook 0, and from the depth decoder for the others.
         """
-        read = self.backbone if codebook == 0 else self.depth_decoder
-        weight_VD = self.codebook0_head if codebook == 0 else self.depth_heads[codebook - 1]
-        return norm_linear(hidden_BTD, read.norm, weight_VD[: self.config.codebook_size], read.config.norm_eps)
+        transformer = self.backbone if codebook == 0 else self.depth_decoder
+        head_VD = self.codebook0_head if codebook == 0 else self.depth_heads[codebook - 1]
+        head_VD = head_VD[: self.config.codebook_size]
+        return norm_linear(hidden_BTD, transformer.norm, head_VD, transformer.config.norm_eps)

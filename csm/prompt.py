@@ -1,8 +1,11 @@
-"""Turns of a conversation to rows of codes and text.
+"""Converts the turns of a conversation to prompt rows.
 
-A row has K + 1 columns: one code for each of the K codebooks, then one text token, with a mask of what is there.
-Text: begin token + tokens of ``[speaker]text`` + end token, a text-only row each. Audio: its frames, then a row of K
-zeros that ends it. (Sesame's reference implementation, ``generator.py``.)
+A row has K + 1 columns: one code for each of the K codebooks, then one text token. A mask says which columns are set.
+A turn's text is the begin token, the tokens of ``[speaker]text`` and the end token, one text-only row each. A turn's
+audio is one audio-only row for each frame, then the EOS row of K zeros. (Sesame's reference implementation,
+``generator.py``.)
+
+Shapes: T rows or frames, C columns of a row, K codebooks.
 """
 
 from __future__ import annotations
@@ -25,10 +28,10 @@ BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 
 @dataclass
 class Segment:
-    """One turn: who speaks, the text, and how it sounds, as audio or as the codec's codes (which skip the codec).
+    """One turn of a conversation: speaker, text, and its audio either as samples or as codec codes.
 
-    ``audio`` is (samples,) or (channels, samples) floats at ``sample_rate`` Hz (None: the generator's own, 24,000);
-    ``codes`` is (T, K) integers.
+    ``audio`` is (samples,) or (channels, samples) floats at ``sample_rate`` Hz; None means the generator's sample rate
+    (24,000). ``codes`` is (T, K) integers and needs no encoding.
     """
 
     speaker: int
@@ -39,7 +42,7 @@ class Segment:
 
 
 class Prompt(NamedTuple):
-    """Rows (T, K + 1) int64, their mask (T, K + 1) bool, and how many rows there are when each context turn ends."""
+    """Rows (T, K + 1) int64, their mask (T, K + 1) bool, and the number of rows up to the end of each context turn."""
 
     row_TC: Tensor
     mask_TC: Tensor
@@ -47,28 +50,29 @@ class Prompt(NamedTuple):
 
 
 class TextTokenizer:
-    """A checkpoint's ``tokenizer.json``; begin and end tokens are added here, never by its post-processor."""
+    """A checkpoint's ``tokenizer.json``. Begin and end tokens are added here, not by its post-processor."""
 
     def __init__(self, path: Path, vocab_size: int):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
-            raise CheckpointError(f"{path}: not a tokenizer that can be read: {error}") from error
-        # Text that happens to spell a special token is text, not an instruction to the model.
+            raise CheckpointError(f"{path}: cannot be read as a tokenizer: {error}") from error
+        # Text that spells a special token is encoded as ordinary text: users cannot inject special tokens.
         self._tokenizer.encode_special_tokens = True
         self._begin, self._end = (self._special(path, token, vocab_size) for token in (BEGIN, END))
-        if self._tokenizer.get_vocab_size() > vocab_size:
-            count = self._tokenizer.get_vocab_size()
-            raise CheckpointError(f"{path}: {count} tokens, but the model has text embeddings for {vocab_size}")
+        self._path, self._vocab_size = path, vocab_size
 
     def _special(self, path: Path, token: str, vocab_size: int) -> int:
         index = self._tokenizer.token_to_id(token)
         if index is None or index >= vocab_size:
-            raise CheckpointError(f"{path}: no token {token} below {vocab_size}")
+            raise CheckpointError(f"{path}: no token {token} with an id below {vocab_size}")
         return index
 
     def encode(self, speaker: int, text: str) -> list[int]:
-        """Ids of a turn's text, begin and end included. Raises PromptError for empty text or a bad speaker."""
+        """Token ids of a turn's text, with begin and end tokens.
+
+        Raises PromptError for invalid text or speaker, and for a token that the model has no embedding of.
+        """
         if isinstance(speaker, bool) or not hasattr(speaker, "__index__") or operator.index(speaker) < 0:
             raise PromptError(f"speaker must be a whole number of at least 0, not {speaker!r}")
         if not isinstance(text, str):
@@ -80,11 +84,18 @@ class TextTokenizer:
         except UnicodeEncodeError as error:
             raise PromptError(f"text is not valid Unicode: {text!r}") from error
         ids = self._tokenizer.encode(f"[{speaker}]{text}", add_special_tokens=False).ids
+        largest = max(ids, default=0)
+        if largest >= self._vocab_size:  # a tokenizer may have more tokens than the model, such as a pad token
+            token = self._tokenizer.id_to_token(largest)
+            raise PromptError(
+                f"{self._path}: the text contains the token {token!r} with id {largest}, but the model has only "
+                f"{self._vocab_size} text embeddings; remove it from the text"
+            )
         return [self._begin, *ids, self._end]
 
 
 def text_rows(ids: Sequence[int], num_codebooks: int) -> Prompt:
-    """One text-only row a token."""
+    """One text-only row for each token id."""
     row_TC = torch.zeros(len(ids), num_codebooks + 1, dtype=torch.int64)
     row_TC[:, -1] = torch.tensor(ids)
     mask_TC = torch.zeros_like(row_TC, dtype=torch.bool)
@@ -93,7 +104,7 @@ def text_rows(ids: Sequence[int], num_codebooks: int) -> Prompt:
 
 
 def audio_rows(codes_TK: Tensor) -> Prompt:
-    """One audio-only row a frame, and the row of zeros that ends the audio."""
+    """One audio-only row for each frame of (T, K) codes, then the EOS row of zeros."""
     num_frames, num_codebooks = codes_TK.shape
     row_TC = torch.zeros(num_frames + 1, num_codebooks + 1, dtype=torch.int64)
     row_TC[:-1, :-1] = codes_TK
@@ -103,9 +114,9 @@ def audio_rows(codes_TK: Tensor) -> Prompt:
 
 
 def build_prompt(turns: Sequence[tuple[list[int], Tensor]], text_ids: list[int], config: CSMConfig) -> Prompt:
-    """Rows of the context turns, (text ids, codes (T, K)) each, and of the text to speak.
+    """Rows of the context turns, given as (text ids, codes (T, K)), followed by rows of the text to generate.
 
-    Raises PromptTooLongError if they leave no position of the backbone to speak in.
+    Raises PromptTooLongError if the rows do not fit the backbone's positions.
     """
     parts, turn_ends = [], []
     for ids, codes_TK in turns:
@@ -118,10 +129,10 @@ def build_prompt(turns: Sequence[tuple[list[int], Tensor]], text_ids: list[int],
 
 
 def check_length(num_rows: int, config: CSMConfig) -> None:
-    """Raise PromptTooLongError where ``num_rows`` positions and one frame of speech do not fit the backbone."""
+    """Raise PromptTooLongError if ``num_rows`` exceeds the number of positions of the backbone."""
     limit = config.backbone.max_positions
     if num_rows > limit:
         raise PromptTooLongError(
-            f"the prompt takes {num_rows} positions (one a text token, one an 80 ms frame of reference audio), and the "
-            f"model has {limit}: shorten the text or the reference audio"
+            f"the prompt takes {num_rows} positions (one for each text token and each 80 ms frame of context audio), "
+            f"but the model has {limit}: shorten the text or the context"
         )

@@ -1,4 +1,4 @@
-"""How a request's codes are drawn: what a user sets. The drawing itself is an op, ``csm.kernels.sample``."""
+"""The sampling parameters of a request. Sampling itself is the op ``csm.kernels.sample``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 from csm.errors import SamplingError
 
-MAX_TEMPERATURE = 1e6  # a divisor that keeps float32 finite
+MAX_TEMPERATURE = 1e6  # logits times or divided by it stay finite in float32
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the codes of one request are drawn.
+    """How the codes of one request are sampled.
 
-    ``temperature`` 0 is greedy; ``top_k`` of k keeps the k best ids and those that tie with the last; ``seed`` (0 to
-    2**63 - 1) fixes the noise: with the same logits it draws the same codes, alone or in a batch, on any device.
+    ``temperature`` 0 is greedy. ``top_k`` keeps the k ids with the largest logits and any that tie with the k-th.
+    ``seed`` (0 to 2**63 - 1) determines the noise: equal logits give equal codes, alone or in a batch, on any device.
+    Raises SamplingError for a value out of range.
     """
 
     temperature: float = 0.9
@@ -28,4 +29,4 @@ class SamplingParams:
         if not isinstance(self.top_k, numbers.Integral) or self.top_k < 1:
             raise SamplingError(f"top-k must be a whole number of at least 1, not {self.top_k!r}")
         if not isinstance(self.seed, numbers.Integral) or not 0 <= self.seed < 2**63:
-            raise SamplingError(f"seed must be a whole number within 0 and 2**63 - 1, not {self.seed!r}")
+            raise SamplingError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed!r}")

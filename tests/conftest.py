@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub reads it: no test waits for a hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: tests never use the network
 
 import json
 import math
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before csm.kernels defines its kernels: they run interpreted
+    os.environ["TRITON_INTERPRET"] = "1"  # before csm.kernels is imported: kernels run in Triton's interpreter
 
 from safetensors.torch import load_file, save_file
 
@@ -37,14 +37,40 @@ def noisy():
 
 @pytest.fixture
 def one_thread():
-    """Two threads gain nothing on matrices this small, and lose much where other work has the cores."""
+    """One thread: small matrices gain nothing from more, and OpenMP threads wait for each other on busy cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-# config.json of sesame/csm-1b in its first form.
+class StandInGraph:
+    """A captured graph on a CPU: a replay calls the step."""
+
+    def __init__(self, step):
+        self.step, self.replays = step, 0
+
+    def replay(self):
+        self.replays += 1
+        self.step()
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Graphs are "captured" on the CPU too. The list of stand-ins, in the order of their captures."""
+    made = []
+
+    def capture(step, device, pool):
+        made.append(StandInGraph(step))
+        return made[-1]
+
+    monkeypatch.setattr("csm.graph.graphs_enabled", lambda device: True)
+    monkeypatch.setattr("csm.engine.graphs_enabled", lambda device: True, raising=False)
+    monkeypatch.setattr("csm.graph.capture", capture)
+    return made
+
+
+# config.json of the first revision of sesame/csm-1b.
 OLD_CONFIG = {
     "backbone_flavor": "llama-1B",
     "decoder_flavor": "llama-100M",
@@ -68,12 +94,12 @@ SESAME_CONFIG = CSMConfig(
 
 
 def tensors_of(path):
-    """The tensors of a file, in memory of their own: the file may be written again."""
+    """Copies of a file's tensors, so that the file may be overwritten."""
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def sesame_weights(config, seed=0):
-    """Random weights under Sesame's names, large enough that every part matters."""
+    """Random weights with Sesame's names, large enough that every part affects the codes."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for entry in sesame_table(config):

@@ -1,6 +1,6 @@
-"""NOISE, a small checkpoint of random weights: it never falls silent, and every seed and context changes what it says.
+"""NOISE, a small checkpoint of random weights: it never generates an EOS frame, and its codes depend on all inputs.
 
-For tests of how a thing is computed, whatever it says. What is said is tested with the embedded checkpoint, "tiny".
+For tests that compare computations, whatever the output. Tests of speech use the embedded checkpoint, "tiny".
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CONFIG = CSMConfig(
 
 
 def random_state(table: Table, seed: int) -> dict[str, Tensor]:
-    """Random weights of every parameter of a table: matrices keep the variance of what passes through them."""
+    """Random weights for every parameter of a table. Matrices preserve the variance of their input."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in sorted(target_shapes(table).items()):

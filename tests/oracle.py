@@ -1,4 +1,4 @@
-"""Random CSM checkpoints written by HF Transformers, and what Transformers says of them."""
+"""Random CSM checkpoints written by HF Transformers, and the inputs that Transformers expects."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Shape:
         return f"{self.backbone}-{self.depth}-{self.num_codebooks}"
 
 
-# How HF's config of csm-1b writes Sesame's (factor 32, low 1, high 4, original 8192), and a case that blends.
+# HF's form of Sesame's scaling in csm-1b (factor 32, low 1, high 4, original 8192), and one that interpolates.
 SCALINGS = {
     "hf": (
         dict(rope_type="llama3", factor=32.0, low_freq_factor=0.125, high_freq_factor=0.5, original=1024),
@@ -100,7 +100,7 @@ def hf_config(shape: Shape) -> CsmConfig:
 
 
 def random_model(shape: Shape, seed: int = 0) -> CsmForConditionalGeneration:
-    """A model with weights large enough that every part matters to the logits."""
+    """A model with weights large enough that every part affects the logits."""
     torch.manual_seed(seed)
     model = CsmForConditionalGeneration(hf_config(shape)).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -116,7 +116,7 @@ def random_model(shape: Shape, seed: int = 0) -> CsmForConditionalGeneration:
                 fan_in = parameter.shape[-2] if name.endswith("codebooks_head.weight") else parameter.shape[-1]
                 scale = 1.0 if "embed" in name and "projector" not in name else 1.5 / fan_in**0.5
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-        # Ids that the codec does not know never win, as in a trained model: Transformers does not mask them.
+        # Transformers does not mask ids that are not codes. Zero their logits, so that they are never the largest.
         model.lm_head.weight[shape.codebook_size :] = 0
         model.depth_decoder.codebooks_head.weight[:, :, shape.codebook_size :] = 0
         for name, buffer in model.codec_model.named_buffers():
@@ -128,14 +128,14 @@ def random_model(shape: Shape, seed: int = 0) -> CsmForConditionalGeneration:
 
 
 def save(model: CsmForConditionalGeneration, folder: Path, **options: object) -> Path:
-    """Write a checkpoint as Transformers does, with the tokenizer that such a folder has."""
+    """Save a checkpoint with Transformers, and add tokenizer.json."""
     model.save_pretrained(folder, **options)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
 
 
 def hf_inputs(turns: list[tuple[str, Tensor]], text: str, speakers: list[int]) -> dict[str, Tensor]:
-    """Input ids and audio of context turns (text, samples) and a text to speak, laid out as CsmProcessor does."""
+    """Input ids and audio of context turns (text, samples) and of the text to generate, as CsmProcessor makes them."""
     tokenizer = byte_tokenizer()
 
     def text_ids(speaker: int, words: str) -> list[int]:

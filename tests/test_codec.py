@@ -1,12 +1,14 @@
-"""The codec against HF Transformers' Mimi, the stream against the whole, and audio of every kind."""
+"""The codec against HF Transformers' Mimi, streaming against decoding all frames at once, and input validation."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from csm import AudioError, CheckpointError, Generator
 from csm.audio import to_mono
@@ -27,7 +29,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loud():
-    """A codec whose transformer layers matter (their layer scale is 1), at the embedded checkpoint's size."""
+    """A codec with layer scale 1, so that its transformer affects the output, of the embedded checkpoint's size."""
     state = random_state(mimi_table(CODEC), seed=5)
     for name in state:
         if name.endswith(".scale"):
@@ -67,7 +69,7 @@ def test_decode_equals_transformers(pair, frames):
     assert (audio - expected).norm() / expected.norm() < 1e-3
 
 
-# 125 frames are 250 steps of the codec's transformer, its whole context: beyond them the ring of keys turns over.
+# 125 frames are 250 latent steps, the context of the codec's transformer. Beyond that its key ring wraps around.
 @pytest.mark.parametrize("frames", [1, 2, 7, 50, 125, 126, 127, 200])
 def test_stream_equals_whole(loud, frames):
     codes = random_codes(frames, loud)
@@ -79,19 +81,120 @@ def test_stream_equals_whole(loud, frames):
     assert whole.abs().max() > 0.1
 
 
-def test_a_reset_stream_begins_again_where_it_is(loud):
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_long_stream_equals_whole(loud, batch):
+    """300 frames: the key ring of 10 s wraps around more than twice. moshi's own ring would give 1.5e-2."""
+    codes = torch.stack([random_codes(300, loud, seed) for seed in range(batch)])
+    decoder = loud.stream_decoder(batch)
+    streamed = torch.cat([decoder.step(codes[:, t]) for t in range(300)], dim=1)
+    whole = torch.stack([loud.decode(codes_TK) for codes_TK in codes])
+    assert (streamed - whole).abs().max() <= 5e-6
+    assert whole.abs().max() > 0.1
+
+
+def test_a_step_takes_few_ops():
+    """Mimi's numbers of layers and codebooks; the number of ops does not depend on the other sizes."""
+    config = replace(CODEC, num_layers=8, num_codebooks=32)
+    codec = Codec(config, 32, random_state(mimi_table(config), seed=5), torch.device("cpu"))
+    decoder = codec.stream_decoder()
+    with CountOps() as step:
+        decoder.run()
+    assert step.count <= 800
+    with CountOps() as reset:
+        decoder.reset()
+    assert reset.count <= 4
+
+
+class CountOps(TorchDispatchMode):
+    """Counts ops that launch a kernel: all but views and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        results = [
+            x for x in (result if isinstance(result, (list, tuple)) else [result]) if isinstance(x, torch.Tensor)
+        ]
+        inputs = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+        is_view = func.is_view and all(x.untyped_storage()._cdata in inputs for x in results)
+        self.count += bool(results) and not is_view and "empty" not in func._schema.name
+        return result
+
+
+def test_reset_restarts_in_place(loud):
     decoder = loud.stream_decoder(batch=2)
-    addresses = [decoder.codes_BK.data_ptr(), decoder.audio_BN.data_ptr()]
+    addresses = {name: buffer.data_ptr() for name, buffer in decoder.buffers().items()}
     for t in range(130):
         decoder.step(random_codes(2, loud, t))
     decoder.reset()
-    codes = random_codes(6, loud, 999)
-    streamed = torch.cat([decoder.step(codes[t].expand(2, -1)) for t in range(6)], dim=1)
-    torch.testing.assert_close(streamed, loud.decode(codes).expand(2, -1), atol=1e-4, rtol=0)
-    assert [decoder.codes_BK.data_ptr(), decoder.audio_BN.data_ptr()] == addresses
+    fresh = loud.stream_decoder(batch=2)
+    for t in range(130):
+        codes = random_codes(2, loud, 1000 + t)
+        assert torch.equal(decoder.step(codes), fresh.step(codes))
+    assert {name: buffer.data_ptr() for name, buffer in decoder.buffers().items()} == addresses
 
 
-def test_a_batch_of_streams_equals_each_alone(loud):
+def frames_of(decoder, seeds, codec):
+    """Step once for every seed; the audio of each step."""
+    batch = decoder.codes_BK.shape[0]
+    return torch.stack([decoder.step(random_codes(batch, codec, seed)) for seed in seeds], dim=1)
+
+
+def test_one_slot_restarts_while_the_others_go_on(loud):
+    decoder, unaffected, fresh = (loud.stream_decoder(batch=3) for _ in range(3))
+    for one in (decoder, unaffected):
+        frames_of(one, range(130), loud)
+    decoder.reset([1])
+    after, expected, restarted = (frames_of(one, range(130, 138), loud) for one in (decoder, unaffected, fresh))
+    assert torch.equal(after[[0, 2]], expected[[0, 2]])
+    assert torch.equal(after[1], restarted[1])
+    assert not torch.equal(after[1], expected[1])
+
+
+def test_a_moved_slot_continues_its_stream(loud):
+    decoder, unmoved = (loud.stream_decoder(batch=3) for _ in range(2))
+    for one in (decoder, unmoved):
+        frames_of(one, range(130), loud)
+    decoder.move(2, 0)
+    for t in range(130, 138):
+        codes = random_codes(3, loud, t)
+        audio, expected = decoder.step(codes[[2, 1, 2]]), unmoved.step(codes)
+        assert torch.equal(audio[1:], expected[1:])
+        assert torch.equal(audio[0], expected[2])
+
+
+def test_an_inactive_slot_keeps_its_state(loud):
+    """Paused for 7 frames of a full ring, while the others go on."""
+    decoder, other = (loud.stream_decoder(batch=3) for _ in range(2))
+    for one in (decoder, other):
+        frames_of(one, range(130), loud)
+    decoder.active_B[1] = False
+    paused, expected = (frames_of(one, range(130, 137), loud) for one in (decoder, other))
+    assert torch.equal(paused[[0, 2]], expected[[0, 2]])
+    decoder.active_B[1] = True
+    uninterrupted = loud.stream_decoder(batch=3)
+    frames_of(uninterrupted, range(130), loud)
+    resumed, continued = (frames_of(one, range(200, 208), loud) for one in (decoder, uninterrupted))
+    assert torch.equal(resumed[1], continued[1])
+
+
+def test_buffers_name_weights_and_state(loud):
+    decoder = loud.stream_decoder()
+    names = decoder.buffers()
+    assert {"codes_BK", "audio_BN", "active_B", "decoder.model.0.conv.conv.weight", "decoder.model.0.previous"} <= set(
+        names
+    )
+    assert {"decoder_transformer.transformer.layers.1.self_attn.cache", "upsample.convtr.partial"} <= set(names)
+    before = {name: buffer.clone() for name, buffer in names.items()}
+    decoder.step(random_codes(1, loud))
+    changed = {name for name, buffer in decoder.buffers().items() if not torch.equal(buffer, before[name])}
+    assert {"codes_BK", "audio_BN", "upsample.convtr.partial"} <= changed
+    assert not changed & set(loud.buffers())
+
+
+def test_batched_streams_equal_single_ones(loud):
     codes = torch.stack([random_codes(5, loud, seed) for seed in range(3)])
     decoder = loud.stream_decoder(batch=3)
     together = torch.cat([decoder.step(codes[:, t]) for t in range(5)], dim=1)
@@ -99,7 +202,7 @@ def test_a_batch_of_streams_equals_each_alone(loud):
         torch.testing.assert_close(together[slot], loud.decode(codes[slot]), atol=1e-4, rtol=0)
 
 
-def test_open_streams_do_not_disturb_each_other_or_the_whole(loud):
+def test_open_streams_are_independent(loud):
     first, second = random_codes(6, loud, 1), random_codes(6, loud, 2)
     one, other = loud.stream_decoder(), loud.stream_decoder()
     chunks = ([], [])
@@ -126,7 +229,7 @@ RATES = [1_999, 8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000, 24_001, 3
 
 @pytest.mark.parametrize("rate", RATES)
 def test_any_sample_rate(rate):
-    """A tone of 440 Hz stays one, whatever rate it comes in."""
+    """A 440 Hz tone at any rate is a 440 Hz tone at 24 kHz."""
     tone = torch.sin(2 * math.pi * 440 * torch.arange(2 * rate) / rate)
     mono = to_mono(tone, rate, 24_000)
     expected = torch.sin(2 * math.pi * 440 * torch.arange(mono.shape[0]) / 24_000)
@@ -164,14 +267,14 @@ BAD_AUDIO = {
 
 
 @pytest.mark.parametrize("name", BAD_AUDIO)
-def test_bad_audio_is_named(loud, name):
+def test_invalid_audio_is_rejected(loud, name):
     audio, message = BAD_AUDIO[name]
     with pytest.raises(AudioError, match=message):
         loud.encode(audio)
 
 
 @pytest.mark.parametrize("rate", [0, -24_000])
-def test_bad_sample_rate(rate):
+def test_invalid_sample_rates_are_rejected(rate):
     with pytest.raises(AudioError, match="sample rate"):
         to_mono(noise(100), rate, 24_000)
 
@@ -183,15 +286,15 @@ def test_bad_sample_rate(rate):
         (torch.zeros(8, dtype=torch.int64), "shape"),
         (torch.zeros(3, 8), "integers"),
         (torch.full((3, 8), 256), "255"),
-        (torch.full((3, 8), -1), "within 0"),
+        (torch.full((3, 8), -1), "from 0"),
     ],
 )
-def test_bad_codes_are_named(loud, codes, message):
+def test_invalid_codes_are_rejected(loud, codes, message):
     with pytest.raises(AudioError, match=message):
         loud.decode(codes)
 
 
-def test_no_codes_are_no_audio(loud):
+def test_no_codes_give_no_audio(loud):
     assert loud.decode(torch.zeros(0, 8, dtype=torch.int64)).shape == (0,)
 
 
@@ -203,7 +306,7 @@ def test_every_length_gives_its_frames(loud, samples, rate, channels):
 
 
 def test_fewer_codebooks_than_the_codec_has():
-    """CSM may use only the first codebooks of a codec: their codes are the same ones."""
+    """Using only the first codebooks of a codec does not change their codes."""
     state = random_state(mimi_table(CODEC), seed=5)
     few, all_of_them = (Codec(CODEC, count, state, torch.device("cpu")) for count in (3, 8))
     audio = noise(9600)
@@ -211,7 +314,7 @@ def test_fewer_codebooks_than_the_codec_has():
 
 
 def kyutai_names(state):
-    """moshi's current names as Kyutai's published file has them: one in_proj_weight, one out_proj."""
+    """Rename moshi's current names to those in Kyutai's published file."""
     return {
         name.replace("in_projs.0.weight", "in_proj_weight").replace("out_projs.0.weight", "out_proj.weight"): tensor
         for name, tensor in state.items()
@@ -227,7 +330,7 @@ def test_a_file_in_kyutais_layout(tmp_path):
     assert torch.equal(generator.decode(codes), expected.decode(codes))
 
 
-def test_a_codec_of_another_shape_is_refused(tmp_path):
+def test_a_codec_of_another_shape_is_rejected(tmp_path):
     save_file(kyutai_names(random_state(mimi_table(MIMI), seed=9)), tmp_path / "mimi.safetensors")
     generator = Generator.from_pretrained(NOISE, device="cpu", codec=tmp_path / "mimi.safetensors")
     with pytest.raises(CheckpointError, match=r"mimi\.safetensors: not a Mimi"):
@@ -235,6 +338,6 @@ def test_a_codec_of_another_shape_is_refused(tmp_path):
 
 
 def test_codes_need_no_codec(monkeypatch):
-    monkeypatch.setattr("csm.generator.read_codec", lambda *_: pytest.fail("the codec was loaded"))
+    monkeypatch.setattr("csm.generator.read_codec", lambda *_: pytest.fail("loaded the codec"))
     generator = Generator.from_pretrained(NOISE, device="cpu")
     assert generator.generate_codes("Hello.", 0, max_audio_length_ms=160, seed=0).shape == (2, 8)

@@ -1,4 +1,4 @@
-"""The step: what it may not do, what it must not move, and that slots do not disturb each other."""
+"""The step: no host synchronisation, fixed buffers, and independent slots."""
 
 import ast
 import inspect
@@ -17,7 +17,7 @@ from csm.prompt import text_rows
 from csm.sampling import SamplingParams
 
 CPU = torch.device("cpu")
-# Ops whose result's shape or type depends on what a tensor holds, so that the host has to look.
+# Ops whose output shape or type depends on tensor values, so that the host has to wait for the device.
 SYNCS = {
     f"aten::{name}"
     for name in """
@@ -25,11 +25,11 @@ SYNCS = {
     repeat_interleave allclose bincount where
     """.split()
 }
-OVERLOADS = {"aten::where": "", "aten::repeat_interleave": "Tensor"}  # only where a condition alone is given
+OVERLOADS = {"aten::where": "", "aten::repeat_interleave": "Tensor"}  # synchronises in this overload only
 
 
 class Recorder(TorchDispatchMode):
-    """Raises at every op that would wait for the device or leave it; keeps what was called, with what shapes."""
+    """Raises at every op that synchronises or copies to another device; records ops and shapes."""
 
     def __init__(self):
         super().__init__()
@@ -69,8 +69,8 @@ def started(model, texts, **params):
     return state
 
 
-def test_no_sync_and_no_position_of_pythons(noisy):
-    """The ops of a step, with their shapes and constants, are the same whatever the state holds."""
+def test_the_step_depends_on_no_host_value(noisy):
+    """The ops of a step, with their shapes and constants, do not depend on the contents of the state."""
     calls = []
     for texts, frames in ((["Hello.", "a"], 0), (["Something longer than that.", "bc"], 5)):
         state = started(noisy.model, texts)
@@ -106,7 +106,7 @@ def test_the_recorder_catches_a_sync(name):
 
 
 def test_no_host_access_in_the_steps_source():
-    """What a dispatch mode on a CPU cannot see: the copies to the host that are free there."""
+    """Copies to the host, which a dispatch mode does not see on a CPU."""
     kernels = [module for name, module in sys.modules.items() if name.startswith("csm.kernels.")]
     assert len(kernels) > 8
     for module in (csm.frame, csm.model, csm.cache, *kernels):
@@ -114,11 +114,11 @@ def test_no_host_access_in_the_steps_source():
         called = {
             node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call) and hasattr(node.func, "attr")
         }
-        allowed = {"numpy"} if module is csm.cache else set()  # a prompt's rows, on the host, hashed before a step
+        allowed = {"numpy"} if module is csm.cache else set()  # hashes a prompt's rows, outside the step
         assert not called & {"item", "tolist", "cpu", "numpy", "cuda", "synchronize"} - allowed, module.__name__
 
 
-def test_buffers_stay_where_they_are(noisy):
+def test_buffers_keep_their_addresses(noisy):
     state = started(noisy.model, ["Hello.", "Hi."])
     addresses = [buffer.data_ptr() for buffer in state.buffers().values()]
     assert len(set(addresses)) == len(addresses) == 15
@@ -128,7 +128,7 @@ def test_buffers_stay_where_they_are(noisy):
     assert state.frame_B.tolist() == [1000, 1000]
 
 
-def test_counters_advance_and_stop_at_the_end_of_the_cache(noisy):
+def test_positions_stop_at_the_end_of_the_cache(noisy):
     state = started(noisy.model, ["Hello."])
     first = len("Hello.") + 1
     assert state.position_B.item() == first
@@ -140,8 +140,8 @@ def test_counters_advance_and_stop_at_the_end_of_the_cache(noisy):
     assert state.position_B.item() == limit
 
 
-def test_a_restarted_slot_forgets(noisy):
-    """A slot used before, its caches poisoned, gives what a fresh one gives."""
+def test_a_restarted_slot_is_independent_of_its_past(noisy):
+    """A used slot with poisoned caches gives the codes of a new one."""
     state = started(noisy.model, ["Something else entirely, and long."])
     for _ in range(6):
         decode_frame(noisy.model, state)
@@ -156,7 +156,7 @@ def test_a_restarted_slot_forgets(noisy):
         assert torch.equal(state.codes_BK, fresh.codes_BK)
 
 
-def test_a_span_that_holds_every_position_is_enough(noisy):
+def test_codes_do_not_depend_on_the_context_bucket(noisy):
     texts = ["Hello.", "x" * 250]
     whole, bounded = started(noisy.model, texts), started(noisy.model, texts)
     for frame in range(8):
@@ -167,7 +167,7 @@ def test_a_span_that_holds_every_position_is_enough(noisy):
     assert [bucket_for(n) for n in (1, 256, 257, 2047, 2048, 9999)] == [256, 256, 512, 2048, 2048, 2048]
 
 
-def test_slots_do_not_disturb_each_other(noisy):
+def test_slots_are_independent(noisy):
     texts = ["Hello.", "A much longer sentence than the first one.", "No."]
     together = started(noisy.model, texts)
     alone = [FrameState.allocate(noisy.config, 1, CPU, noisy.model.dtype) for _ in texts]
@@ -180,8 +180,21 @@ def test_slots_do_not_disturb_each_other(noisy):
             assert torch.equal(together.codes_BK[slot], state.codes_BK[0])
 
 
-def test_ids_that_the_codec_does_not_know_are_never_spoken(noisy):
-    """Even where their logits tower above all others."""
+def test_a_moved_slot_continues_its_request(noisy):
+    texts = ["Hello.", "A much longer sentence than the first one.", "No."]
+    moved, expected = started(noisy.model, texts), started(noisy.model, texts)
+    for frame in range(12):
+        if frame == 5:
+            moved.backbone_cache.k_LBGSd[:, 0] = 1e4
+            moved.move(2, 0, num_positions=moved.position_B[2].item())
+        decode_frame(noisy.model, moved)
+        decode_frame(noisy.model, expected)
+        if frame >= 5:
+            assert torch.equal(moved.codes_BK, expected.codes_BK[[2, 1, 2]])
+
+
+def test_ids_that_are_not_codes_are_never_sampled(noisy):
+    """Even if their logits are by far the largest."""
     state = {name: tensor.clone() for name, tensor in noisy.model.state_dict().items()}
     size = noisy.config.codebook_size
     state["codebook0_head"][size:] = 1e3 * state["codebook0_head"][:1].sign()

@@ -1,9 +1,9 @@
-"""Our model against HF Transformers, on random checkpoints that Transformers wrote."""
+"""Our model against HF Transformers, on random checkpoints saved by Transformers."""
 
 import pytest
 import torch
 
-from csm import Generator, Segment
+from csm import Generator, Segment, SpeechRequest
 from csm.cache import KVCache
 from csm.kernels import rms_norm
 from oracle import Shape, hf_inputs, random_model, save
@@ -14,7 +14,7 @@ SHAPES = [
     Shape(backbone=(1, 48, 6, 2, 128), depth=(1, 32, 2, 2, 48), num_codebooks=5, scaling="blend"),
     Shape(backbone=(2, 64, 5, 5, 64), depth=(2, 48, 2, 1, 64), head_dims=(16, 32), num_codebooks=32, scaling="none"),
 ]
-SECONDS = (1.28, 0.8)  # whole frames: how codecs pad a partial one is test_codec's
+SECONDS = (1.28, 0.8)  # whole frames; test_codec tests the padding of partial ones
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
@@ -47,13 +47,13 @@ def test_greedy_codes_equal(pair, turns):
     codes = ours.generate_codes("How are you?", 0, segments(turns), max_audio_length_ms=frames * 80, temperature=0)
     assert codes.shape == (frames, ours.config.num_codebooks)
     assert torch.equal(codes, expected[0, -frames:])
-    assert len(codes.unique(dim=0)) > frames // 2  # the comparison is of a varied sequence, not of one frame repeated
+    assert len(codes.unique(dim=0)) > frames // 2  # not just one frame repeated
 
 
 def test_teacher_forced_logits_agree(pair, turns):
     hf, ours = pair
     inputs = hf_inputs(turns, "How are you?", speakers=[0, 1, 0])
-    prompt = ours._request("How are you?", 0, segments(turns))
+    prompt = ours._request(SpeechRequest("How are you?", 0, segments(turns))).prompt
     model, config = ours.model, ours.config
     with torch.no_grad():
         expected = hf(**inputs, output_hidden_states=True)
@@ -66,7 +66,7 @@ def test_teacher_forced_logits_agree(pair, turns):
         logits = model.logits(0, hidden)
         torch.testing.assert_close(logits, expected.logits[..., : config.codebook_size], atol=1e-4, rtol=0)
 
-        # The depth decoder on arbitrary codes of a few frames: position 0 is the backbone's hidden state.
+        # The depth decoder on random codes of a few frames. Position 0 is the backbone's hidden state.
         frames = 6
         codes = torch.randint(config.codebook_size, (frames, config.num_codebooks))
         expected_depth = hf.depth_decoder(
@@ -85,7 +85,7 @@ def test_teacher_forced_logits_agree(pair, turns):
 
 
 def test_audio_equals(pair, turns):
-    """Codes to samples, through Transformers' Mimi and ours."""
+    """The same codes decoded by Transformers' Mimi and by ours."""
     hf, ours = pair
     codes = ours.generate_codes("How are you?", 0, segments(turns), max_audio_length_ms=1600, seed=4)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Turns to rows, and the real Llama-3 vocabulary against an independent tokenizer."""
+"""Prompt rows of turns, and the Llama-3 vocabulary against tiktoken."""
 
 import base64
 import json
@@ -8,16 +8,16 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from csm import AudioError, CheckpointError, PromptError, PromptTooLongError, RoomWarning, Segment
+from csm import AudioError, CheckpointError, PromptError, PromptTooLongError, RoomWarning, Segment, SpeechRequest
 from csm.config import CSM_1B
 from csm.prompt import TextTokenizer, build_prompt
 from csm.weights.recipe.shape import byte_tokenizer
 
 
 def test_rows_of_a_conversation(noisy):
-    """The layout of the reference implementation, spelt out."""
+    """The row layout of the reference implementation."""
     codes = torch.arange(24).view(3, 8)
-    prompt = noisy._request("Hi", 1, [Segment(0, "Yo", codes=codes)])
+    prompt = noisy._request(SpeechRequest("Hi", 1, [Segment(0, "Yo", codes=codes)])).prompt
     ids = byte_tokenizer().encode
     first = [256, *ids("[0]Yo", add_special_tokens=False).ids, 257]
     last = [256, *ids("[1]Hi", add_special_tokens=False).ids, 257]
@@ -29,25 +29,25 @@ def test_rows_of_a_conversation(noisy):
     assert prompt.mask_TC.tolist() == [text] * len(first) + [audio] * 4 + [text] * len(last)
 
 
-def test_a_prompt_that_just_fits_speaks_one_frame(noisy):
+def test_a_prompt_that_just_fits_generates_one_frame(noisy):
     limit = noisy.config.backbone.max_positions
     room = limit - len("[0]") - 2
     with pytest.warns(RoomWarning, match=r"room for 0\.08 s of audio, of the 90 s"):
-        assert noisy._request("x" * room, 0).max_frames == 1
+        assert noisy._request(SpeechRequest("x" * room, 0)).max_frames == 1
     with pytest.raises(PromptTooLongError, match=f"takes {limit + 1} positions.*has {limit}"):
-        noisy._request("x" * (room + 1), 0)
+        noisy._request(SpeechRequest("x" * (room + 1), 0))
 
 
-def test_context_counts_too(noisy):
+def test_context_counts_towards_the_limit(noisy):
     codes = torch.zeros(2030, 8, dtype=torch.int64)
     with pytest.raises(PromptTooLongError, match="takes 2049 positions.*has 2048"):
-        noisy._request("Hello", 0, [Segment(0, "abc", codes=codes)])
+        noisy._request(SpeechRequest("Hello", 0, [Segment(0, "abc", codes=codes)]))
 
 
-def test_reference_audio_that_does_not_fit_is_refused_before_it_is_encoded(noisy, monkeypatch):
-    monkeypatch.setattr(type(noisy.codec), "encode", lambda *_: pytest.fail("it was encoded"))
+def test_context_audio_that_does_not_fit_is_rejected_before_encoding(noisy, monkeypatch):
+    monkeypatch.setattr(type(noisy.codec), "encode", lambda *_: pytest.fail("encoded the audio"))
     with pytest.raises(PromptTooLongError, match="takes 2250 positions.*has 2048"):
-        noisy._request("Hello", 0, [Segment(0, "abc", torch.zeros(2250 * 1920))])
+        noisy._request(SpeechRequest("Hello", 0, [Segment(0, "abc", torch.zeros(2250 * 1920))]))
 
 
 BAD_CODES = {
@@ -64,7 +64,7 @@ BAD_CODES = {
 
 
 @pytest.mark.parametrize("name", BAD_CODES)
-def test_bad_codes_are_named(noisy, name):
+def test_invalid_codes_are_rejected(noisy, name):
     codes, message = BAD_CODES[name]
     with pytest.raises(AudioError, match=message):
         noisy.generate("Hello", 0, [Segment(0, "abc", codes=codes)])
@@ -84,26 +84,26 @@ def test_bad_codes_are_named(noisy, name):
         (0, " \n\t", "empty"),
     ],
 )
-def test_bad_turns_are_named(noisy, speaker, text, message):
+def test_invalid_turns_are_rejected(noisy, speaker, text, message):
     with pytest.raises(PromptError, match=message):
         noisy.generate(text, speaker)
     with pytest.raises(PromptError, match=message):
         noisy.generate("Hi", 0, [Segment(speaker, text, codes=torch.zeros(1, 8, dtype=torch.int64))])
 
 
-def test_a_context_turn_needs_sound(noisy):
+def test_a_context_turn_needs_audio(noisy):
     with pytest.raises(PromptError, match="neither audio nor codes"):
         noisy.generate("Hi", 0, [Segment(0, "Hello")])
 
 
-def test_text_that_spells_a_special_token_is_text(noisy):
+def test_special_tokens_in_text_are_ordinary_text(noisy):
     ids = noisy._tokenizer.encode(0, "a<|end_of_text|>b")
     assert ids.count(257) == 1
     assert ids[-1] == 257
     assert len(ids) == 2 + len("[0]a<|end_of_text|>b")
 
 
-# The real vocabulary: Llama 3's ranks, the regular expression and the special tokens of its reference tokenizer.
+# Llama 3's BPE ranks, with the regular expression and the special tokens of its reference tokenizer.
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -126,7 +126,7 @@ def special_tokens():
 
 @pytest.fixture(scope="module")
 def llama3(tmp_path_factory):
-    """The vocabulary as the tokenizer.json of a checkpoint has it, read by us; and tiktoken's."""
+    """The same vocabulary as a tokenizer.json, loaded by us, and as a tiktoken encoding."""
     import tiktoken
 
     ranks = llama3_ranks()
@@ -134,7 +134,7 @@ def llama3(tmp_path_factory):
     text_of = {token: "".join(char_of[byte] for byte in token) for token in ranks}
     vocab = {text_of[token]: rank for token, rank in ranks.items()}
     merges = []
-    for token in sorted(ranks, key=ranks.get):  # two neighbours merge where together they are a token, lowest first
+    for token in sorted(ranks, key=ranks.get):  # a pair merges if its concatenation is a token, lowest rank first
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
         merges += [[text_of[left], text_of[right]] for left, right in splits if left in ranks and right in ranks]
     document = json.loads(Tokenizer(models.BPE()).to_str())
@@ -153,14 +153,14 @@ def llama3(tmp_path_factory):
 
 
 def byte_characters():
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    """The printable character for each byte in a byte-level vocabulary (GPT-2's table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
 
 
 def varied_strings():
-    """Two hundred strings of every kind that people type."""
+    """More than 200 strings of many scripts, spacings and punctuations."""
     pieces = [
         "Hello, world!", "don't you'll we've I'M they'RE", "3.14159 and 1,234,567", "2026-11-21 10:45", "   spaces   ",
         "tabs\tand\nnew\r\nlines\n\n\n", "émigré naïve façade", "你好,世界", "こんにちは、元気?", "안녕하세요",
@@ -183,24 +183,37 @@ def test_real_vocabulary_equals_tiktoken(llama3):
         assert ours.encode(speaker, text) == expected, text
 
 
-def test_a_tokenizer_without_its_special_tokens_is_refused(tmp_path):
+def test_a_tokenizer_without_special_tokens_is_rejected(tmp_path):
     Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="begin_of_text"):
         TextTokenizer(tmp_path / "tokenizer.json", 258)
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+def test_a_tokenizer_larger_than_the_embedding_is_rejected(tmp_path):
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(CheckpointError, match=r"no token <\|end_of_text\|> below 257"):
+    with pytest.raises(CheckpointError, match=r"no token <\|end_of_text\|> with an id below 257"):
         TextTokenizer(tmp_path / "tokenizer.json", 257)
 
 
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
+def test_a_tokenizer_may_have_more_tokens_than_the_model(tmp_path):
+    """Only an id that the model has no embedding of is an error."""
+    larger = byte_tokenizer()
+    larger.add_special_tokens(["<|pad|>"])
+    larger.add_tokens(["hmm"])
+    larger.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = TextTokenizer(tmp_path / "tokenizer.json", 258)
+    plain = [256, *byte_tokenizer().encode("[0]Hi <|pad|>", add_special_tokens=False).ids, 257]
+    assert tokenizer.encode(0, "Hi <|pad|>") == plain
+    with pytest.raises(PromptError, match=r"tokenizer\.json.*token 'hmm' with id 259.*only 258 text embeddings"):
+        tokenizer.encode(0, "Well, hmm.")
+
+
+def test_an_invalid_tokenizer_file_is_rejected(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         TextTokenizer(tmp_path / "tokenizer.json", 258)
 
 
-def test_building_checks_the_length():
+def test_build_prompt_checks_the_length():
     with pytest.raises(PromptTooLongError, match=r"takes 2049 positions.*has 2048"):
         build_prompt([], [1] * 2049, CSM_1B)

@@ -1,4 +1,4 @@
-"""Philox against published vectors, and sampling against the distribution it should have."""
+"""Philox against published test vectors, and sampling against the expected distribution."""
 
 import sys
 
@@ -28,7 +28,7 @@ def test_philox_published_vectors(counter, key, result):
 
 
 def philox_by_definition(counter, key):
-    """The rounds in Python's unbounded integers."""
+    """Philox in Python integers, which do not overflow."""
     for _ in range(10):
         a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
         counter = ((b >> 32) ^ counter[1] ^ key[0], b % 2**32, (a >> 32) ^ counter[3] ^ key[1], a % 2**32)
@@ -47,7 +47,7 @@ def test_philox_equals_unbounded_integers(counter, key):
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**31), st.integers(0, 31), st.integers(0, 2050))
 @settings(max_examples=25, deadline=None)
-def test_noise_is_where_its_counter_says(seed, frame, codebook, index):
+def test_noise_of_one_id_equals_its_definition(seed, frame, codebook, index):
     noise = gumbel_noise(torch.tensor([seed]), torch.tensor([frame]), 32, 2051)
     random = philox_by_definition((index // 4, codebook, frame, 0), (seed % 2**32, seed >> 32))[index % 4]
     uniform = torch.tensor((random >> 9) + 0.5, dtype=torch.float64) * 2.0**-23
@@ -55,7 +55,7 @@ def test_noise_is_where_its_counter_says(seed, frame, codebook, index):
     torch.testing.assert_close(noise[0, codebook, index].double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_noise_of_a_slot_does_not_depend_on_its_batch():
+def test_noise_of_a_slot_is_independent_of_the_batch():
     seeds, frames = torch.tensor([5, 2**62 + 7, 5]), torch.tensor([0, 9, 9])
     together = gumbel_noise(seeds, frames, 4, 10)
     for slot in range(3):
@@ -67,7 +67,7 @@ def test_noise_of_a_slot_does_not_depend_on_its_batch():
 
 @pytest.mark.parametrize("random", [0, 2**32 - 1])
 def test_noise_is_finite_at_the_ends(random, monkeypatch):
-    module = sys.modules["csm.kernels.sample"]  # the package's attribute of that name is the op
+    module = sys.modules["csm.kernels.sample"]  # csm.kernels.sample is also the op
     monkeypatch.setattr(module, "philox", lambda counter, key: (torch.full((1, 1, 1), random),) * 4)
     assert torch.isfinite(gumbel_noise(torch.tensor([0]), torch.tensor([0]), 1, 4)).all()
 
@@ -75,7 +75,7 @@ def test_noise_is_finite_at_the_ends(random, monkeypatch):
 def test_noise_is_gumbel():
     noise = gumbel_noise(torch.arange(40), torch.zeros(40, dtype=torch.int64), 32, 2048).double()
     assert torch.isfinite(noise).all()
-    # Mean is Euler's constant, variance pi**2 / 6; 2.6 million draws.
+    # Mean is Euler's constant, variance pi**2 / 6. 2.6 million samples.
     assert abs(noise.mean() - 0.57722) < 0.003
     assert abs(noise.var() - 1.64493) < 0.01
     below = [(noise < x).double().mean() for x in (-1.0, 0.0, 1.0, 3.0)]
@@ -84,14 +84,14 @@ def test_noise_is_gumbel():
 
 
 def draw_rows(logits_BV, seed_B, temperature_B, top_k_B):
-    """One draw a row, as the step does it for codebook 0 of frame 0."""
+    """One sample for each row, as in the step for codebook 0 of frame 0."""
     noise_BKV = gumbel_noise(seed_B, torch.zeros_like(seed_B), 1, logits_BV.shape[1])
     noise_BV = noise_BKV[:, 0] * temperature_B[:, None]
     return draw_ids(logits_BV, noise_BV, top_k_B.clamp(max=logits_BV.shape[1]))
 
 
 def draw(logits, count, temperature, top_k):
-    """``count`` draws from one row of logits, each with the noise of a seed of its own."""
+    """``count`` samples from one row of logits, with a different seed for each."""
     temperature_B, top_k_B = torch.full((count,), temperature), torch.full((count,), top_k)
     return draw_rows(logits.expand(count, -1), torch.arange(count), temperature_B, top_k_B)
 
@@ -109,7 +109,7 @@ def test_samples_follow_the_softmax_of_the_top_k(temperature, top_k):
     assert (seen[expected == 0] == 0).all()
 
 
-def test_ties_with_the_last_of_the_top_k_are_kept():
+def test_ties_with_the_k_th_logit_are_kept():
     drawn = draw(torch.tensor([3.0, 1.0, 1.0, 1.0, 0.0]), 2000, temperature=5.0, top_k=2)
     assert set(drawn.tolist()) == {0, 1, 2, 3}
 
@@ -150,7 +150,7 @@ def test_each_slot_has_its_own_temperature_and_top_k():
     ],
     ids=str,
 )
-def test_bad_parameters_are_named(bad):
+def test_invalid_parameters_are_rejected(bad):
     name = next(iter(bad)).replace("_", "-")
     with pytest.raises(SamplingError, match=name):
         SamplingParams(**bad)
