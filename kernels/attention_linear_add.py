@@ -94,7 +94,8 @@ def attention_linear_add_row(
     n_N, m_M = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, M)
     k_K, mask_K = head_offsets(tl.arange(0, GROUPS * R * D), H, G, d, GROUPS, R, D)
     mask_NK = (n_N < N)[:, None] & mask_K[None, :]
-    weight_NK = tl.load(weight_ptr + n_N[:, None] * (H * d) + k_K[None, :], mask=mask_NK, other=0.0)
+    weight_ptr_NK = weight_ptr + n_N[:, None] * (H * d) + k_K[None, :]
+    weight_NK = tl.load(weight_ptr_NK, mask=mask_NK, other=0.0, eviction_policy="evict_first")
     wait_for_inputs(PDL)
     residual_N = tl.load(residual_ptr + n_N, mask=n_N < N, other=0.0).to(tl.float32)
     offset_MD, mask_MD = head_offsets(m_M[:, None] * D + tl.arange(0, D)[None, :], H, G, d, GROUPS, R, D)

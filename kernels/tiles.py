@@ -30,10 +30,15 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 @jit
 def weight_tile(weight_ptr, n_N, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows ``n_N`` of a weight (N, K), zero outside it: (BLOCK_N, BLOCK_K)."""
+    """Rows ``n_N`` of a weight (N, K), zero outside it: (BLOCK_N, BLOCK_K).
+
+    Weights do not fit the L2 cache from one use to the next: they are evicted first, so that activations and the KV
+    cache stay.
+    """
     k_K = tl.arange(0, BLOCK_K)
     mask_NK = (n_N < N)[:, None] & (k_K < K)[None, :]
-    return tl.load(weight_ptr + n_N[:, None] * K + k_K[None, :], mask=mask_NK, other=0.0)
+    weight_ptr_NK = weight_ptr + n_N[:, None] * K + k_K[None, :]
+    return tl.load(weight_ptr_NK, mask=mask_NK, other=0.0, eviction_policy="evict_first")
 
 
 @jit
@@ -99,7 +104,8 @@ def matmul_tile(
             rounded_MK = (x_MK.to(tl.float32) * scale_M[:, None]).to(x_MK.dtype).to(tl.float32)
             x_MK = (rounded_MK * norm_K[None, :]).to(x_MK.dtype)
         mask_KN = (k_K < K)[:, None] & (n_N < N)[None, :]
-        weight_KN = tl.load(weight_ptr + n_N[None, :] * K + k_K[:, None], mask=mask_KN, other=0.0)
+        weight_ptr_KN = weight_ptr + n_N[None, :] * K + k_K[:, None]
+        weight_KN = tl.load(weight_ptr_KN, mask=mask_KN, other=0.0, eviction_policy="evict_first")
         if INTERPRETED:
             x_MK, weight_KN = x_MK.to(tl.float32), weight_KN.to(tl.float32)
         acc_MN = tl.dot(x_MK, weight_KN, acc_MN, input_precision="ieee")
