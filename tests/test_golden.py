@@ -136,10 +136,9 @@ class TestPublishedFiles:
         save_file({kyutai_name(name): tensor for name, tensor in state.items()}, path)
         device = torch.device("cpu")
         checkpoint = checkpoint_module.open_checkpoint("tiny")  # only the file is read
-        codes_TK = torch.arange(40).view(5, 8)
-        one = Codec(CODEC, 8, state, device).decode(codes_TK)
-        other = Codec(CODEC, 8, checkpoint_module.read_codec(checkpoint, path, device), device).decode(codes_TK)
-        assert torch.equal(one, other)
+        read = checkpoint_module.read_codec(checkpoint, path, device)
+        assert read.keys() == state.keys()
+        assert all(torch.equal(read[name], state[name]) for name in state)
 
     def test_token_ids(self, llama3):  # noqa: F811
         tokenizer, _ = llama3
@@ -173,7 +172,7 @@ def hf_names():
 
 
 def kyutai_name(name):
-    """The names of moshi's first release, which Kyutai's file has and moshi renames when it loads them."""
+    """The names of moshi's first release, which Kyutai's file has."""
     return name.replace("in_projs.0.weight", "in_proj_weight").replace("out_projs.0.weight", "out_proj.weight")
 
 
