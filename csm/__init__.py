@@ -8,12 +8,14 @@ from csm.errors import (
     CSMError,
     PromptError,
     PromptTooLongError,
+    QueueFullError,
     RoomWarning,
     SamplingError,
     UnavailableError,
 )
 from csm.generator import DEFAULT_MODEL, Generator, load_csm_1b
 from csm.prompt import Segment
+from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
 
 __all__ = [
@@ -25,10 +27,12 @@ __all__ = [
     "Generator",
     "PromptError",
     "PromptTooLongError",
+    "QueueFullError",
     "RoomWarning",
     "SamplingError",
     "SamplingParams",
     "Segment",
+    "SpeechRequest",
     "UnavailableError",
     "WavWriter",
     "load_csm_1b",

@@ -33,5 +33,9 @@ class SamplingError(CSMError):
     """A sampling parameter is out of range."""
 
 
+class QueueFullError(CSMError):
+    """More requests are waiting than the engine's queue holds. Try again later."""
+
+
 class AudioError(CSMError):
     """Audio or codes cannot be read, encoded or decoded."""
