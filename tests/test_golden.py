@@ -26,9 +26,9 @@ from csm.prompt import TextTokenizer, build_prompt
 from csm.weights import checkpoint as checkpoint_module
 from csm.weights.config_json import read_config
 from csm.weights.layouts import Change, export, hf_table, mimi_table, sesame_table, target_shapes
+from llama3 import llama3_tokenizers
 from noise import CODEC, random_state
 from oracle import Shape, hf_inputs, random_model, save
-from test_prompt import llama3  # noqa: F401 (a fixture)
 
 FOLDER = Path(__file__).parent / "golden"
 FACTS = json.loads((FOLDER / "csm_1b.json").read_text())
@@ -140,13 +140,13 @@ class TestPublishedFiles:
         assert read.keys() == state.keys()
         assert all(torch.equal(read[name], state[name]) for name in state)
 
-    def test_token_ids(self, llama3):  # noqa: F811
-        tokenizer, _ = llama3
+    def test_token_ids(self):
+        tokenizer, _ = llama3_tokenizers()
         for case in FACTS["text_ids"]:
             assert tokenizer.encode(case["speaker"], case["text"]) == case["ids"]
 
-    def test_rows_of_a_prompt_with_a_voice(self, llama3):  # noqa: F811
-        tokenizer, _ = llama3
+    def test_rows_of_a_prompt_with_a_voice(self):
+        tokenizer, _ = llama3_tokenizers()
         voice = (tokenizer.encode(0, PROMPTS["conversational_a"]), torch.zeros(375, 32, dtype=torch.int64))
         prompt = build_prompt([voice], tokenizer.encode(0, "Hey how are you doing?"), CSM_1B)
         assert prompt.row_TC.shape == (FACTS["prompt_rows"]["rows"], 33)
