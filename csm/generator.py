@@ -100,7 +100,7 @@ class Generator:
         if dtype is not None and dtype not in DTYPES:
             raise CSMError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
         dtype = dtype or default_dtype(where)
-        checkpoint = open_checkpoint(name)
+        checkpoint = open_checkpoint(name, progress)
         model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, where, dtype, progress), where)
         if lora is not None:
             load_adapter(lora, checkpoint.config).merge(model)
