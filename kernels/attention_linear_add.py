@@ -15,6 +15,8 @@ from csm.kernels.attention import attention
 from csm.kernels.launch import jit, kernels_run, launch, power_of_two, tl
 from csm.kernels.launch_config import launch_config
 from csm.kernels.linear_add import linear_add
+from csm.kernels.native import ops as native
+from csm.kernels.quantized import Weight
 from csm.kernels.tiles import product, wait_for_inputs
 
 MAX_FUSED_CONTEXT = 32  # and one row: every program repeats the attention, whose tiles fill its registers
@@ -92,11 +94,14 @@ def attention_linear_add(
     v_cache_BGSd: Tensor,
     bias_BTS: Tensor,
     position_BT: Tensor,
-    weight_DE: Tensor,
+    weight_DE: Weight,
     residual_BTD: Tensor,
 ) -> Tensor:
     """``linear_add(attention(q, ...), weight, residual)``: (B, T, H, d), (B, T, D) -> (B, T, D)."""
     (B, T, H, d), G, D = q_BTHd.shape, k_cache_BGSd.shape[1], residual_BTD.shape[2]
+    if B * T <= native.MAX_ROWS and native.native_runs(q_BTHd, B * T, weight_DE):
+        keys = (k_cache_BGSd, v_cache_BGSd, position_BT)
+        return native.attention_linear_add(q_BTHd, *keys, weight_DE, residual_BTD)
     context = bias_BTS.shape[-1]
     fused = B * T == 1 and context <= MAX_FUSED_CONTEXT and kernels_run(q_BTHd, 1)
     shape = launch_config("attention_linear_add", weight_DE, 1) if fused else None

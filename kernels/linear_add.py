@@ -7,12 +7,14 @@ from torch import Tensor
 
 from csm.kernels.launch import jit, kernels_run, launch, row_stride, tl
 from csm.kernels.launch_config import launch_config
+from csm.kernels.native import ops as native
+from csm.kernels.quantized import Weight, dense
 from csm.kernels.tiles import load_row, matmul_tile, product, wait_for_inputs, weight_tile
 
 
-def linear_add_reference(x_BTF: Tensor, weight_DF: Tensor, residual_BTD: Tensor) -> Tensor:
+def linear_add_reference(x_BTF: Tensor, weight_DF: Weight, residual_BTD: Tensor) -> Tensor:
     """``linear_add`` in PyTorch."""
-    return residual_BTD + F.linear(x_BTF, weight_DF)
+    return residual_BTD + F.linear(x_BTF, dense(weight_DF))
 
 
 @jit
@@ -68,9 +70,11 @@ def linear_add_matmul(
     tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], acc_MN.to(x_ptr.dtype.element_ty), mask=mask_MN)
 
 
-def linear_add(x_BTF: Tensor, weight_DF: Tensor, residual_BTD: Tensor) -> Tensor:
+def linear_add(x_BTF: Tensor, weight_DF: Weight, residual_BTD: Tensor) -> Tensor:
     """``residual + x @ weight.T``: (B, T, F), (B, T, D) -> (B, T, D)."""
     (B, T, D), F_ = residual_BTD.shape, x_BTF.shape[2]
+    if native.native_runs(x_BTF, B * T, weight_DF):
+        return native.linear_add(x_BTF, weight_DF, residual_BTD)
     shape = launch_config("linear_add", weight_DF, B * T) if kernels_run(x_BTF, B * T) else None
     if shape is None:
         return linear_add_reference(x_BTF, weight_DF, residual_BTD)

@@ -7,13 +7,15 @@ from torch import Tensor
 
 from csm.kernels.launch import jit, kernels_run, launch, row_stride, tl
 from csm.kernels.launch_config import launch_config
+from csm.kernels.native import ops as native
 from csm.kernels.norm_linear import rms_norm
+from csm.kernels.quantized import Weight, dense
 from csm.kernels.tiles import load_row, matmul_tile, norm_scales, normed_row, product, wait_for_inputs, weight_tile
 
 
-def norm_swiglu_reference(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Tensor, eps: float) -> Tensor:
+def norm_swiglu_reference(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Weight, eps: float) -> Tensor:
     """``norm_swiglu`` in PyTorch."""
-    gate_BTF, up_BTF = F.linear(rms_norm(x_BTD, norm_D, eps), gate_up_2FD).chunk(2, dim=-1)
+    gate_BTF, up_BTF = F.linear(rms_norm(x_BTD, norm_D, eps), dense(gate_up_2FD)).chunk(2, dim=-1)
     return F.silu(gate_BTF) * up_BTF
 
 
@@ -80,12 +82,14 @@ def norm_swiglu_matmul(
     tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], hidden_MN, mask=mask_MN)
 
 
-def norm_swiglu(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Tensor, eps: float) -> Tensor:
+def norm_swiglu(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Weight, eps: float) -> Tensor:
     """SwiGLU (https://arxiv.org/abs/2002.05202): (B, T, D) -> (B, T, F).
 
     ``gate_up_2FD`` holds the F rows of the gate (Sesame's w1), then the F rows of up (w3).
     """
     (B, T, D), F_ = x_BTD.shape, gate_up_2FD.shape[0] // 2
+    if native.native_runs(x_BTD, B * T, gate_up_2FD):
+        return native.norm_swiglu(x_BTD, norm_D, gate_up_2FD, eps)
     shape = launch_config("norm_swiglu", gate_up_2FD, B * T) if kernels_run(x_BTD, B * T) else None
     if shape is None:
         return norm_swiglu_reference(x_BTD, norm_D, gate_up_2FD, eps)

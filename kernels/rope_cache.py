@@ -9,7 +9,9 @@ from torch import Tensor
 
 from csm.kernels.launch import jit, kernels_run, launch, row_stride, tl
 from csm.kernels.launch_config import MAX_GEMV_ROWS, launch_config
+from csm.kernels.native import ops as native
 from csm.kernels.norm_linear import norm_linear
+from csm.kernels.quantized import Weight
 from csm.kernels.tiles import load_row, normed_row, product, wait_for_inputs, weight_tile
 
 
@@ -140,7 +142,7 @@ def rope_cache_row(
 def norm_rope_cache(
     x_BTD: Tensor,
     norm_D: Tensor,
-    qkv_ED: Tensor,
+    qkv_ED: Weight,
     eps: float,
     rope_BTp2: Tensor,
     k_cache_BGSd: Tensor,
@@ -151,6 +153,9 @@ def norm_rope_cache(
     """``rope_cache(norm_linear(x, norm, qkv, eps), ...)``: (B, T, D) -> q (B, T, H, d)."""
     (B, T, D), (G, d) = x_BTD.shape, (k_cache_BGSd.shape[1], k_cache_BGSd.shape[3])
     H = qkv_ED.shape[0] // d - 2 * G
+    if native.native_runs(x_BTD, B * T, qkv_ED):
+        into = (rope_BTp2, k_cache_BGSd, v_cache_BGSd, slot_B1, position_BT)
+        return native.norm_rope_cache(x_BTD, norm_D, qkv_ED, eps, *into)
     looped = B * T <= MAX_GEMV_ROWS and kernels_run(x_BTD, B * T)
     shape = launch_config("norm_rope_cache", qkv_ED, B * T) if looped else None
     if shape is None:

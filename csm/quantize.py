@@ -1,0 +1,131 @@
+"""A model's weights in int8 or int4: which ones, and with which scales.
+
+``kernels/quantized.py`` says what a quantised weight is. ``docs/cpu.md`` says what it costs and gains.
+
+Shapes: N outputs, K inputs, J blocks of 32 inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from csm.errors import CSMError
+from csm.kernels.quantized import BLOCK, LARGEST, LEAST, QuantizedWeight, pack
+from csm.model import CSM
+
+BITS = {"int8": 8, "int4": 4}
+PARTS = ("backbone", "depth", "heads")
+PRESETS = {
+    "int8": {"backbone": "int8", "depth": "int8", "heads": "int8"},
+    "int4": {"backbone": "int4", "depth": "int4", "heads": "int8"},
+}
+# What a block's largest value may become: the search tries a scale for each. At 8 (the value of most magnitude becomes
+# -8) nothing is cut off; beyond, it is, and the others are stored finer.
+LARGEST_BECOMES = {8: (127.0,), 4: tuple(-(6.5 + 0.25 * step) for step in range(14))}
+
+
+def parse_scheme(scheme: str) -> dict[str, str]:
+    """``int8``, ``int4`` or ``backbone=int4,depth=int8``: the type of each part; a part left out keeps its dtype."""
+    if scheme in PRESETS:
+        return dict(PRESETS[scheme])
+    types: dict[str, str] = {}
+    for item in scheme.split(","):
+        part, _, kind = item.strip().partition("=")
+        if part not in PARTS or kind not in BITS or part in types:
+            raise CSMError(
+                f"quantisation {scheme!r}: {item!r} is none of {', '.join(PRESETS)} and no PART=TYPE with a part of "
+                f"{', '.join(PARTS)}, each once, and a type of {', '.join(BITS)}"
+            )
+        types[part] = kind
+    return types
+
+
+def quantize_model(model: CSM, scheme: str, progress: bool = False) -> None:
+    """Replace the weights that are multiplied by quantised ones, in place; embeddings and norms stay as they are.
+
+    The model can then run, but neither be trained nor saved. Each weight's memory is freed as it is replaced. Raises
+    CSMError for an unknown scheme, and for a model that is not on a CPU.
+    """
+    types = parse_scheme(scheme)
+    if model.device.type != "cpu":
+        raise CSMError(f"quantised weights run on a CPU, not on {model.device}")
+    todo = [item for item in _weights(model) if item[0] in types]
+    for part, module, name, norm_K in tqdm(todo, desc=f"quantising to {scheme}", disable=not progress, leave=False):
+        weight = getattr(module, name)
+        if isinstance(weight, QuantizedWeight):
+            raise CSMError("the model is quantised already")
+        replacement = quantize(weight.detach(), BITS[types[part]], weight.dtype, norm_K)
+        delattr(module, name)  # a parameter's name takes nothing but parameters
+        setattr(module, name, replacement)
+
+
+def _weights(model: CSM) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
+    """Every weight that is multiplied: its part, where it is, and the norm's weight that its inputs come from."""
+    for part, transformer in (("backbone", model.backbone), ("depth", model.depth_decoder)):
+        for layer in transformer.layers:
+            yield part, layer.attention, "qkv", layer.attention.norm
+            yield part, layer.attention, "output", None
+            yield part, layer.mlp, "gate_up", layer.mlp.norm
+            yield part, layer.mlp, "down", None
+    yield "heads", model, "projection", model.backbone.norm
+    yield "heads", model, "codebook0_head", model.backbone.norm
+    yield "heads", model, "depth_heads", model.depth_decoder.norm
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, bits: int, dtype: torch.dtype, norm_K: Tensor | None = None) -> QuantizedWeight:
+    """Quantise a weight, (N, K) or (L, N, K), that is multiplied with inputs of ``dtype``.
+
+    ``norm_K`` is the weight of the RMSNorm that its inputs come from: their size, and so what an error counts, is in
+    proportion to it.
+    """
+    importance_K = torch.ones(weight.shape[-1]) if norm_K is None else norm_K.detach().float().square().cpu()
+    if weight.ndim == 3:
+        packed = torch.stack([pack(*quantize_blocks(part.float(), bits, importance_K), bits) for part in weight])
+    else:
+        packed = pack(*quantize_blocks(weight.float(), bits, importance_K), bits)
+    return QuantizedWeight(packed, weight.shape, bits, dtype)
+
+
+def quantize_blocks(weight_NK: Tensor, bits: int, importance_K: Tensor) -> tuple[Tensor, Tensor]:
+    """Values, (N, K) int8, and float16 scales, (N, J), with the least error: of each block, the sum over its inputs of
+    importance * (weight - scale * value) squared.
+
+    For each of a few scales the nearest values are taken, and then the scale that fits these best.
+    """
+    N, K = weight_NK.shape
+    fill = (0, -K % BLOCK)
+    block_NJB = nn.functional.pad(weight_NK, fill).unflatten(1, (-1, BLOCK))
+    importance_JB = nn.functional.pad(importance_K, fill).unflatten(0, (-1, BLOCK))
+    extreme_NJ1 = block_NJB.gather(2, block_NJB.abs().argmax(2, keepdim=True))
+    best_error_NJ1 = torch.full_like(extreme_NJ1, torch.inf)
+    best_scale_NJ1, best_q_NJB = torch.zeros_like(extreme_NJ1), torch.zeros_like(block_NJB)
+    for largest in LARGEST_BECOMES[bits]:
+        scale_NJ1 = extreme_NJ1 / largest
+        q_NJB = (block_NJB / scale_NJ1).nan_to_num(0).round().clamp(LEAST[bits], LARGEST[bits])
+        fit_NJ1 = (importance_JB * block_NJB * q_NJB).sum(2, keepdim=True)
+        size_NJ1 = (importance_JB * q_NJB.square()).sum(2, keepdim=True)
+        scale_NJ1 = torch.where(size_NJ1 > 0, fit_NJ1 / size_NJ1, scale_NJ1).half().float()
+        error_NJ1 = (importance_JB * (block_NJB - scale_NJ1 * q_NJB).square()).sum(2, keepdim=True)
+        better_NJ1 = error_NJ1 < best_error_NJ1
+        best_error_NJ1 = torch.where(better_NJ1, error_NJ1, best_error_NJ1)
+        best_scale_NJ1 = torch.where(better_NJ1, scale_NJ1, best_scale_NJ1)
+        best_q_NJB = torch.where(better_NJ1, q_NJB, best_q_NJB)
+    return best_q_NJB.flatten(1)[:, :K].to(torch.int8), best_scale_NJ1.squeeze(2).half()
+
+
+def describe(model: CSM) -> Mapping[str, int]:
+    """Bytes of the model's weights by kind: ``int4``, ``int8`` and the dtypes of the others."""
+    sizes: dict[str, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        name = str(tensor.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + tensor.nbytes
+    for _, module, attribute, _ in _weights(model):
+        weight = getattr(module, attribute)
+        if isinstance(weight, QuantizedWeight):
+            sizes[f"int{weight.bits}"] = sizes.get(f"int{weight.bits}", 0) + weight.nbytes
+    return sizes
