@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from csm.errors import CSMError
+from csm.kernels.native import ops as native
 from csm.kernels.quantized import BLOCK, LARGEST, LEAST, QuantizedWeight, pack
 from csm.model import CSM
 
@@ -85,10 +86,15 @@ def quantize(weight: Tensor, bits: int, dtype: torch.dtype, norm_K: Tensor | Non
     """
     importance_K = torch.ones(weight.shape[-1]) if norm_K is None else norm_K.detach().float().square().cpu()
     if weight.ndim == 3:
-        packed = torch.stack([pack(*quantize_blocks(part.float(), bits, importance_K), bits) for part in weight])
+        packed = torch.stack([_packed(part, bits, importance_K) for part in weight])
     else:
-        packed = pack(*quantize_blocks(weight.float(), bits, importance_K), bits)
+        packed = _packed(weight, bits, importance_K)
     return QuantizedWeight(packed, weight.shape, bits, dtype)
+
+
+def _packed(weight_NK: Tensor, bits: int, importance_K: Tensor) -> Tensor:
+    packed = native.quantize(weight_NK, importance_K, bits, LARGEST_BECOMES[bits])
+    return pack(*quantize_blocks(weight_NK.float(), bits, importance_K), bits) if packed is None else packed
 
 
 def quantize_blocks(weight_NK: Tensor, bits: int, importance_K: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +103,7 @@ def quantize_blocks(weight_NK: Tensor, bits: int, importance_K: Tensor) -> tuple
 
     For each of a few scales the nearest values are taken, and then the scale that fits these best.
     """
-    N, K = weight_NK.shape
+    K = weight_NK.shape[1]
     fill = (0, -K % BLOCK)
     block_NJB = nn.functional.pad(weight_NK, fill).unflatten(1, (-1, BLOCK))
     importance_JB = nn.functional.pad(importance_K, fill).unflatten(0, (-1, BLOCK))

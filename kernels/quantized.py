@@ -1,10 +1,8 @@
 """Weights in int8 or int4: a kind of weight that an op reads where it else reads a tensor.
 
 The numbers are those of GGUF's q8_0 and q4_0 (https://github.com/ggml-org/ggml, docs/gguf.md): along its inputs, a
-weight is cut into blocks of 32 that share a float16 scale, and a value is scale * q, with q from -127 to 127, or from -8
-to 7. They are stored in the order in which ``kernels/native`` reads them: tiles of 16 outputs that go through the inputs
-two blocks at a time, first the scales of both, (2, 16), then the values, (2, 16, 16, 2) bytes for int4, where the
-lower half of a byte is the earlier input, and twice as many for int8.
+weight is cut into blocks of 32 that share a float16 scale, and a value is scale * q, with q from -127 to 127, or from
+-8 to 7. They are stored in the order in which ``kernels/native`` reads them; ``kernels/native/product.h`` describes it.
 
 Shapes: N outputs, K inputs, L stacked weights, P tiles, J pairs of blocks, R = 16 outputs of a tile.
 """
@@ -28,7 +26,7 @@ SCALE_BYTES = 2 * TILE * 2  # of a tile's pair of blocks
 class QuantizedWeight:
     """(N, K), or (L, N, K), as packed bytes: uint8 of (tiles, pairs, bytes of a tile's pair), L before it.
 
-    ``dtype`` is that of what it is multiplied with. It answers what ops and model ask of a weight; it cannot be trained.
+    ``dtype`` is that of its inputs. It answers what ops and model ask of a weight; it cannot be trained.
     """
 
     packed: Tensor
@@ -73,6 +71,11 @@ Weight = Tensor | QuantizedWeight
 def dense(weight: Weight) -> Tensor:
     """A weight of any kind as a tensor."""
     return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+
+
+def packed_shape(n: int, k: int, bits: int) -> tuple[int, int, int]:
+    """Tiles, pairs of blocks, and bytes of a tile's pair of a weight (n, k)."""
+    return -(-n // TILE), -(-k // PAIR), SCALE_BYTES + TILE * PAIR * bits // 8
 
 
 def pack(q_NK: Tensor, scale_NJ: Tensor, bits: int) -> Tensor:

@@ -1,9 +1,6 @@
 """The native ops against the references' formulas in float64, over kinds of weights, odd sizes and numbers of rows."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from csm.kernels import attention_linear_add, linear_add, norm_linear, norm_rope
 from csm.kernels.attention import attention_reference
 from csm.kernels.native import library, ops
 from csm.kernels.norm_linear import norm_linear_reference
-from csm.kernels.quantized import QuantizedWeight, pack, unpack
+from csm.kernels.quantized import pack, unpack
 from csm.kernels.rope_cache import rope_cache_reference
 from csm.quantize import quantize
 

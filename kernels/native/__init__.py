@@ -1,8 +1,8 @@
 """The ops in C++, for CPUs: compiled on first use by the C++ compiler at hand, and kept in the user's cache.
 
-The library has a C interface and knows nothing of PyTorch or Python, so it takes seconds to compile and needs no headers
-but the compiler's own. It runs on OpenMP's threads, which are PyTorch's too: both link the one libgomp that PyTorch
-brings. ``docs/cpu.md`` says more.
+The library has a C interface and knows nothing of PyTorch or Python, so it takes seconds to compile and needs no
+headers but the compiler's own. It runs on OpenMP's threads, which are PyTorch's too: both link the one libgomp that
+PyTorch brings. ``docs/cpu.md`` says more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch  # loads the OpenMP library that ours is to share
 
 HERE = Path(__file__).parent
-SOURCES = ("ops.cpp", "product.h", "simd.h")
+SOURCES = ("ops.cpp", "product.h", "quantize.h", "simd.h")
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-w")
 COMPILERS = ("c++", "g++", "clang++")
 

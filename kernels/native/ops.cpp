@@ -10,6 +10,7 @@
 #endif
 
 #include "product.h"
+#include "quantize.h"
 
 namespace csm {
 namespace {
@@ -299,6 +300,19 @@ void csm_attention_linear_add(int64_t dtype, const void* q, int64_t rows, int64_
                       slot_stride, head_stride, num_heads,       head_dim};
     CSM_FOR_DTYPE(csm::attention_linear_add(CSM_IN(T, q), rows, num_queries, CSM_IN(T, keys), CSM_IN(T, values), cache,
                                             weight, CSM_IN(T, residual), residual_stride, CSM_OUT(T, out), threads))
+}
+
+void csm_quantize(int64_t dtype, const void* x, int64_t n, int64_t k, const float* importance, int64_t kind,
+                  float least, float largest, const float* extremes, int64_t count, void* out, int64_t threads) {
+    const Weight packed{Kind(kind), out, n, k};
+    const csm::Levels levels{least, largest, extremes, count};
+    uint8_t* tiles = CSM_OUT(uint8_t, out);
+    csm::parallel(threads, (n + csm::LANES - 1) / csm::LANES, [&](int64_t first, int64_t last) {
+        for (int64_t tile = first; tile < last; tile++) {
+            uint8_t* to = tiles + tile * packed.pairs() * packed.pair_bytes();
+            CSM_FOR_DTYPE(csm::quantise_tile(CSM_IN(T, x), n, k, tile * csm::LANES, importance, levels, packed, to))
+        }
+    });
 }
 
 }  // extern "C"

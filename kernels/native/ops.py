@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from csm.kernels.launch import row_stride
 from csm.kernels.native import library
-from csm.kernels.quantized import QuantizedWeight, Weight
+from csm.kernels.quantized import LARGEST, LEAST, QuantizedWeight, Weight, packed_shape
 
 MAX_ROWS = 8  # beyond, PyTorch's own products of floats win; those with quantised weights it does not have
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -36,6 +37,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
         *(_INT, _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
         *(_INT, _INT, _INT, _INT, *_WEIGHT, *_RESIDUAL, *_OUT),
     ],
+    "csm_quantize": [_INT, _POINTER, _INT, _INT, _POINTER, _INT, _FLOAT, _FLOAT, _POINTER, _INT, *_OUT],
 }
 
 
@@ -81,6 +83,19 @@ def _weight(weight: Weight) -> tuple[int, int, int, int]:
 
 def _residual(x_BTD: Tensor) -> tuple[int, int]:
     return x_BTD.data_ptr(), x_BTD.shape[2] if x_BTD.is_contiguous() else row_stride(x_BTD)
+
+
+def quantize(weight_NK: Tensor, importance_K: Tensor, bits: int, largest_becomes: Sequence[float]) -> Tensor | None:
+    """What ``csm.quantize.quantize_blocks`` chooses, packed; None where the native ops do not run."""
+    if not weight_NK.is_cpu or weight_NK.dtype not in DTYPES or _ops() is None:
+        return None
+    (n, k), weight_NK = weight_NK.shape, weight_NK.contiguous()
+    out = torch.empty(packed_shape(n, k, bits), dtype=torch.uint8)
+    extremes, importance_K = torch.tensor(largest_becomes), importance_K.float().contiguous()
+    tensors = (weight_NK.data_ptr(), n, k, importance_K.data_ptr())
+    levels = (KINDS[bits], LEAST[bits], LARGEST[bits], extremes.data_ptr(), len(extremes))
+    _ops().csm_quantize(DTYPES[weight_NK.dtype], *tensors, *levels, out.data_ptr(), torch.get_num_threads())
+    return out
 
 
 def norm_linear(x_BTD: Tensor, norm_D: Tensor, weight_ED: Weight, eps: float) -> Tensor:
