@@ -5,12 +5,20 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm.kernels.launch import jit, kernels_run, launch, row_stride, tl
+from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
 from csm.kernels.launch_config import launch_config
 from csm.kernels.native import ops as native
 from csm.kernels.norm_linear import rms_norm
 from csm.kernels.quantized import Weight, dense
-from csm.kernels.tiles import load_row, matmul_tile, norm_scales, normed_row, product, wait_for_inputs, weight_tile
+from csm.kernels.tiles import (
+    gemv_tile,
+    inverse_rms,
+    load_row,
+    matmul_tile,
+    rms_norm_row,
+    wait_for_inputs,
+    weight_tile,
+)
 
 
 def norm_swiglu_reference(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Weight, eps: float) -> Tensor:
@@ -40,15 +48,15 @@ def norm_swiglu_rows(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """See ``norm_swiglu``."""
+    """``norm_swiglu`` of up to MAX_GEMV_ROWS rows."""
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    gate_NK = weight_tile(gate_up_ptr, n_N, N, K, BLOCK_K)
-    up_NK = weight_tile(gate_up_ptr + N * K, n_N, N, K, BLOCK_K)
-    norm_K = load_row(norm_ptr, K, BLOCK_K)
+    gate_NK = weight_tile(gate_up_ptr, n_N, N=N, K=K, BLOCK_K=BLOCK_K)
+    up_NK = weight_tile(gate_up_ptr + N * K, n_N, N=N, K=K, BLOCK_K=BLOCK_K)
+    norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
-        x_K = normed_row(load_row(x_ptr + row * x_stride, K, BLOCK_K), norm_K, K, EPS)
-        hidden_N = swiglu(product(gate_NK, x_K), product(up_NK, x_K))
+        x_K = rms_norm_row(load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
+        hidden_N = swiglu(gemv_tile(gate_NK, x_K), gemv_tile(up_NK, x_K))
         tl.store(out_ptr + row * N + n_N, hidden_N.to(x_ptr.dtype.element_ty), mask=n_N < N)
 
 
@@ -68,11 +76,11 @@ def norm_swiglu_matmul(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """See ``norm_swiglu``."""
+    """``norm_swiglu`` of more rows, on tensor cores."""
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)
-    scale_M = norm_scales(x_ptr, x_stride, m_M, ROWS, K, EPS, BLOCK_K)
+    scale_M = inverse_rms(x_ptr, x_stride, m_M, ROWS=ROWS, K=K, EPS=EPS, BLOCK_K=BLOCK_K)
     gate_MN = matmul_tile(x_ptr, x_stride, scale_M, norm_ptr, gate_up_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=True)
     up_MN = matmul_tile(
         x_ptr, x_stride, scale_M, norm_ptr, gate_up_ptr + N * K, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=True
@@ -88,13 +96,24 @@ def norm_swiglu(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Weight, eps: float) 
     ``gate_up_2FD`` holds the F rows of the gate (Sesame's w1), then the F rows of up (w3).
     """
     (B, T, D), F_ = x_BTD.shape, gate_up_2FD.shape[0] // 2
-    if native.native_runs(x_BTD, B * T, gate_up_2FD):
+    if native.use_native(x_BTD, B * T, gate_up_2FD):
         return native.norm_swiglu(x_BTD, norm_D, gate_up_2FD, eps)
-    shape = launch_config("norm_swiglu", gate_up_2FD, B * T) if kernels_run(x_BTD, B * T) else None
-    if shape is None:
+    config = launch_config("norm_swiglu", gate_up_2FD, B * T) if use_kernels(x_BTD, B * T) else None
+    if config is None:
         return norm_swiglu_reference(x_BTD, norm_D, gate_up_2FD, eps)
     out_BTF = x_BTD.new_empty(B, T, F_)
-    kernel = norm_swiglu_matmul if "M" in shape.constants else norm_swiglu_rows
-    args = (x_BTD, norm_D, gate_up_2FD, out_BTF, row_stride(x_BTD))
-    launch(kernel, [shape.blocks(F_)], *args, ROWS=B * T, N=F_, K=D, EPS=eps, **shape.options)
+    launch(
+        norm_swiglu_matmul if "M" in config.constants else norm_swiglu_rows,
+        [config.num_programs(F_)],
+        x_ptr=x_BTD,
+        norm_ptr=norm_D,
+        gate_up_ptr=gate_up_2FD,
+        out_ptr=out_BTF,
+        x_stride=row_stride(x_BTD),
+        ROWS=B * T,
+        N=F_,
+        K=D,
+        EPS=eps,
+        **config.options,
+    )
     return out_BTF

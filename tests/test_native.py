@@ -6,7 +6,15 @@ import pytest
 import torch
 from test_kernels import TOLERANCE, close, normed, randn
 
-from csm.kernels import attention_linear_add, linear_add, norm_linear, norm_rope_cache, norm_swiglu
+from csm.kernels import (
+    attention_linear_add,
+    draw_noise,
+    linear_add,
+    norm_linear,
+    norm_rope_cache,
+    norm_swiglu,
+    sample,
+)
 from csm.kernels.attention import attention_reference
 from csm.kernels.native import library, ops
 from csm.kernels.norm_linear import norm_linear_reference
@@ -218,3 +226,40 @@ def test_the_reference_is_asked_for_by_name(monkeypatch):
     weight = quantized(randn(40, 64, dtype=torch.float32), 4, torch.float32)
     monkeypatch.setenv("CSM_OPS", "reference")
     assert torch.equal(norm_linear(x, norm, weight, 1e-5), norm_linear_reference(x, norm, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [5, 64, 2048])
+def test_sampling_draws_what_the_reference_draws(dtype, size, monkeypatch):
+    slots, codebooks, dim = 7, 3, 6
+    generator = torch.Generator().manual_seed(size)
+    seeds = torch.randint(2**63 - 1, (slots,), generator=generator)
+    frames = torch.randint(1000, (slots,), generator=generator)
+    temperatures = torch.tensor([0.0, 0.7, 0.9, 1.0, 0.01, 5.0, 1e6])
+    top_k = torch.tensor([1, 1, 2, 50, size, size, size]).clamp(max=size)
+    logits = (4 * torch.randn(codebooks, slots, size, generator=generator)).to(dtype)
+    logits[:, 3, ::3] = logits[:, 3].amax()  # ties
+    tables = torch.randn(codebooks, size, dim, generator=generator).to(dtype)
+
+    def run():
+        codes = torch.zeros(slots, codebooks, dtype=torch.int64)
+        noise = draw_noise(seeds, frames, temperatures, top_k, codebooks, size, tables[0])
+        rows = [sample(logits[k], k, noise, codes, tables[k]) for k in range(codebooks - 1)]
+        assert sample(logits[-1], codebooks - 1, noise, codes, None) is None
+        return noise.noise_BKV is None, codes, torch.stack(rows)
+
+    native, codes, rows = run()
+    monkeypatch.setenv("CSM_OPS", "reference")
+    reference, expected_codes, expected_rows = run()
+    assert native and not reference
+    assert torch.equal(codes, expected_codes) and torch.equal(rows, expected_rows)
+
+
+def test_sampling_of_logits_that_are_no_numbers_gives_an_id():
+    logits = torch.full((2, 100), torch.nan)
+    logits[1, :50] = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    logits[1, 60] = -torch.inf
+    codes, one = torch.full((2, 1), -1), torch.ones(2)
+    noise = draw_noise(one.long(), one.long(), one, one.long(), 1, 100, logits)
+    sample(logits, 0, noise, codes, None)
+    assert codes[:, 0].tolist() == [0, 50]

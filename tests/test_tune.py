@@ -1,4 +1,4 @@
-"""Tuning: which products a frame has, what is tried, what is kept. The clock is the test's own."""
+"""Tuning: the products of a frame, the candidates, and the entry that is kept. Timings come from the test."""
 
 import math
 
@@ -12,7 +12,7 @@ from csm.kernels.launch import launches
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted here")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter, which is off with a GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +52,8 @@ def test_products_of_a_frame():
 
 
 @pytest.mark.parametrize("batch", [1, 12])
-def test_the_best_of_what_was_tried_is_kept(noisy, batch):
-    """And the calls that are timed run, in the interpreter, with the shape that won."""
+def test_the_fastest_candidate_is_kept(noisy, batch):
+    """The timed calls run in the interpreter with the configuration that won."""
     for product in products_of(noisy.config, batch):
         entries = [{}, *tune.candidates(product)]
         wanted = entries[-1]
@@ -63,10 +63,10 @@ def test_the_best_of_what_was_tried_is_kept(noisy, batch):
 
         best = tune.tune([product], CPU, seconds, quiet=True)
         assert best == {product.key: (wanted, 0.0, 0.5)}  # of each of two calls
-        shape = launch_config.launch_config(
+        config = launch_config.launch_config(
             product.op, torch.empty(product.n, product.k, dtype=product.dtype), math.prod(product.rows)
         )
-        assert shape.options.items() >= wanted.items()
+        assert config.options.items() >= wanted.items()
         with launches() as seen:
             step, count = tune.calls(product, CPU)
             step()
@@ -74,7 +74,7 @@ def test_the_best_of_what_was_tried_is_kept(noisy, batch):
         assert {launch.constants["BLOCK_N"] for launch in seen if "BLOCK_N" in launch.constants} >= {wanted["BLOCK_N"]}
 
 
-def test_the_fallback_may_win():
+def test_the_fallback_can_win():
     weight = torch.empty(64, 64)
     launch_config.tuned_configs().setdefault("cpu", {})[launch_config.key("linear_add", 64, 64, "float32", 0)] = {
         "fallback": 1
@@ -84,7 +84,7 @@ def test_the_fallback_may_win():
     assert launch_config.launch_config("linear_add", weight, 9) is not None
 
 
-def test_without_a_gpu_nothing_is_tuned(capsys):
+def test_tuning_needs_a_gpu(capsys):
     before = launch_config.TABLE.read_bytes()
     assert bench.main(["--tune", "--quiet"]) == 2
     assert "GPU" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch  # loads the OpenMP library that ours is to share
 
 HERE = Path(__file__).parent
-SOURCES = ("ops.cpp", "product.h", "quantize.h", "simd.h")
+SOURCES = ("ops.cpp", "product.h", "quantize.h", "sample.h", "simd.h")
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-w")
 COMPILERS = ("c++", "g++", "clang++")
 

@@ -11,6 +11,7 @@
 
 #include "product.h"
 #include "quantize.h"
+#include "sample.h"
 
 namespace csm {
 namespace {
@@ -128,6 +129,19 @@ void linear_add(const T* x, int64_t x_stride, int64_t rows, const Weight& w, con
             for (int64_t n = first; n < last; n++)
                 put(out[m * w.n + n], to_float(residual[m * residual_stride + n]) + sums[m * w.n + n]);
     });
+}
+
+// A code of each slot into codes[slot * codes_stride + codebook]; and the row of `table`, if there is one, that it names.
+template <class T>
+void sample(const T* logits, int64_t stride, int64_t slots, int64_t size, const int64_t* seeds, const int64_t* frames,
+            const float* temperatures, const int64_t* top_k, int64_t codebook, int64_t* codes, int64_t codes_stride,
+            const T* table, int64_t dim, T* out) {
+    for (int64_t slot = 0; slot < slots; slot++) {
+        const Draw draw{seeds[slot], frames[slot], codebook, top_k[slot], temperatures[slot]};
+        const int64_t id = sample_id(logits + slot * stride, size, draw);
+        codes[slot * codes_stride + codebook] = id;
+        if (table) std::copy(table + id * dim, table + (id + 1) * dim, out + slot * dim);
+    }
 }
 
 // Where a row's keys and values are: its slot and position, and the strides of the caches (B, G, S, d).
@@ -300,6 +314,13 @@ void csm_attention_linear_add(int64_t dtype, const void* q, int64_t rows, int64_
                       slot_stride, head_stride, num_heads,       head_dim};
     CSM_FOR_DTYPE(csm::attention_linear_add(CSM_IN(T, q), rows, num_queries, CSM_IN(T, keys), CSM_IN(T, values), cache,
                                             weight, CSM_IN(T, residual), residual_stride, CSM_OUT(T, out), threads))
+}
+
+void csm_sample(int64_t dtype, const void* logits, int64_t stride, int64_t slots, int64_t size, const int64_t* seeds,
+                const int64_t* frames, const float* temperatures, const int64_t* top_k, int64_t codebook, int64_t* codes,
+                int64_t codes_stride, const void* table, int64_t dim, void* out) {
+    CSM_FOR_DTYPE(csm::sample(CSM_IN(T, logits), stride, slots, size, seeds, frames, temperatures, top_k, codebook,
+                              codes, codes_stride, CSM_IN(T, table), dim, CSM_OUT(T, out)))
 }
 
 void csm_quantize(int64_t dtype, const void* x, int64_t n, int64_t k, const float* importance, int64_t kind,

@@ -37,6 +37,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
         *(_INT, _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
         *(_INT, _INT, _INT, _INT, *_WEIGHT, *_RESIDUAL, *_OUT),
     ],
+    "csm_sample": [*_ROWS, _INT, *[_POINTER] * 4, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER],
     "csm_quantize": [_INT, _POINTER, _INT, _INT, _POINTER, _INT, _FLOAT, _FLOAT, _POINTER, _INT, *_OUT],
 }
 
@@ -58,7 +59,7 @@ def isa() -> str:
     return _ops().csm_isa().decode() if _ops() else ""
 
 
-def native_runs(x: Tensor, num_rows: int, weight: Weight) -> bool:
+def use_native(x: Tensor, num_rows: int, weight: Weight) -> bool:
     """Whether an op on so many rows of ``x`` and this weight runs natively."""
     if not x.is_cpu or x.dtype not in DTYPES or os.environ.get("CSM_OPS"):
         return False
@@ -67,6 +68,11 @@ def native_runs(x: Tensor, num_rows: int, weight: Weight) -> bool:
     if num_rows > MAX_ROWS or weight.dtype != x.dtype or (torch.is_grad_enabled() and weight.requires_grad):
         return False
     return weight.is_contiguous() and _ops() is not None
+
+
+def use_native_sampling(like: Tensor | QuantizedWeight) -> bool:
+    """Whether codes are drawn natively from logits on the device and of the dtype of ``like``."""
+    return like.device.type == "cpu" and like.dtype in DTYPES and not os.environ.get("CSM_OPS") and _ops() is not None
 
 
 def _rows(x_BTD: Tensor) -> tuple[int, int, int, int]:
@@ -155,3 +161,20 @@ def attention_linear_add(
     out = (out_BTD.data_ptr(), torch.get_num_threads())
     _ops().csm_attention_linear_add(*queries, *keys, *where, *_weight(weight_DE), *_residual(residual_BTD), *out)
     return out_BTD
+
+
+def sample(
+    logits_BV: Tensor,
+    codebook: int,
+    slots: tuple[Tensor, Tensor, Tensor, Tensor],
+    codes_BK: Tensor,
+    table_VD: Tensor | None,
+) -> Tensor | None:
+    (B, V), D = logits_BV.shape, 1 if table_VD is None else table_VD.shape[1]
+    assert logits_BV.stride(1) == 1 and codes_BK.stride(1) == 1 and (table_VD is None or table_VD.is_contiguous())
+    out_BD = None if table_VD is None else table_VD.new_empty(B, D)
+    logits = (DTYPES[logits_BV.dtype], logits_BV.data_ptr(), logits_BV.stride(0), B, V)
+    codes = (codes_BK.data_ptr(), codes_BK.stride(0))
+    table = (None if table_VD is None else table_VD.data_ptr(), D, None if out_BD is None else out_BD.data_ptr())
+    _ops().csm_sample(*logits, *(x.data_ptr() for x in slots), codebook, *codes, *table)
+    return out_BD
