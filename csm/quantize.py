@@ -7,6 +7,7 @@ Shapes: N outputs, K inputs, J blocks of 32 inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -15,9 +16,10 @@ from tqdm import tqdm
 
 from csm.errors import CSMError
 from csm.kernels.native import ops as native
-from csm.kernels.quantized import BLOCK, LARGEST, LEAST, QuantizedWeight, pack
+from csm.kernels.quantized import BLOCK, LARGEST, LEAST, QuantizedWeight, huge_page_buffer, pack, packed_shape
 from csm.model import CSM
 
+ALIGNMENT = 64  # bytes: of a weight in the memory that all share
 BITS = {"int8": 8, "int4": 4}
 PARTS = ("backbone", "depth", "heads")
 PRESETS = {
@@ -55,11 +57,16 @@ def quantize_model(model: CSM, scheme: str, progress: bool = False) -> None:
     if model.device.type != "cpu":
         raise CSMError(f"quantised weights run on a CPU, not on {model.device}")
     todo = [item for item in _weights(model) if item[0] in types]
-    for part, module, name, norm_K in tqdm(todo, desc=f"quantising to {scheme}", disable=not progress, leave=False):
+    if any(isinstance(getattr(module, name), QuantizedWeight) for _, module, name, _ in _weights(model)):
+        raise CSMError("the model is quantised already")
+    shapes = [packed_shape(getattr(module, name).shape, BITS[types[part]]) for part, module, name, _ in todo]
+    sizes = [-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes]
+    buffers = huge_page_buffer(sum(sizes)).split(sizes)  # in the order in which they are read
+    bar = tqdm(todo, desc=f"quantising to {scheme}", disable=not progress, leave=False)
+    for (part, module, name, norm_K), shape, buffer in zip(bar, shapes, buffers, strict=True):
         weight = getattr(module, name)
-        if isinstance(weight, QuantizedWeight):
-            raise CSMError("the model is quantised already")
-        replacement = quantize(weight.detach(), BITS[types[part]], weight.dtype, norm_K)
+        out = buffer[: math.prod(shape)].view(shape)
+        replacement = quantize(weight.detach(), BITS[types[part]], weight.dtype, norm_K, out)
         delattr(module, name)  # a parameter's name takes nothing but parameters
         setattr(module, name, replacement)
 
@@ -78,23 +85,23 @@ def _weights(model: CSM) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
 
 
 @torch.no_grad()
-def quantize(weight: Tensor, bits: int, dtype: torch.dtype, norm_K: Tensor | None = None) -> QuantizedWeight:
+def quantize(
+    weight: Tensor, bits: int, dtype: torch.dtype, norm_K: Tensor | None = None, out: Tensor | None = None
+) -> QuantizedWeight:
     """Quantise a weight, (N, K) or (L, N, K), that is multiplied with inputs of ``dtype``.
 
     ``norm_K`` is the weight of the RMSNorm that its inputs come from: their size, and so what an error counts, is in
-    proportion to it.
+    proportion to it. ``out``, uint8 of ``packed_shape``, receives the bytes.
     """
     importance_K = torch.ones(weight.shape[-1]) if norm_K is None else norm_K.detach().float().square().cpu()
-    if weight.ndim == 3:
-        packed = torch.stack([_packed(part, bits, importance_K) for part in weight])
-    else:
-        packed = _packed(weight, bits, importance_K)
+    packed = torch.empty(packed_shape(weight.shape, bits), dtype=torch.uint8) if out is None else out
+    parts = [(weight, packed)] if weight.ndim == 2 else list(zip(weight, packed, strict=True))
+    for part_NK, part_out in parts:
+        if native.use_native_quantization(part_NK):
+            native.quantize(part_NK, importance_K, bits, LARGEST_BECOMES[bits], part_out)
+        else:
+            part_out.copy_(pack(*quantize_blocks(part_NK.float(), bits, importance_K), bits))
     return QuantizedWeight(packed, weight.shape, bits, dtype)
-
-
-def _packed(weight_NK: Tensor, bits: int, importance_K: Tensor) -> Tensor:
-    packed = native.quantize(weight_NK, importance_K, bits, LARGEST_BECOMES[bits])
-    return pack(*quantize_blocks(weight_NK.float(), bits, importance_K), bits) if packed is None else packed
 
 
 def quantize_blocks(weight_NK: Tensor, bits: int, importance_K: Tensor) -> tuple[Tensor, Tensor]:

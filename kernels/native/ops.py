@@ -13,7 +13,7 @@ from torch import Tensor
 
 from csm.kernels.launch import row_stride
 from csm.kernels.native import library
-from csm.kernels.quantized import LARGEST, LEAST, QuantizedWeight, Weight, packed_shape
+from csm.kernels.quantized import LARGEST, LEAST, QuantizedWeight, Weight
 
 MAX_ROWS = 8  # beyond, PyTorch's own products of floats win; those with quantised weights it does not have
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -91,17 +91,19 @@ def _residual(x_BTD: Tensor) -> tuple[int, int]:
     return x_BTD.data_ptr(), x_BTD.shape[2] if x_BTD.is_contiguous() else row_stride(x_BTD)
 
 
-def quantize(weight_NK: Tensor, importance_K: Tensor, bits: int, largest_becomes: Sequence[float]) -> Tensor | None:
-    """What ``csm.quantize.quantize_blocks`` chooses, packed; None where the native ops do not run."""
-    if not weight_NK.is_cpu or weight_NK.dtype not in DTYPES or _ops() is None:
-        return None
+def use_native_quantization(weight: Tensor) -> bool:
+    """Whether the scales of a weight are searched natively."""
+    return weight.is_cpu and weight.dtype in DTYPES and _ops() is not None
+
+
+def quantize(weight_NK: Tensor, importance_K: Tensor, bits: int, largest_becomes: Sequence[float], out: Tensor) -> None:
+    """Write what ``csm.quantize.quantize_blocks`` chooses into ``out``, packed."""
     (n, k), weight_NK = weight_NK.shape, weight_NK.contiguous()
-    out = torch.empty(packed_shape(n, k, bits), dtype=torch.uint8)
+    assert out.is_contiguous()
     extremes, importance_K = torch.tensor(largest_becomes), importance_K.float().contiguous()
     tensors = (weight_NK.data_ptr(), n, k, importance_K.data_ptr())
     levels = (KINDS[bits], LEAST[bits], LARGEST[bits], extremes.data_ptr(), len(extremes))
     _ops().csm_quantize(DTYPES[weight_NK.dtype], *tensors, *levels, out.data_ptr(), torch.get_num_threads())
-    return out
 
 
 def norm_linear(x_BTD: Tensor, norm_D: Tensor, weight_ED: Weight, eps: float) -> Tensor:

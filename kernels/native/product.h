@@ -16,7 +16,6 @@ namespace csm {
 constexpr int64_t BLOCK = 32;                             // values that share a scale
 constexpr int64_t PAIR = 2 * BLOCK;                       // k of a packed weight is filled up to a multiple
 constexpr int64_t SCALE_BYTES = 2 * LANES * 2;            // of a pair of blocks
-constexpr int64_t PREFETCH = 2048;                        // bytes ahead of what is being multiplied
 constexpr int64_t ROWS_AT_ONCE = 4;                       // rows of the input that a loaded weight is multiplied with
 
 enum Kind : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
@@ -111,7 +110,6 @@ inline void tile_product(const uint8_t* tile, const Weight& w, const Input& x, i
     Floats acc[M];
     for (int i = 0; i < M; i++) acc[i] = zeros();
     for (int64_t pair = 0; pair < pairs; pair++, tile += BYTES) {
-        for (int64_t i = 0; i < BYTES; i += 64) __builtin_prefetch(tile + PREFETCH + i);
         for (int half = 0; half < 2; half++) {
             const int64_t block = 2 * pair + half;
             Ints even[M], odd[M];
