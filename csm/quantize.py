@@ -50,8 +50,9 @@ def parse_scheme(scheme: str) -> dict[str, str]:
 def quantize_model(model: CSM, scheme: str, progress: bool = False) -> None:
     """Replace the weights that are multiplied by quantised ones, in place; embeddings and norms stay as they are.
 
-    The model can then run, but neither be trained nor saved. Each weight's memory is freed as it is replaced. Raises
-    CSMError for an unknown scheme, and for a model that is not on a CPU.
+    The model can then run, but neither be trained nor saved. Each weight's memory is freed as it is replaced. Without
+    native ops a weight gets the quantised values in its own dtype. Raises CSMError for an unknown scheme, and for a
+    model that is not on a CPU or quantised already.
     """
     types = parse_scheme(scheme)
     if model.device.type != "cpu":
@@ -61,6 +62,7 @@ def quantize_model(model: CSM, scheme: str, progress: bool = False) -> None:
         raise CSMError("the model is quantised already")
     shapes = [packed_shape(getattr(module, name).shape, BITS[types[part]]) for part, module, name, _ in todo]
     sizes = [-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes]
+    runs = native.is_available()
     buffers = huge_page_buffer(sum(sizes)).split(sizes)  # in the order in which they are read
     bar = tqdm(todo, desc=f"quantising to {scheme}", disable=not progress, leave=False)
     for (part, module, name, norm_K), shape, buffer in zip(bar, shapes, buffers, strict=True):
@@ -68,7 +70,7 @@ def quantize_model(model: CSM, scheme: str, progress: bool = False) -> None:
         out = buffer[: math.prod(shape)].view(shape)
         replacement = quantize(weight.detach(), BITS[types[part]], weight.dtype, norm_K, out)
         delattr(module, name)  # a parameter's name takes nothing but parameters
-        setattr(module, name, replacement)
+        setattr(module, name, replacement if runs else nn.Parameter(replacement.dequantize(), requires_grad=False))
 
 
 def _weights(model: CSM) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:

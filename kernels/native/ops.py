@@ -54,6 +54,11 @@ def _ops() -> Any:
     return ops
 
 
+def is_available() -> bool:
+    """Whether there are native ops: built, or from the cache."""
+    return _ops() is not None
+
+
 def isa() -> str:
     """The instructions that the int8 and int4 products were compiled for; an empty string without native ops."""
     return _ops().csm_isa().decode() if _ops() else ""
@@ -93,7 +98,7 @@ def _residual(x_BTD: Tensor) -> tuple[int, int]:
 
 def use_native_quantization(weight: Tensor) -> bool:
     """Whether the scales of a weight are searched natively."""
-    return weight.is_cpu and weight.dtype in DTYPES and _ops() is not None
+    return weight.is_cpu and weight.dtype in DTYPES and is_available()
 
 
 def quantize(weight_NK: Tensor, importance_K: Tensor, bits: int, largest_becomes: Sequence[float], out: Tensor) -> None:
