@@ -18,7 +18,7 @@ LAYERS = [
     {"csm.audio", "csm.graph", "csm.kernels", "csm.weights"},
     {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt"},
     {"csm.model"},
-    {"csm.lora"},
+    {"csm.lora", "csm.quantize"},
     {"csm.frame"},
     {"csm.prefill"},
     {"csm.engine"},
@@ -44,6 +44,7 @@ FOLDERS = {
     "csm/evaluate": "csm.evaluate",
     "csm/finetune": "csm.finetune",
     "kernels": "csm.kernels",
+    "kernels/native": "csm.kernels.native",
     "weights": "csm.weights",
     "weights/recipe": "csm.weights.recipe",
 }
