@@ -1,8 +1,7 @@
 """The ops in C++, for CPUs: compiled on first use by the C++ compiler at hand, and kept in the user's cache.
 
 The library has a C interface and knows nothing of PyTorch or Python, so it takes seconds to compile and needs no
-headers but the compiler's own. It runs on OpenMP's threads, which are PyTorch's too: both link the one libgomp that
-PyTorch brings. ``docs/cpu.md`` says more.
+headers but the compiler's own. ``docs/cpu.md`` says more.
 """
 
 from __future__ import annotations
@@ -19,10 +18,8 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-import torch  # loads the OpenMP library that ours is to share
-
 HERE = Path(__file__).parent
-SOURCES = ("ops.cpp", "product.h", "quantize.h", "sample.h", "simd.h")
+SOURCES = ("ops.cpp", "pool.h", "product.h", "quantize.h", "sample.h", "simd.h")
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-w")
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -34,7 +31,6 @@ class NativeUnavailableWarning(UserWarning):
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled ops, built if need be. None, and a warning, where they cannot be."""
-    assert torch.__version__
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None or sys.platform == "win32":
         return _unavailable("there is no C++ compiler (tried $CXX, c++, g++ and clang++): install g++")
@@ -70,9 +66,8 @@ def build(compiler: str) -> Path:
 
 
 def _target() -> list[str]:
-    """Compile for this very CPU, and for OpenMP where the compiler finds it: else on one thread."""
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    return ["-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native", *openmp]
+    """Compile for this very CPU."""
+    return ["-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native", "-pthread"]
 
 
 def _cpu() -> str:

@@ -5,10 +5,7 @@
 // that does not depend on the number of threads.
 #include <cmath>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
+#include "pool.h"
 #include "product.h"
 #include "quantize.h"
 #include "sample.h"
@@ -17,23 +14,15 @@ namespace csm {
 namespace {
 
 constexpr int64_t SERIAL_ROWS = 4;             // up to here a row is prepared sooner than a thread is woken
+constexpr int64_t LEAST_TILES = 4, PIECES = 8;  // of a thread's part: what another may take over while it is held up
 constexpr int64_t SERIAL_ATTENTION = 1 << 15;  // multiplications
 
-// f(first, last) over parts of 0..n, one for each thread, always the same for the same n and threads.
 template <class F>
 void parallel(int64_t threads, int64_t n, const F& f) {
-    threads = std::min(threads, n);
-#if defined(_OPENMP)
-    if (threads > 1) {
-#pragma omp parallel num_threads(int(threads))
-        {
-            int64_t index = omp_get_thread_num(), count = omp_get_num_threads();
-            f(n * index / count, n * (index + 1) / count);
-        }
-        return;
-    }
-#endif
-    if (n > 0) f(0, n);
+    if (threads > 1 && n > 1)
+        Pool::instance().run(threads, n, 1, f);
+    else if (n > 0)
+        f(0, n);
 }
 
 // Buffers of the calling thread: they grow to the largest call and stay.
@@ -85,8 +74,12 @@ const Input& prepare(const T* x, int64_t x_stride, int64_t rows, const T* norm, 
 // f(first, last) over the outputs, cut where tiles begin.
 template <class F>
 void parallel_outputs(int64_t threads, int64_t n, const F& f) {
-    parallel(threads, (n + LANES - 1) / LANES,
-             [&](int64_t first, int64_t last) { f(first * LANES, std::min(last * LANES, n)); });
+    const int64_t tiles = (n + LANES - 1) / LANES, piece = std::max(LEAST_TILES, tiles / (threads * PIECES));
+    const auto outputs = [&](int64_t first, int64_t last) { f(first * LANES, std::min(last * LANES, n)); };
+    if (threads > 1)
+        Pool::instance().run(threads, tiles, piece, outputs);
+    else
+        outputs(0, tiles);
 }
 
 template <class T>
