@@ -26,7 +26,7 @@ slow: .venv/installed-test
 fullsize: .venv/installed-test
 	$(BIN)/python -m pytest -m fullsize -s
 
-# What every kernel becomes on four families of GPUs; needs none.
+# Compiles every kernel for four GPU architectures; needs no GPU.
 kernels: .venv/installed
 	$(BIN)/python bench.py --kernels --batch 1 4 8 32
 
@@ -53,7 +53,7 @@ tiny: .venv/installed-eval
 	$(RECIPE).export codec $(TINY)/codec/checkpoint.pt $(TINY)/codes.safetensors
 	$(RECIPE).export start $(TINY)/codes.safetensors $(TINY)/start
 	$(FINETUNE) --data $(TINY)/train.jsonl --model $(TINY)/start --config $(TINY)/start/config.json --out $(TINY)/turns \
-		--steps 3000 --batch-size 16 --learning-rate 1.5e-3 --warmup 300 --final-rate 0.8
+		--steps 3000 --batch-size 16 --learning-rate 1.5e-3 --warmup 300 --min-lr-ratio 0.8
 	$(FINETUNE) --data $(TINY)/talks.jsonl --model $(TINY)/turns/model --out $(TINY)/talks --context 2 --code-noise 0.15 \
 		--steps 15000 --batch-size 24 --batch-rows 1300 --learning-rate 1.3e-3 --warmup 100
 	$(RECIPE).drawn $(TINY)/train.jsonl $(TINY)/talks/model $(TINY)/drawn.npz

@@ -9,17 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
+import csm
+from csm.bench import rows
+from csm.bench.command import main
+from csm.bench.model_setup import load, small_setup
+from csm.bench.rows import Configuration, frame_bytes
+from csm.bench.stepping import eager
 from csm.config import CSM_1B
 from noise import NOISE
 
-ROOT = Path(bench.__file__).parent
+ROOT = Path(csm.__file__).parent.parent
 SMALL = ["--model", NOISE, "--device", "cpu", "--quiet", "--frames", "2", "--max-seconds", "0.16"]
-SETUP = bench.load(bench.parse_arguments(SMALL))
+SETUP = load(NOISE, "cpu", None)
 
 
 def run(capsys, *args):
-    assert bench.main([*args]) == 0
+    assert main([*args]) == 0
     lines = capsys.readouterr().out.splitlines()
     return lines, json.loads(lines[-1])
 
@@ -29,13 +34,15 @@ def test_the_last_line_is_json(capsys, tmp_path):
     assert [(row["name"], row["batch"]) for row in result["rows"]] == [
         ("eager", 1),
         ("eager", 2),
+        ("text to audio", 1),
+        ("text to audio", 2),
         ("transformers", 1),
         ("transformers", 2),
     ]
     for row in result["rows"]:
         assert 0 < row["median_ms"] <= row["p95_ms"]
         assert row["audio_per_second"] == pytest.approx(row["batch"] * 80 / row["median_ms"])
-    assert result["refused"] == []
+    assert result["not_timed"] == []
     assert result["first_audio"]["cached_ms"] > 0
     assert len(result["sentences"]) == 11
     assert result["profile_reference"][0]["ms"] > 0
@@ -44,33 +51,49 @@ def test_the_last_line_is_json(capsys, tmp_path):
     assert (tmp_path / "bench.md").read_text().splitlines() == lines[:-1]
 
 
-def test_the_embedded_checkpoint_is_measured_though_it_ends(capsys):
-    _, result = run(capsys, "--model", "tiny", "--device", "cpu", "--quiet", "--frames", "2", "--rows", "eager")
-    assert [row["name"] for row in result["rows"]] == ["eager"]
+def test_the_embedded_voice_is_measured_though_it_ends_its_sentence(capsys):
+    """HF Transformers' row too: it would stop at the frame of zeros."""
+    asked = ["--rows", "eager", "transformers", "--frames", "24"]
+    _, result = run(capsys, "--model", "tiny", "--device", "cpu", "--quiet", "--max-seconds", "0.16", *asked)
+    assert [row["name"] for row in result["rows"]] == ["eager", "transformers"]
+    assert result["not_timed"] == []
 
 
-def test_what_does_not_pass_its_check_is_not_timed(capsys, monkeypatch):
+def test_what_cannot_be_timed_is_a_row_with_its_reason(capsys, monkeypatch):
     def wrong(setup, batch):
-        speak = bench.eager(setup, batch)
-        return lambda frames: [(ms, codes ^ 1) for ms, codes in speak(frames)]
+        generate = eager(setup, batch)
+        return lambda frames: [(ms, codes ^ 1) for ms, codes in generate(frames)]
+
+    def short(setup, batch):
+        generate = eager(setup, batch)
+        return lambda frames: generate(frames)[:4]
 
     def broken(setup, batch):
         raise RuntimeError("not on this machine")
 
-    monkeypatch.setattr(
-        bench, "configurations", lambda names, device: {"eager": bench.eager, "wrong": wrong, "broken": broken}
-    )
-    _, result = run(capsys, *SMALL)
+    unchecked = Configuration(short, check=lambda setup, batch: None)
+    made = {"wrong": Configuration(wrong), "short": unchecked, "broken": Configuration(broken)}
+    monkeypatch.setattr(rows, "CONFIGURATIONS", {**made, "eager": Configuration(eager)})
+    lines, result = run(capsys, *SMALL, "--rows", "wrong", "short", "broken", "eager")
     assert [row["name"] for row in result["rows"]] == ["eager"]
-    assert result["refused"] == [
-        "wrong, batch 1: not timed, its codes differ from frame 0 on",
-        "broken, batch 1: not timed, RuntimeError: not on this machine",
-    ]
+    assert {row["name"]: row["not_timed_because"] for row in result["not_timed"]} == {
+        "wrong": "its greedy codes differ from the eager step's from frame 0 on",
+        "short": "generation ended after 4 of 5 frames; give fewer --frames",
+        "broken": "RuntimeError: not on this machine",
+    }
+    for row in result["not_timed"]:
+        assert any(line.startswith(f"| {row['name']} |") and row["not_timed_because"] in line for line in lines)
 
 
-def test_a_speakers_frames_are_its_own(capsys):
-    """Each frame's codes are kept, not the buffer that the last frame stands in."""
-    codes = [codes_BK for _, codes_BK in bench.eager(bench.small_setup(SETUP), 1)(4)]
+def test_a_row_that_needs_a_gpu_says_so(capsys):
+    _, result = run(capsys, *SMALL, "--rows", "graph, kernels", "eager, kernels", "eager")
+    assert [row["name"] for row in result["rows"]] == ["eager"]
+    assert all("cpu" in row["not_timed_because"] for row in result["not_timed"])
+
+
+def test_each_frame_has_codes_of_its_own():
+    """A copy of each frame's codes is kept, not the buffer that the last frame overwrites."""
+    codes = [codes_BK for _, codes_BK in eager(small_setup(SETUP), 1)(4)]
     assert len({tuple(frame.flatten().tolist()) for frame in codes}) == 4
 
 
@@ -84,16 +107,18 @@ def test_count(capsys):
 
 
 COMPILE = """
-import sys, torch, bench
+import sys
+from csm.bench.machine_code import compiled_kernels
+from csm.bench.model_setup import DTYPES
 from csm.config import CSM_1B
-bench.GPU_ARCHS = tuple(map(int, sys.argv[3].split()))
-kernels = bench.compiled_kernels(CSM_1B, [int(sys.argv[1])], bench.DTYPES[sys.argv[2]], quiet=True)
+gpu_archs = [int(arch) for arch in sys.argv[3].split()]
+kernels = compiled_kernels(CSM_1B, [int(sys.argv[1])], DTYPES[sys.argv[2]], True, gpu_archs)
 for kernel in kernels:
     assert kernel.spilled_bytes == 0, kernel
     assert kernel.load_bits >= 64, kernel
     if kernel.kernel.endswith("_rows") and kernel.gpu_arch >= 90:  # its weights are on their way before it waits
         sizes = dict(pair.split("=") for pair in kernel.constants.split())
-        tile = int(sizes["BLOCK_N"]) * int(sizes["BLOCK_K"]) * bench.DTYPES[sys.argv[2]].itemsize
+        tile = int(sizes["BLOCK_N"]) * int(sizes["BLOCK_K"]) * DTYPES[sys.argv[2]].itemsize
         assert kernel.early_bytes >= tile * (2 if "swiglu" in kernel.kernel else 1), kernel
 print(len({kernel.kernel for kernel in kernels}), *sorted({kernel.gpu_arch for kernel in kernels}))
 """
@@ -121,10 +146,10 @@ def test_kernels_compile_for_every_family(batch, dtype):
 
 def test_bytes_of_a_frame():
     """The figure of the roofline: 8.98 GB in bfloat16."""
-    assert round(bench.frame_bytes(CSM_1B, torch.bfloat16) / 1e9, 2) == 8.98
+    assert round(frame_bytes(CSM_1B, torch.bfloat16) / 1e9, 2) == 8.98
 
 
-@pytest.mark.parametrize("args", [["--rows", "abacus"], ["--rows", "graph, kernels"], ["--model", "nowhere"]])
+@pytest.mark.parametrize("args", [["--rows", "abacus"], ["--model", "nowhere"]])
 def test_bad_inputs(capsys, args):
-    assert bench.main([*SMALL, *args]) == 2
+    assert main([*SMALL, *args]) == 2
     assert capsys.readouterr().err.startswith("bench.py: error: ")

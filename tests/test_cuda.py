@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import bench
 from csm import Generator, Segment
 from csm.__main__ import main
-from csm.config import CSM_1B, MIMI
+from csm.bench.model_setup import prompt_rows, random_weights
+from csm.config import CSM_1B
 from csm.frame import FrameState, decode_frame
 from csm.graph import Graph, Pool
 from csm.kernels.sample import gumbel_noise
@@ -114,15 +114,15 @@ def test_kernels_speak_the_references_codes(plain, monkeypatch, batch):
 def test_kernels_at_full_size(monkeypatch):
     """CSM-1B's shape, random weights: 200 greedy frames. In bfloat16 the first differing frame is reported."""
     for dtype in (torch.float32, torch.bfloat16):
-        weights = bench.random_weights(CSM_1B, torch.device("cuda"), dtype)
-        setup, codes = bench.Setup(CSM_1B, MIMI, weights, "random"), []
+        weights = random_weights(CSM_1B, torch.device("cuda"), dtype)
+        device, codes = torch.device("cuda"), []
         for ops in ("reference", "triton"):
-            model = CSM.from_state_dict(CSM_1B, weights, setup.device)
-            state = FrameState.allocate(CSM_1B, 1, setup.device, dtype)
+            model = CSM.from_state_dict(CSM_1B, weights, device)
+            state = FrameState.allocate(CSM_1B, 1, device, dtype)
             monkeypatch.setenv("CSM_OPS", ops)
-            graph = Graph(lambda state=state, model=model: decode_frame(model, state, 512), state.buffers, setup.device)
+            graph = Graph(lambda state=state, model=model: decode_frame(model, state, 512), state.buffers, device)
             monkeypatch.setenv("CSM_OPS", "reference")
-            Prefill(model).start(state, 0, *bench.prompt_rows(CSM_1B), SamplingParams(temperature=0))
+            Prefill(model).start(state, 0, *prompt_rows(CSM_1B), SamplingParams(temperature=0))
             spoken = []
             for _ in range(200):
                 graph.replay()

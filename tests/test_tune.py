@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-import bench
+from csm.bench import tune
+from csm.bench.command import main
+from csm.bench.launches import frame_launches
 from csm.config import CSM_1B
-from csm.kernels import launch_config, tune
+from csm.kernels import launch_config
 from csm.kernels.launch import launches
 
 CPU = torch.device("cpu")
@@ -25,15 +27,8 @@ def empty_table(monkeypatch):
     launch_config._launch_config.cache_clear()
 
 
-def launches_of(config, *batches):
-    with launches() as seen:
-        for batch in batches:
-            bench.shadow_step(config, batch, torch.bfloat16)()
-    return seen
-
-
-def products_of(config, batch):
-    return tune.products(launches_of(config, batch))
+def products_of(config, *batches):
+    return tune.products([launch for batch in batches for launch in frame_launches(config, batch, torch.bfloat16)])
 
 
 def test_products_of_a_frame():
@@ -47,7 +42,7 @@ def test_products_of_a_frame():
         "attention_linear_add 1024x1024 bfloat16 rows",
         "norm_linear 2048x1024 bfloat16 rows",
     } <= set(keys)
-    assert tune.products(launches_of(CSM_1B, 1, 8))[0].rows == (1, 1)
+    assert products_of(CSM_1B, 1, 8)[0].rows == (1, 1)
     assert "norm_swiglu 16384x2048 bfloat16 matmul 32" in {product.key for product in products_of(CSM_1B, 32)}
 
 
@@ -86,6 +81,6 @@ def test_the_fallback_can_win():
 
 def test_tuning_needs_a_gpu(capsys):
     before = launch_config.TABLE.read_bytes()
-    assert bench.main(["--tune", "--quiet"]) == 2
+    assert main(["--tune", "--quiet"]) == 2
     assert "GPU" in capsys.readouterr().err
     assert launch_config.TABLE.read_bytes() == before

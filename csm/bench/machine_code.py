@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from csm.bench.launches import frame_launches
+from csm.bench.report import table
+from csm.config import CSMConfig
 from csm.kernels.launch import Launch, triton
 
 GPU_ARCHS = (80, 89, 90, 120)
@@ -146,3 +151,26 @@ def load_widths(ptx: str) -> list[int]:
         elif copied:
             widths.append(8 * int(copied, 0))
     return widths
+
+
+def compiled_kernels(
+    config: CSMConfig,
+    batches: Sequence[int],
+    dtype: torch.dtype,
+    quiet: bool,
+    gpu_archs: Sequence[int] = GPU_ARCHS,
+) -> list[Compiled]:
+    """Every kernel of a frame at these batch sizes, compiled for every GPU architecture."""
+    seen = [launch for batch in batches for launch in frame_launches(config, batch, dtype)]
+    jobs = [(launch, gpu_arch) for launch in distinct(seen) for gpu_arch in gpu_archs]
+    with ThreadPoolExecutor() as pool:
+        done = pool.map(lambda job: examine(*job), jobs)
+        return list(tqdm(done, total=len(jobs), unit="kernel", disable=quiet, leave=False))
+
+
+def kernels_report(
+    config: CSMConfig, batches: Sequence[int], dtype: torch.dtype, quiet: bool
+) -> tuple[str, dict[str, Any]]:
+    """The table of compiled kernels: Markdown, and the same for JSON."""
+    rows = [kernel._asdict() for kernel in compiled_kernels(config, batches, dtype, quiet)]
+    return table(rows), {"kernels": rows, "spilled": [row for row in rows if row["spilled_bytes"]]}
