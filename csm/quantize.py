@@ -8,7 +8,9 @@ Shapes: N outputs, K inputs, J blocks of 32 inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,16 @@ from tqdm import tqdm
 
 from csm.errors import CSMError
 from csm.kernels.native import ops as native
-from csm.kernels.quantized import BLOCK, LARGEST, LEAST, QuantizedWeight, huge_page_buffer, pack, packed_shape
+from csm.kernels.quantized import (
+    BLOCK,
+    LARGEST,
+    LEAST,
+    QuantizedWeight,
+    Weight,
+    huge_page_buffer,
+    pack,
+    packed_shape,
+)
 from csm.model import CSM
 
 ALIGNMENT = 64  # bytes: of a weight in the memory that all share
@@ -47,43 +58,63 @@ def parse_scheme(scheme: str) -> dict[str, str]:
     return types
 
 
-def quantize_model(model: CSM, scheme: str, progress: bool = False) -> None:
+class ModelWeight(NamedTuple):
+    """A weight that is multiplied: its part of the model, its name, itself, and the weight of its inputs' RMSNorm."""
+
+    part: str
+    name: str
+    value: Weight
+    norm_K: Tensor | None
+
+
+def quantize_model(
+    model: CSM, scheme: str, progress: bool = False, read: Callable[[str], Tensor] | None = None
+) -> None:
     """Replace the weights that are multiplied by quantised ones, in place; embeddings and norms stay as they are.
 
-    The model can then run, but neither be trained nor saved. Each weight's memory is freed as it is replaced. Without
-    native ops a weight gets the quantised values in its own dtype. Raises CSMError for an unknown scheme, and for a
-    model that is not on a CPU or quantised already.
+    ``read`` gives a weight by its name, one at a time, where the model's own are on the meta device. The model can then
+    run, but neither be trained nor saved. Each weight's memory is freed as it is replaced. Without native ops a weight
+    gets the quantised values in its own dtype. Raises CSMError for an unknown scheme, and for a model that is not on a
+    CPU or quantised already.
     """
     types = parse_scheme(scheme)
-    if model.device.type != "cpu":
+    if model.backbone.norm.device.type != "cpu":
         raise CSMError(f"quantised weights run on a CPU, not on {model.device}")
-    todo = [item for item in _weights(model) if item[0] in types]
-    if any(isinstance(getattr(module, name), QuantizedWeight) for _, module, name, _ in _weights(model)):
+    if any(isinstance(weight.value, QuantizedWeight) for weight in quantized_weights(model)):
         raise CSMError("the model is quantised already")
-    shapes = [packed_shape(getattr(module, name).shape, BITS[types[part]]) for part, module, name, _ in todo]
+    todo = [(w.part, w.name, w.value.shape, w.norm_K) for w in quantized_weights(model) if w.part in types]
+    shapes = [packed_shape(shape, BITS[types[part]]) for part, _, shape, _ in todo]
     sizes = [-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes]
-    runs = native.is_available()
     buffers = huge_page_buffer(sum(sizes)).split(sizes)  # in the order in which they are read
     bar = tqdm(todo, desc=f"quantising to {scheme}", disable=not progress, leave=False)
-    for (part, module, name, norm_K), shape, buffer in zip(bar, shapes, buffers, strict=True):
-        weight = getattr(module, name)
+    for (part, name, _, norm_K), shape, buffer in zip(bar, shapes, buffers, strict=True):
+        weight = model.get_parameter(name).detach() if read is None else read(name)
         out = buffer[: math.prod(shape)].view(shape)
-        replacement = quantize(weight.detach(), BITS[types[part]], weight.dtype, norm_K, out)
-        delattr(module, name)  # a parameter's name takes nothing but parameters
-        setattr(module, name, replacement if runs else nn.Parameter(replacement.dequantize(), requires_grad=False))
+        quantized = quantize(weight, BITS[types[part]], weight.dtype, norm_K, out)
+        dequantized = None if native.is_available() else nn.Parameter(quantized.dequantize(), requires_grad=False)
+        set_weight(model, name, quantized if dequantized is None else dequantized)
 
 
-def _weights(model: CSM) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
-    """Every weight that is multiplied: its part, where it is, and the norm's weight that its inputs come from."""
-    for part, transformer in (("backbone", model.backbone), ("depth", model.depth_decoder)):
-        for layer in transformer.layers:
-            yield part, layer.attention, "qkv", layer.attention.norm
-            yield part, layer.attention, "output", None
-            yield part, layer.mlp, "gate_up", layer.mlp.norm
-            yield part, layer.mlp, "down", None
-    yield "heads", model, "projection", model.backbone.norm
-    yield "heads", model, "codebook0_head", model.backbone.norm
-    yield "heads", model, "depth_heads", model.depth_decoder.norm
+def quantized_weights(model: CSM) -> Iterator[ModelWeight]:
+    """Every weight that a scheme can name, in the order in which a frame reads them."""
+    for part, stack in (("backbone", "backbone"), ("depth", "depth_decoder")):
+        for index, layer in enumerate(getattr(model, stack).layers):
+            name, attention, mlp = f"{stack}.layers.{index}", layer.attention, layer.mlp
+            yield ModelWeight(part, f"{name}.attention.qkv", attention.qkv, attention.norm)
+            yield ModelWeight(part, f"{name}.attention.output", attention.output, None)
+            yield ModelWeight(part, f"{name}.mlp.gate_up", mlp.gate_up, mlp.norm)
+            yield ModelWeight(part, f"{name}.mlp.down", mlp.down, None)
+    yield ModelWeight("heads", "projection", model.projection, model.backbone.norm)
+    yield ModelWeight("heads", "codebook0_head", model.codebook0_head, model.backbone.norm)
+    yield ModelWeight("heads", "depth_heads", model.depth_heads, model.depth_decoder.norm)
+
+
+def set_weight(model: CSM, name: str, weight: nn.Parameter | QuantizedWeight) -> None:
+    """Replace a weight by one of any kind."""
+    module_name, _, attribute = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    delattr(module, attribute)  # a parameter's name takes nothing but parameters
+    setattr(module, attribute, weight)
 
 
 @torch.no_grad()
@@ -133,14 +164,12 @@ def quantize_blocks(weight_NK: Tensor, bits: int, importance_K: Tensor) -> tuple
     return best_q_NJB.flatten(1)[:, :K].to(torch.int8), best_scale_NJ1.squeeze(2).half()
 
 
-def describe(model: CSM) -> Mapping[str, int]:
+def weight_bytes(model: CSM) -> dict[str, int]:
     """Bytes of the model's weights by kind: ``int4``, ``int8`` and the dtypes of the others."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for tensor in [*model.parameters(), *model.buffers()]:
-        name = str(tensor.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + tensor.nbytes
-    for _, module, attribute, _ in _weights(model):
-        weight = getattr(module, attribute)
-        if isinstance(weight, QuantizedWeight):
-            sizes[f"int{weight.bits}"] = sizes.get(f"int{weight.bits}", 0) + weight.nbytes
-    return sizes
+        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    for weight in quantized_weights(model):
+        if isinstance(weight.value, QuantizedWeight):
+            sizes[f"int{weight.value.bits}"] += weight.value.nbytes
+    return dict(sizes)

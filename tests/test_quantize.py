@@ -1,18 +1,31 @@
 """Quantised weights: the search for scales, schemes, and models that run with them, with and without a compiler."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_kernels import randn
 
 from csm import Generator
-from csm.errors import CSMError
+from csm.__main__ import main
+from csm.errors import CheckpointError, CSMError
 from csm.kernels.native import library, ops
 from csm.kernels.quantized import QuantizedWeight, dense, huge_page_buffer, packed_shape, unpack
-from csm.quantize import PRESETS, parse_scheme, quantize, quantize_blocks, quantize_model
+from csm.quantize import (
+    PRESETS,
+    parse_scheme,
+    quantize,
+    quantize_blocks,
+    quantize_model,
+    quantized_weights,
+    weight_bytes,
+)
+from csm.quantized_model import open_quantized, read_quantized
+from csm.weights import open_checkpoint
 
 
 def error(weight, q, scale, importance):
@@ -173,3 +186,69 @@ def test_without_a_compiler_a_model_gets_the_quantised_values(monkeypatch):
         qkv = [model.backbone.layers[index].attention.qkv for model in models]
         different = (dense(qkv[0]) != dense(qkv[1])).float().mean().item()
         assert different < 0.02  # blocks where the search meets a tie
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The embedded checkpoint, written as int4 by the command."""
+    out = tmp_path_factory.mktemp("quantised") / "tiny-int4"
+    assert main(["quantize", "tiny", "--scheme", "int4", "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler")
+class TestFolder:
+    def test_it_generates_what_the_model_quantised_on_load_does(self, folder):
+        checkpoint, model = open_quantized(folder)
+        generator = Generator(checkpoint, model)
+        loaded = Generator.from_pretrained("tiny", device="cpu", dtype=torch.bfloat16, progress=False)
+        quantize_model(loaded.model, "int4")
+        arguments = dict(text="Good morning.", seed=0, max_audio_length_ms=800)
+        codes = generator.generate_codes(**arguments)
+        assert torch.equal(codes, loaded.generate_codes(**arguments))
+        audio = generator.decode(codes)
+        torch.testing.assert_close(audio, loaded.decode(codes))
+
+    def test_a_model_read_weight_by_weight_is_the_same(self, folder):
+        checkpoint = open_checkpoint("tiny")
+        streamed = read_quantized(checkpoint, "backbone=int8,heads=int4", torch.float32)
+        whole = Generator.from_pretrained("tiny", device="cpu", dtype=torch.float32, progress=False).model
+        quantize_model(whole, "backbone=int8,heads=int4")
+        assert weight_bytes(streamed) == weight_bytes(whole)
+        for ours, expected in zip(quantized_weights(streamed), quantized_weights(whole), strict=True):
+            assert torch.equal(dense(ours.value), dense(expected.value))
+        for name, parameter in whole.named_parameters():
+            assert torch.equal(streamed.get_parameter(name), parameter)
+        assert torch.equal(streamed.depth_embedding, whole.depth_embedding)
+
+    def test_other_folders_are_not_opened(self, tmp_path):
+        assert open_quantized("tiny") is None and open_quantized(tmp_path) is None
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda tensors: tensors.pop("projection"), "missing tensor projection"),
+            (lambda tensors: tensors.update(more=torch.zeros(1)), "unexpected tensor more"),
+            (lambda tensors: tensors.update(projection=torch.zeros(3)), "tensor projection: expected shape"),
+        ],
+    )
+    def test_a_wrong_file_is_named(self, folder, tmp_path, change, message):
+        tensors = load_file(folder / "quantized.safetensors")
+        change(tensors)
+        shutil.copyfile(folder / "config.json", tmp_path / "config.json")
+        metadata = {"csm.scheme": "int4", "csm.dtype": "bfloat16"}
+        save_file(tensors, tmp_path / "quantized.safetensors", metadata=metadata)
+        with pytest.raises(CheckpointError, match=message):
+            open_quantized(tmp_path)
+
+    def test_a_damaged_file_is_named(self, folder, tmp_path):
+        shutil.copyfile(folder / "config.json", tmp_path / "config.json")
+        whole = (folder / "quantized.safetensors").read_bytes()
+        (tmp_path / "quantized.safetensors").write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(CheckpointError, match="truncated or corrupt"):
+            open_quantized(tmp_path)
+
+
+def test_the_command_names_a_wrong_scheme(tmp_path, capsys):
+    assert main(["quantize", "tiny", "--scheme", "int5", "--out", str(tmp_path), "--quiet"]) == 2
+    assert "int5" in capsys.readouterr().err

@@ -19,7 +19,7 @@ LAYERS = [
     {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt"},
     {"csm.model"},
     {"csm.lora", "csm.quantize"},
-    {"csm.frame"},
+    {"csm.frame", "csm.quantized_model"},
     {"csm.prefill"},
     {"csm.engine"},
     {"csm.generator"},

@@ -112,6 +112,7 @@ def quantize(weight_NK: Tensor, importance_K: Tensor, bits: int, largest_becomes
 
 
 def norm_linear(x_BTD: Tensor, norm_D: Tensor, weight_ED: Weight, eps: float) -> Tensor:
+    """``csm.kernels.norm_linear``."""
     out_BTE = x_BTD.new_empty(x_BTD.shape[0], x_BTD.shape[1], weight_ED.shape[0])
     norm = (norm_D.data_ptr(), eps)
     _ops().csm_norm_linear(*_rows(x_BTD), *norm, *_weight(weight_ED), out_BTE.data_ptr(), torch.get_num_threads())
@@ -119,6 +120,7 @@ def norm_linear(x_BTD: Tensor, norm_D: Tensor, weight_ED: Weight, eps: float) ->
 
 
 def norm_swiglu(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Weight, eps: float) -> Tensor:
+    """``csm.kernels.norm_swiglu``."""
     out_BTF = x_BTD.new_empty(x_BTD.shape[0], x_BTD.shape[1], gate_up_2FD.shape[0] // 2)
     norm = (norm_D.data_ptr(), eps)
     _ops().csm_norm_swiglu(*_rows(x_BTD), *norm, *_weight(gate_up_2FD), out_BTF.data_ptr(), torch.get_num_threads())
@@ -126,6 +128,7 @@ def norm_swiglu(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Weight, eps: float) 
 
 
 def linear_add(x_BTF: Tensor, weight_DF: Weight, residual_BTD: Tensor) -> Tensor:
+    """``csm.kernels.linear_add``."""
     out_BTD = x_BTF.new_empty(residual_BTD.shape)
     out = (out_BTD.data_ptr(), torch.get_num_threads())
     _ops().csm_linear_add(*_rows(x_BTF), *_weight(weight_DF), *_residual(residual_BTD), *out)
@@ -143,6 +146,7 @@ def norm_rope_cache(
     slot_B1: Tensor,
     position_BT: Tensor,
 ) -> Tensor:
+    """``csm.kernels.norm_rope_cache``."""
     (B, T), (_, G, _, d) = x_BTD.shape[:2], k_cache_BGSd.shape
     q_BTHd = x_BTD.new_empty(B, T, qkv_ED.shape[0] // d - 2 * G, d)
     where = (rope_BTp2.data_ptr(), slot_B1.data_ptr(), position_BT.data_ptr(), position_BT.stride(0), T)
@@ -160,6 +164,7 @@ def attention_linear_add(
     weight_DE: Weight,
     residual_BTD: Tensor,
 ) -> Tensor:
+    """``csm.kernels.attention_linear_add``."""
     (B, T, H, d), G = q_BTHd.shape, k_cache_BGSd.shape[1]
     out_BTD = residual_BTD.new_empty(residual_BTD.shape)
     queries = (DTYPES[q_BTHd.dtype], q_BTHd.data_ptr(), B * T, H)
@@ -177,6 +182,7 @@ def sample(
     codes_BK: Tensor,
     table_VD: Tensor | None,
 ) -> Tensor | None:
+    """``csm.kernels.sample``."""
     (B, V), D = logits_BV.shape, 1 if table_VD is None else table_VD.shape[1]
     assert logits_BV.stride(1) == 1 and codes_BK.stride(1) == 1 and (table_VD is None or table_VD.is_contiguous())
     out_BD = None if table_VD is None else table_VD.new_empty(B, D)
