@@ -22,7 +22,16 @@ from csm.errors import CheckpointError, CSMError
 from csm.kernels.native.ops import is_available
 from csm.kernels.quantized import QuantizedWeight, huge_page_buffer, packed_shape
 from csm.model import CSM
-from csm.quantize import ALIGNMENT, BITS, PRESETS, parse_scheme, quantize_model, quantized_weights, set_weight
+from csm.quantize import (
+    ALIGNMENT,
+    BITS,
+    PRESETS,
+    ModelWeight,
+    parse_scheme,
+    quantize_model,
+    quantized_weights,
+    set_weight,
+)
 from csm.weights import Checkpoint, open_checkpoint, read_codec, read_model
 from csm.weights.checkpoint import MIMI_FILE
 from csm.weights.config_json import read_config
@@ -99,10 +108,12 @@ def open_quantized(name: str | Path) -> tuple[Checkpoint, CSM] | None:
                 raise CheckpointError(
                     f"{path}: metadata without {SCHEME} and {DTYPE}; write it again with csm quantize"
                 )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or corrupt; write it again with csm quantize ({error})") from error
-    _fill(model, tensors, parse_scheme(metadata[SCHEME]), DTYPES[metadata[DTYPE]], path)
+    types, dtype = parse_scheme(metadata[SCHEME]), DTYPES[metadata[DTYPE]]
+    _check(model, found, types, path)
+    _fill(model, types, dtype, path)
     return Checkpoint(folder, config, codec_config, table=[], file_of={}, shape_of={}), model.eval()
 
 
@@ -111,31 +122,47 @@ def _empty_model(config) -> CSM:  # type: ignore[no-untyped-def]
         return CSM(config, torch.device("cpu"))
 
 
-def _fill(model: CSM, tensors: dict[str, Tensor], types: dict[str, str], dtype: torch.dtype, path: Path) -> None:
-    """Put the file's tensors into the model, those of quantised weights copied to huge pages."""
-    expected = {name: (tuple(parameter.shape), dtype) for name, parameter in model.named_parameters()}
-    expected["depth_embedding"] = tuple(model.depth_embedding.shape), dtype
-    weights = [weight for weight in quantized_weights(model) if weight.part in types]
-    for weight in weights:
-        expected[weight.name] = packed_shape(weight.value.shape, BITS[types[weight.part]]), torch.uint8
-    for name, (shape, kind) in expected.items():
-        if name not in tensors:
+def _check(model: CSM, found: dict[str, tuple[int, ...]], types: dict[str, str], path: Path) -> None:
+    """Raise CheckpointError at the first missing tensor, wrong shape or unexpected tensor."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected["depth_embedding"] = tuple(model.depth_embedding.shape)
+    for weight in _quantized(model, types):
+        expected[weight.name] = packed_shape(weight.value.shape, BITS[types[weight.part]])
+    for name, shape in expected.items():
+        if name not in found:
             raise CheckpointError(f"{path}: missing tensor {name}")
-        if (tuple(tensors[name].shape), tensors[name].dtype) != (shape, kind):
-            found = f"{tuple(tensors[name].shape)} of {tensors[name].dtype}"
-            raise CheckpointError(f"{path}: tensor {name}: expected shape {shape} of {kind}, got {found}")
-    unexpected = sorted(set(tensors) - set(expected))
+        if found[name] != shape:
+            raise CheckpointError(f"{path}: tensor {name}: expected shape {shape}, got {found[name]}")
+    unexpected = sorted(set(found) - set(expected))
     if unexpected:
         raise CheckpointError(f"{path}: unexpected tensor {unexpected[0]}")
-    sizes = [-(-math.prod(expected[weight.name][0]) // ALIGNMENT) * ALIGNMENT for weight in weights]
-    for weight, buffer in zip(weights, huge_page_buffer(sum(sizes)).split(sizes), strict=True):
-        packed = buffer[: math.prod(expected[weight.name][0])].view(expected[weight.name][0])
-        packed.copy_(tensors.pop(weight.name))
+
+
+def _quantized(model: CSM, types: dict[str, str]) -> list[ModelWeight]:
+    return [weight for weight in quantized_weights(model) if weight.part in types]
+
+
+def _fill(model: CSM, types: dict[str, str], dtype: torch.dtype, path: Path) -> None:
+    """Put the file's tensors into the model, those of quantised weights copied to huge pages."""
+    weights = _quantized(model, types)
+    shapes = [packed_shape(weight.value.shape, BITS[types[weight.part]]) for weight in weights]
+    sizes = [-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes]
+    names = [name for name, _ in model.named_parameters()]
+    for weight, shape, buffer in zip(weights, shapes, huge_page_buffer(sum(sizes)).split(sizes), strict=True):
+        packed = buffer[: math.prod(shape)].view(shape)
+        packed.copy_(_mapped(path, weight.name))
         value = QuantizedWeight(packed, weight.value.shape, BITS[types[weight.part]], dtype)
         set_weight(model, weight.name, value if is_available() else nn.Parameter(value.dequantize(), False))
-    model.depth_embedding = tensors.pop("depth_embedding")
-    for name, tensor in tensors.items():
-        set_weight(model, name, nn.Parameter(tensor, requires_grad=False))
+        names.remove(weight.name)
+    model.depth_embedding = _mapped(path, "depth_embedding")
+    for name in names:
+        set_weight(model, name, nn.Parameter(_mapped(path, name), requires_grad=False))
+
+
+def _mapped(path: Path, name: str) -> Tensor:
+    """One tensor, through a memory map of its own: pages that were copied leave memory with it."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
