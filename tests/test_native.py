@@ -7,7 +7,9 @@ import torch
 from test_kernels import TOLERANCE, close, normed, randn
 
 from csm.kernels import (
+    BlockWeights,
     attention_linear_add,
+    block,
     draw_noise,
     linear_add,
     norm_linear,
@@ -169,6 +171,35 @@ class TestCacheOps:
         bound = bound if bits is None else bound + input_rounding(mixed, wide)
         actual = attention_linear_add(q, k[:batch], v[:batch], bias, position, weight, residual)
         check(actual, expected, bound, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (3, 1), (2, 3)])
+def test_block_is_its_ops(dtype, bits, batch, rows, monkeypatch):
+    H, G, d, dim, hidden, context = 6, 2, 8, 48, 80, 20
+    shapes = (((H + 2 * G) * d, dim), (dim, H * d), (2 * hidden, dim), (dim, hidden))
+    weights = [randn(*shape, dtype=dtype, seed=i) / math.sqrt(shape[1]) for i, shape in enumerate(shapes)]
+    qkv, output, gate_up, down = (w if bits is None else quantized(w, bits, dtype) for w in weights)
+    norms = [1 + randn(dim, dtype=dtype, seed=i) / 4 for i in range(2)]
+    x = randn(batch, 2 * rows, dim, dtype=dtype)[:, ::2]  # rows that are not contiguous
+    x = x if batch == 1 else x.contiguous()
+    position = (torch.arange(rows) + torch.arange(batch)[:, None] + 5).contiguous()
+    angle = position[..., None] * 0.1 ** torch.arange(d // 2)
+    rope = torch.stack((angle.cos(), angle.sin()), dim=-1).float()
+    bias = torch.zeros(batch, rows, context, dtype=dtype)
+    bias.masked_fill_(torch.arange(context) > position[..., None], -math.inf)
+    slots = torch.arange(batch)[:, None]
+
+    def run():
+        k, v = (randn(batch, G, context, d, dtype=dtype, seed=i) for i in range(2))
+        parts = BlockWeights(norms[0], qkv, output, norms[1], gate_up, down)
+        return block(x, parts, 1e-5, rope, bias, k, v, slots, position), k, v
+
+    whole = run()
+    monkeypatch.setattr(ops, "use_native_block", lambda *_: False)
+    for actual, expected in zip(whole, run(), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

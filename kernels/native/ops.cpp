@@ -244,6 +244,29 @@ void attention_linear_add(const T* q, int64_t rows, int64_t num_queries, const T
     });
 }
 
+// The weights of a block, and of the RMSNorms before its two halves.
+struct Block {
+    const void *attention_norm, *mlp_norm;
+    float eps;
+    Weight qkv, output, gate_up, down;
+};
+
+// A block is its four ops, one after the other.
+template <class T>
+void block(const T* x, int64_t x_stride, int64_t rows, const Block& w, const Cache& cache, const float* rope, T* keys,
+           T* values, T* out, int64_t threads) {
+    static thread_local std::vector<T> q, h, hidden;
+    const int64_t num_queries = w.output.k / cache.head_dim, dim = w.output.n;
+    q.resize(rows * w.output.k), h.resize(rows * dim), hidden.resize(rows * w.down.k);
+    Cache read = cache;
+    read.slots = nullptr;
+    norm_rope_cache(x, x_stride, rows, static_cast<const T*>(w.attention_norm), w.eps, w.qkv, cache, rope, q.data(),
+                    keys, values, threads);
+    attention_linear_add<T>(q.data(), rows, num_queries, keys, values, read, w.output, x, x_stride, h.data(), threads);
+    norm_swiglu<T>(h.data(), dim, rows, static_cast<const T*>(w.mlp_norm), w.eps, w.gate_up, hidden.data(), threads);
+    linear_add<T>(hidden.data(), w.down.k, rows, w.down, h.data(), dim, out, threads);
+}
+
 }  // namespace
 }  // namespace csm
 
@@ -307,6 +330,26 @@ void csm_attention_linear_add(int64_t dtype, const void* q, int64_t rows, int64_
                       slot_stride, head_stride, num_heads,       head_dim};
     CSM_FOR_DTYPE(csm::attention_linear_add(CSM_IN(T, q), rows, num_queries, CSM_IN(T, keys), CSM_IN(T, values), cache,
                                             weight, CSM_IN(T, residual), residual_stride, CSM_OUT(T, out), threads))
+}
+
+void csm_block(int64_t dtype, const void* x, int64_t x_stride, int64_t rows, const void* attention_norm,
+               const void* mlp_norm, float eps, int64_t qkv_kind, const void* qkv, int64_t qkv_n, int64_t dim,
+               int64_t output_kind, const void* output, int64_t output_n, int64_t queries, int64_t gate_up_kind,
+               const void* gate_up, int64_t gate_up_n, int64_t gate_up_k, int64_t down_kind, const void* down,
+               int64_t down_n, int64_t hidden, const float* rope, const int64_t* slots, const int64_t* positions,
+               int64_t position_stride, int64_t rows_per_slot, void* keys, void* values, int64_t slot_stride,
+               int64_t head_stride, int64_t num_heads, int64_t head_dim, void* out, int64_t threads) {
+    const Cache cache{slots,       positions,   position_stride, rows_per_slot,
+                      slot_stride, head_stride, num_heads,       head_dim};
+    const csm::Block w{attention_norm,
+                       mlp_norm,
+                       eps,
+                       {Kind(qkv_kind), qkv, qkv_n, dim},
+                       {Kind(output_kind), output, output_n, queries},
+                       {Kind(gate_up_kind), gate_up, gate_up_n, gate_up_k},
+                       {Kind(down_kind), down, down_n, hidden}};
+    CSM_FOR_DTYPE(csm::block(CSM_IN(T, x), x_stride, rows, w, cache, rope, CSM_OUT(T, keys), CSM_OUT(T, values),
+                             CSM_OUT(T, out), threads))
 }
 
 void csm_sample(int64_t dtype, const void* logits, int64_t stride, int64_t slots, int64_t size, const int64_t* seeds,

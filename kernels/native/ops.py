@@ -6,7 +6,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from csm.kernels.launch import row_stride
 from csm.kernels.native import library
 from csm.kernels.quantized import LARGEST, LEAST, QuantizedWeight, Weight
+
+if TYPE_CHECKING:
+    from csm.kernels.block import BlockWeights
 
 MAX_ROWS = 8  # beyond, PyTorch's own products of floats win; those with quantised weights it does not have
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -36,6 +39,10 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "csm_attention_linear_add": [
         *(_INT, _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
         *(_INT, _INT, _INT, _INT, *_WEIGHT, *_RESIDUAL, *_OUT),
+    ],
+    "csm_block": [
+        *(*_ROWS, _POINTER, _POINTER, _FLOAT, *_WEIGHT, *_WEIGHT, *_WEIGHT, *_WEIGHT, _POINTER, _POINTER, _POINTER),
+        *(_INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _INT, *_OUT),
     ],
     "csm_sample": [*_ROWS, _INT, *[_POINTER] * 4, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER],
     "csm_quantize": [_INT, _POINTER, _INT, _INT, _POINTER, _INT, _FLOAT, _FLOAT, _POINTER, _INT, *_OUT],
@@ -78,6 +85,15 @@ def use_native(x: Tensor, num_rows: int, weight: Weight) -> bool:
 def use_native_sampling(like: Tensor | QuantizedWeight) -> bool:
     """Whether codes are drawn natively from logits on the device and of the dtype of ``like``."""
     return like.device.type == "cpu" and like.dtype in DTYPES and not os.environ.get("CSM_OPS") and _ops() is not None
+
+
+def use_native_block(x: Tensor, num_rows: int, weights: BlockWeights) -> bool:
+    """Whether a whole block runs natively, in one call."""
+    return (
+        num_rows <= MAX_ROWS
+        and use_native(x, num_rows, weights.qkv_ED)
+        and all(type(weight) is type(weights.qkv_ED) for weight in (weights.output_DE, weights.gate_up_2FD))
+    )
 
 
 def _rows(x_BTD: Tensor) -> tuple[int, int, int, int]:
@@ -172,6 +188,29 @@ def attention_linear_add(
     keys = (k_cache_BGSd.data_ptr(), v_cache_BGSd.data_ptr())
     out = (out_BTD.data_ptr(), torch.get_num_threads())
     _ops().csm_attention_linear_add(*queries, *keys, *where, *_weight(weight_DE), *_residual(residual_BTD), *out)
+    return out_BTD
+
+
+def block(
+    x_BTD: Tensor,
+    weights: BlockWeights,
+    eps: float,
+    rope_BTp2: Tensor,
+    k_cache_BGSd: Tensor,
+    v_cache_BGSd: Tensor,
+    slot_B1: Tensor,
+    position_BT: Tensor,
+) -> Tensor:
+    """``csm.kernels.block``."""
+    (_, T, _), (_, G, _, d) = x_BTD.shape, k_cache_BGSd.shape
+    out_BTD = x_BTD.new_empty(x_BTD.shape)
+    norms = (weights.attention_norm_D.data_ptr(), weights.mlp_norm_D.data_ptr(), eps)
+    attention = (*_weight(weights.qkv_ED), *_weight(weights.output_DE))
+    mlp = (*_weight(weights.gate_up_2FD), *_weight(weights.down_DF))
+    where = (rope_BTp2.data_ptr(), slot_B1.data_ptr(), position_BT.data_ptr(), position_BT.stride(0), T)
+    cache = (k_cache_BGSd.data_ptr(), v_cache_BGSd.data_ptr(), *k_cache_BGSd.stride()[:2], G, d)
+    out = (out_BTD.data_ptr(), torch.get_num_threads())
+    _ops().csm_block(*_rows(x_BTD), *norms, *attention, *mlp, *where, *cache, *out)
     return out_BTD
 
 
