@@ -1,12 +1,14 @@
 """The Mimi codec of the moshi package: encodes audio, and decodes codes whole or frame by frame.
 
-Shapes: B slots, K codebooks, T frames of 80 ms, C latent channels.
+Shapes: B slots, K codebooks, T frames of 80 ms (in a latent: steps of 40 ms), C latent channels, N samples of a frame
+(or numbers of a slot's state), L transformer layers, H heads, S positions of a key ring, d head dim.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,29 +100,49 @@ class Codec:
             finally:
                 self._mimi.set_streaming_state(outer)
 
+    def buffers(self) -> dict[str, Tensor]:
+        """All parameters and buffers of the codec by name."""
+        return {**dict(self._mimi.named_parameters()), **dict(self._mimi.named_buffers())}
+
+    @property
+    def _latent_steps(self) -> int:
+        """Steps of the decoder transformer in one frame: 2 in Mimi."""
+        return round(self._mimi.encoder_frame_rate / self._mimi.frame_rate)
+
     def _decode_frame(self, codes_BK: Tensor, state: dict[str, Any]) -> Tensor:
         """Decode one frame of each slot to (B, frame_size) samples, and advance the streaming state."""
         mimi = self._mimi
         with self._exclusive(state):
             latent_BCT = mimi.upsample(mimi.decode_latent(codes_BK.unsqueeze(-1)))
-            # One latent step at a time: with two, moshi's ring of `context` keys would overwrite a key that the first
-            # of them attends to, and beyond 10 s the stream would differ from decoding all frames at once.
-            steps = [mimi.decoder_transformer(step)[0] for step in latent_BCT.split(1, dim=-1)]
-            return mimi.decoder(torch.cat(steps, dim=-1))[:, 0]
+            return mimi.decoder(mimi.decoder_transformer(latent_BCT)[0])[:, 0]
 
 
 class StreamDecoder:
     """Decodes one frame of every slot at a time. The samples equal those of ``Codec.decode`` on all frames.
 
-    ``run`` reads ``codes_BK`` and writes ``audio_BN``, buffers with fixed addresses, and never synchronises with the
-    host, so that it can be captured.
+    ``run`` reads ``codes_BK`` and ``active_B`` and writes ``audio_BN``, buffers with fixed addresses, and never
+    synchronises with the host, so that it can be captured. Slots are independent. Where ``active_B`` (initially all
+    true) is false, ``run`` leaves the slot's streaming state as it is, and the slot's audio is meaningless.
+
+    The streaming state is three tensors, of which the attributes that moshi reads and writes are views: ``_conv_BN``
+    (overlaps of convolutions), ``_offset_BN`` (counts of latent steps), ``_keys_L2BHSd`` (rings of keys and values of
+    L layers). So resetting or moving a slot takes one op for each of them.
     """
 
     def __init__(self, codec: Codec, state: dict[str, Any], batch: int):
         self._codec = codec
-        self._state = state
         self.codes_BK = torch.zeros(batch, codec.num_codebooks, dtype=torch.int64, device=codec.device)
         self.audio_BN = torch.zeros(batch, codec.frame_size, dtype=torch.float32, device=codec.device)
+        self.active_B = torch.ones(batch, dtype=torch.bool, device=codec.device)
+        # Decoding does not use the encoder's state, which is as large as the decoder's.
+        self._state = {name: None if name.startswith(("encoder", "downsample")) else s for name, s in state.items()}
+        modules = [module_state for module_state in self._state.values() if module_state is not None]
+        rings = [module_state.kv_cache for module_state in modules if hasattr(module_state, "kv_cache")]
+        for module_state in modules:
+            module_state.exec_mask = self.active_B
+        self._keys_L2BHSd = _enlarge_rings(rings, codec._latent_steps - 1)
+        self._offset_BN = _pack([*modules, *rings], ("offset", "offsets", "end_offset"))
+        self._conv_BN = _pack(modules, ("previous", "partial"))
 
     @torch.no_grad()
     def run(self) -> None:
@@ -134,12 +156,82 @@ class StreamDecoder:
         return self.audio_BN.clone()
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Restart every slot, in place."""
-        all_slots_B = torch.ones(self.codes_BK.shape[0], dtype=torch.bool, device=self.codes_BK.device)
-        for name, state in self._state.items():
-            if not name.startswith(("encoder", "downsample")):  # not used by decoding
-                state.reset(all_slots_B)
+    def reset(self, slots: Sequence[int] | None = None) -> None:
+        """Restart these slots (None: all) in place, without effect on the others. Does not synchronise.
+
+        Keys need no reset: attention does not read beyond a slot's offset.
+        """
+        for buffer_BN in (self._conv_BN, self._offset_BN):
+            for rows in [buffer_BN] if slots is None else [buffer_BN[slot] for slot in slots]:
+                rows.zero_()
+
+    @torch.no_grad()
+    def move(self, source: int, target: int) -> None:
+        """Copy the streaming state of slot ``source`` to slot ``target``, which continues the stream exactly.
+
+        ``source`` keeps its state. ``codes_BK``, ``audio_BN`` and ``active_B`` are not copied.
+        """
+        for buffer_BN in (self._conv_BN, self._offset_BN):
+            buffer_BN[target] = buffer_BN[source]
+        self._keys_L2BHSd[:, :, target] = self._keys_L2BHSd[:, :, source]
+
+    def narrow(self, batch: int) -> StreamDecoder:
+        """The first ``batch`` slots, as views of the same memory."""
+        view = copy.copy(self)
+        for name in ("codes_BK", "audio_BN", "active_B", "_conv_BN", "_offset_BN"):
+            setattr(view, name, getattr(self, name)[:batch])
+        view._keys_L2BHSd = self._keys_L2BHSd[:, :, :batch]
+        view._state = {name: None if s is None else _narrow(s, batch) for name, s in self._state.items()}
+        return view
+
+    def buffers(self) -> dict[str, Tensor]:
+        """All tensors that ``run`` reads or writes by name: inputs, outputs, streaming state, and the codec's."""
+        named = {"codes_BK": self.codes_BK, "audio_BN": self.audio_BN, "active_B": self.active_B}
+        for name, module_state in self._state.items():
+            if module_state is not None:
+                ring = getattr(module_state, "kv_cache", None)
+                tensors = {**vars(module_state), **({} if ring is None else vars(ring))}
+                named |= {f"{name}.{key}": value for key, value in tensors.items() if isinstance(value, Tensor)}
+        return {**named, **self._codec.buffers()}
+
+
+def _narrow(module_state: Any, batch: int) -> Any:
+    """A module's streaming state with the first ``batch`` slots of its tensors."""
+    view = copy.copy(module_state)
+    view.batch_size = batch
+    for name, value in vars(module_state).items():
+        if isinstance(value, Tensor):
+            setattr(view, name, value[:batch])
+    if getattr(module_state, "kv_cache", None) is not None:
+        view.kv_cache = copy.copy(module_state.kv_cache)
+        view.kv_cache.cache = module_state.kv_cache.cache[:, :batch]
+        view.kv_cache.end_offset = module_state.kv_cache.end_offset[:batch]
+    return view
+
+
+def _enlarge_rings(rings: Sequence[Any], extra: int) -> Tensor:
+    """Give moshi's RingKVCaches ``extra`` more positions, in one tensor (L, 2, B, H, S, d), which is returned.
+
+    moshi's rings hold ``context`` keys. If a call advances the transformer by n steps, the last one overwrites a key
+    that the first one attends to, and beyond ``context`` steps the stream differs from decoding all frames at once.
+    With ``context + n - 1`` keys none is overwritten too early. moshi masks keys outside ``context`` by position.
+    """
+    _, *sizes, capacity, head_dim = rings[0].cache.shape
+    keys_L2BHSd = rings[0].cache.new_zeros(len(rings), 2, *sizes, capacity + extra, head_dim)
+    for ring, keys_2BHSd in zip(rings, keys_L2BHSd, strict=True):
+        ring.capacity, ring.cache = capacity + extra, keys_2BHSd
+    return keys_L2BHSd
+
+
+def _pack(owners: Sequence[object], names: Sequence[str]) -> Tensor:
+    """Copy the tensors (B, ...) of these attributes to one tensor (B, N), and make the attributes views of it."""
+    attributes = [(owner, name) for owner in owners for name in names if name in vars(owner)]
+    tensors = [getattr(owner, name) for owner, name in attributes]
+    packed_BN = torch.cat([tensor.flatten(1) if tensor.ndim > 1 else tensor.unsqueeze(1) for tensor in tensors], dim=1)
+    parts = packed_BN.split([tensor[0].numel() for tensor in tensors], dim=1)
+    for (owner, name), tensor, part_BN in zip(attributes, tensors, parts, strict=True):
+        setattr(owner, name, part_BN.view(tensor.shape))
+    return packed_BN
 
 
 def moshi_config(config: CodecConfig) -> dict[str, Any]:

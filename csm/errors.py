@@ -21,12 +21,24 @@ class PromptTooLongError(PromptError):
     """The prompt has more positions than the backbone."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint is used although something about it may change the speech. The message names the file."""
+
+
 class RoomWarning(UserWarning):
     """The prompt leaves fewer positions than the requested audio length, so the audio may be cut short."""
 
 
+class FallbackWarning(UserWarning):
+    """A fast path failed its self-check on this device, so a slower one is used."""
+
+
 class SamplingError(CSMError):
     """A sampling parameter is out of range."""
+
+
+class QueueFullError(CSMError):
+    """More requests are waiting than the engine's queue holds. Try again later."""
 
 
 class AudioError(CSMError):

@@ -21,6 +21,8 @@ from csm.config import CSMConfig, TransformerConfig
 from csm.kernels import draw_noise, sample
 from csm.model import CSM
 
+STEP_OUTPUTS = ("pending_row_BC", "pending_mask_BC", "position_B", "frame_B", "codes_BK")  # what the step changes
+
 
 @dataclass(frozen=True, eq=False)
 class FrameState:
@@ -43,8 +45,15 @@ class FrameState:
     depth_cache: KVCache
 
     @classmethod
-    def allocate(cls, config: CSMConfig, batch: int, device: torch.device, dtype: torch.dtype) -> FrameState:
-        """Allocate ``batch`` slots, with caches for all positions of the backbone."""
+    def allocate(
+        cls,
+        config: CSMConfig,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_positions: int | None = None,
+    ) -> FrameState:
+        """Allocate ``batch`` slots of at most ``max_positions`` (None: all positions of the backbone)."""
         num_codebooks = config.num_codebooks
 
         def integers(*shape: int) -> Tensor:
@@ -63,7 +72,7 @@ class FrameState:
             temperature_B=torch.zeros(batch, device=device),
             top_k_B=torch.ones(batch, device=device, dtype=torch.int64),
             depth_position_BK=torch.arange(num_codebooks, device=device).repeat(batch, 1),
-            backbone_cache=cache(config.backbone, config.backbone.max_positions),
+            backbone_cache=cache(config.backbone, max_positions or config.backbone.max_positions),
             depth_cache=cache(config.depth_decoder, num_codebooks),
         )
 
@@ -78,6 +87,32 @@ class FrameState:
             value = getattr(self, field.name)
             parts[field.name] = value.slots(0, batch) if isinstance(value, KVCache) else value[:batch]
         return FrameState(**parts)
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int, num_positions: int | None = None) -> None:
+        """Copy slot ``source`` to slot ``target``, with its first ``num_positions`` (None: all) keys and values.
+
+        The request continues exactly in ``target``. ``source`` keeps its state.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, KVCache):
+                value[target] = value[source]
+        for cache_LBGSd in (self.backbone_cache.k_LBGSd, self.backbone_cache.v_LBGSd):
+            cache_LBGSd[:, target, :, :num_positions] = cache_LBGSd[:, source, :, :num_positions]
+
+    def save(self, slots: slice) -> dict[str, Tensor]:
+        """Copies of what the step changes in these slots, for ``restore``.
+
+        Keys and values are left out. A step writes them at a slot's own position and later, and those positions are
+        computed again once the slot's position is restored.
+        """
+        return {name: getattr(self, name)[slots].clone() for name in STEP_OUTPUTS}
+
+    def restore(self, saved: dict[str, Tensor], slots: slice) -> None:
+        """Write what ``save`` returned to the same slots, or to as many others."""
+        for name, value in saved.items():
+            getattr(self, name)[slots] = value
 
     def buffers(self) -> dict[str, Tensor]:
         """All tensors of the state by name, including those of the caches."""

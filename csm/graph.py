@@ -6,8 +6,11 @@ outputs of the callable are therefore buffers with fixed addresses. This module 
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,15 +35,26 @@ class Pool:
     """
 
     def __init__(self, device: torch.device):
-        with torch.cuda.device(device):
-            self.memory = torch.cuda.graph_pool_handle()
-            self.stream = torch.cuda.Stream()
+        """On a device other than CUDA, where nothing is captured, the pool is empty."""
+        self.memory: Any = None
+        self.stream: Any = None
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self.memory = torch.cuda.graph_pool_handle()
+                self.stream = torch.cuda.Stream()
+
+
+class Replayable(Protocol):
+    """A captured graph."""
+
+    def replay(self) -> None: ...
 
 
 class Graph:
     """A callable without arguments, captured if the device supports it.
 
-    Capturing runs ``step`` a few times, which writes to its buffers. Capture before their contents matter.
+    Capturing runs ``step`` a few times, which writes to its buffers. Capture before their contents matter. Raises what
+    ``step`` or CUDA raises in the capture.
     """
 
     def __init__(
@@ -55,7 +69,7 @@ class Graph:
         self._step = step
         self._buffers = buffers
         self._captured_at = _describe(buffers())
-        self._graph = _capture(step, device, pool or Pool(device)) if graphs_enabled(device) else None
+        self._graph = capture(step, device, pool or Pool(device)) if graphs_enabled(device) else None
 
     @property
     def is_captured(self) -> bool:
@@ -83,7 +97,8 @@ def _describe(buffers: Mapping[str, Tensor]) -> dict[str, tuple[int, tuple[int, 
     return {name: (t.data_ptr(), tuple(t.shape), t.stride(), t.dtype) for name, t in buffers.items()}
 
 
-def _capture(step: Callable[[], None], device: torch.device, pool: Pool) -> torch.cuda.CUDAGraph:
+def capture(step: Callable[[], None], device: torch.device, pool: Pool) -> Replayable:
+    """Capture ``step`` on a CUDA device, after a few warm-up runs, and replay it once."""
     # Inference mode, because torch.compile's CUDA graphs leave inference tensors behind that can be written in that
     # mode only (pytorch issue 166792).
     with torch.inference_mode(), torch.cuda.device(device):
@@ -94,6 +109,34 @@ def _capture(step: Callable[[], None], device: torch.device, pool: Pool) -> torc
         torch.cuda.current_stream().wait_stream(pool.stream)
         graph = torch.cuda.CUDAGraph()
         # Thread-local, so that other threads may use CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=pool.memory, stream=pool.stream, capture_error_mode="thread_local"):
+        options = dict(pool=pool.memory, stream=pool.stream, capture_error_mode="thread_local")
+        with _no_garbage_collection(), _own_cublas_workspaces(), torch.cuda.graph(graph, **options):
             step()
+        graph.replay()  # the first replay uploads the graph to the device
     return graph
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect garbage now and not within: freeing a CUDA event or graph would invalidate a capture."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def _own_cublas_workspaces() -> Iterator[None]:
+    """Make cuBLAS allocate its workspaces in the capture's pool, and anew afterwards.
+
+    A workspace from before the capture could be freed while the graph still uses it (torch.compile clears them).
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()

@@ -83,5 +83,7 @@ def by_rule(op: str, n: int, k: int, size: int, m: int) -> LaunchConfig:
         block_n //= 2
     block_n = max(2, block_n)  # RoPE rotates pairs of neighbouring outputs
     elements = tiles * block_n * block_k
-    num_warps = 16 if full_sm or elements >= 1 << 14 else 8 if elements > 1 << 13 or (size == 4 and k > 1024) else 4
+    num_warps = (
+        8 if full_sm else 16 if elements >= 1 << 14 else 8 if elements > 1 << 13 or (size == 4 and k > 1024) else 4
+    )
     return LaunchConfig(num_warps, {"BLOCK_N": block_n, "BLOCK_K": block_k})

@@ -18,7 +18,7 @@ from torch import Tensor
 from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
 from csm.kernels.native import ops as native
 from csm.kernels.quantized import Weight
-from csm.kernels.tiles import wait_for_inputs
+from csm.kernels.tiles import release_next_kernel, wait_for_inputs
 
 # Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -150,6 +150,7 @@ def sample_slot(
     The id with the largest key is in the top k if fewer than k logits exceed its own. Otherwise neither it nor any id
     with an equal or smaller logit is: these are rejected, and the largest remaining key is tried.
     """
+    release_next_kernel(PDL)
     slot = tl.program_id(0)
     temperature = tl.load(temperature_ptr + slot)
     noise_V = slot_noise(tl.load(seed_ptr + slot), tl.load(frame_ptr + slot), codebook, temperature, BLOCK_V)
@@ -205,5 +206,6 @@ def sample(logits_BV: Tensor, codebook: int, noise: Noise, codes_BK: Tensor, tab
         BLOCK_V=power_of_two(max(4, V)),
         BLOCK_D=power_of_two(D),
         EMBED=table_VD is not None,
+        num_warps=16,  # one Philox quad per thread
     )
     return None if table_VD is None else out_BD

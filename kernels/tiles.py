@@ -12,10 +12,19 @@ from csm.kernels.launch import INTERPRETED, gdc_launch_dependents, gdc_wait, jit
 
 
 @jit
-def wait_for_inputs(PDL: tl.constexpr):
-    """Let the next kernel start, then wait until the results of earlier kernels are visible."""
+def release_next_kernel(PDL: tl.constexpr):
+    """Let the next kernel start. Call it first: the trigger fires when every program has reached it.
+
+    After loads it would be late, because the compiler may convert what was loaded, and so wait for it, before it.
+    """
     if PDL:
         gdc_launch_dependents()
+
+
+@jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Wait until the results of earlier kernels are visible."""
+    if PDL:
         gdc_wait()
 
 

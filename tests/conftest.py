@@ -44,6 +44,32 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+class StandInGraph:
+    """A captured graph on a CPU: a replay calls the step."""
+
+    def __init__(self, step):
+        self.step, self.replays = step, 0
+
+    def replay(self):
+        self.replays += 1
+        self.step()
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Graphs are "captured" on the CPU too. The list of stand-ins, in the order of their captures."""
+    made = []
+
+    def capture(step, device, pool):
+        made.append(StandInGraph(step))
+        return made[-1]
+
+    monkeypatch.setattr("csm.graph.graphs_enabled", lambda device: True)
+    monkeypatch.setattr("csm.engine.graphs_enabled", lambda device: True, raising=False)
+    monkeypatch.setattr("csm.graph.capture", capture)
+    return made
+
+
 # config.json of the first revision of sesame/csm-1b.
 OLD_CONFIG = {
     "backbone_flavor": "llama-1B",

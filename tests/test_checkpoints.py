@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import OLD_CONFIG, SESAME_CONFIG, tensors_of, write_sesame
-from csm import CheckpointError, Generator
+from csm import CheckpointError, CheckpointWarning, Generator
 from csm.config import CSM_1B, LLAMA_1B, LLAMA_100M, MIMI, RopeScaling
 from csm.weights import open_checkpoint
 from csm.weights.checkpoint import TINY
@@ -195,8 +195,18 @@ class TestConfig:
         assert read_config(self.write(tmp_path, write_hf_config(CONFIG, CODEC))) == (CONFIG, CODEC)
         assert read_config(self.write(tmp_path, write_hf_config(CSM_1B, MIMI))) == (CSM_1B, MIMI)
 
+    def test_unknown_scalars_are_ignored_with_one_warning(self, tmp_path):
+        values = write_hf_config(CONFIG, CODEC) | {"colour": "red", "auto_map": {"AutoModel": "x.Y"}, "qkv_bias": False}
+        values["depth_decoder_config"]["novelty"] = 1
+        values["codec_config"]["novelty"] = True
+        path = self.write(tmp_path, values)
+        with pytest.warns(CheckpointWarning) as caught:
+            assert read_config(path) == (CONFIG, CODEC)
+        message = f"{path}: unknown keys 'colour', 'qkv_bias', 'depth_decoder_config.novelty', 'codec_config.novelty'"
+        assert [str(warning.message).startswith(message) for warning in caught] == [True]
+
     BAD = {
-        "unknown key": (OLD_CONFIG | {"colour": "red"}, "unknown key 'colour'"),
+        "unknown object": (OLD_CONFIG | {"colour": {"red": 1}}, "unknown key 'colour'"),
         "missing key": ({"backbone_flavor": "llama-1B"}, "missing key 'audio_num_codebooks'"),
         "unknown flavor": (OLD_CONFIG | {"backbone_flavor": "llama-7B"}, "unknown flavor 'llama-7B'"),
         "neither form": ({"model_type": "bert"}, "no key depth_decoder_config"),
@@ -223,7 +233,11 @@ class TestConfig:
         ("codec_config", "num_attention_heads"): (0, "num_key_value_heads: expected 0"),
         ("codec_config", "normalize"): (True, "codec_config.normalize"),
         ("hidden_act",): ("gelu", "hidden_act: expected 'silu', got 'gelu'"),
-        ("novelty",): (1, "unknown key 'novelty'"),
+        ("novelty",): ([1], "unknown key 'novelty'"),
+        ("quantization_config",): ({"bits": 4}, "quantization_config: quantized weights are not supported"),
+        ("quantization",): ("int8", "quantization: quantized weights are not supported"),
+        ("qkv_bias",): (True, "qkv_bias: expected False, got True; biases"),
+        ("rope_scaling", "beta_fast"): (32, "unknown key 'rope_scaling.beta_fast'"),
         ("tie_codebooks_embeddings",): (False, "tie_codebooks_embeddings"),
         ("num_key_value_heads",): (3, "multiple of num_kv_heads"),
         ("depth_decoder_config", "num_hidden_layers"): (0, "num_layers must be positive"),
@@ -231,11 +245,11 @@ class TestConfig:
         ("rope_scaling", "rope_type"): ("yarn", "rope_type"),
         ("depth_decoder_config", "num_codebooks"): (9, "num_codebooks: expected 8, got 9"),
         ("depth_decoder_config", "mlp_bias"): (True, "depth_decoder_config.mlp_bias: expected False"),
-        ("depth_decoder_config", "colour"): ("red", "unknown key 'depth_decoder_config.colour'"),
+        ("depth_decoder_config", "colour"): (["red"], "unknown key 'depth_decoder_config.colour'"),
         ("codec_config", "pad_mode"): ("replicate", "codec_config.pad_mode"),
         ("codec_config", "num_quantizers"): (4, "num_quantizers: expected at least 8, got 4"),
-        ("codec_config", "colour"): ("red", "unknown key 'codec_config.colour'"),
-        ("codec_config", "codebook_size"): (300, r"codebook_size \(300\)"),
+        ("codec_config", "colour"): (["red"], "unknown key 'codec_config.colour'"),
+        ("codec_config", "codebook_size"): (300, r"codebook_size must be .*, not 300"),
     }
 
     @pytest.mark.parametrize("keys", BAD_HF, ids=".".join)

@@ -175,7 +175,7 @@ def truncated(folder):
 def unknown_key(folder):
     damaged(lambda tensors: None)(folder)
     path = folder / "config.json"
-    path.write_text(path.read_text().replace("{", '{"colour": "red",', 1))
+    path.write_text(path.read_text().replace("{", '{"colour": ["red"],', 1))
 
 
 REF = ["--ref", "ref.wav", "--ref-text", "La."]

@@ -1,12 +1,14 @@
 """The codec against HF Transformers' Mimi, streaming against decoding all frames at once, and input validation."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from csm import AudioError, CheckpointError, Generator
 from csm.audio import to_mono
@@ -79,16 +81,117 @@ def test_stream_equals_whole(loud, frames):
     assert whole.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_long_stream_equals_whole(loud, batch):
+    """300 frames: the key ring of 10 s wraps around more than twice. moshi's own ring would give 1.5e-2."""
+    codes = torch.stack([random_codes(300, loud, seed) for seed in range(batch)])
+    decoder = loud.stream_decoder(batch)
+    streamed = torch.cat([decoder.step(codes[:, t]) for t in range(300)], dim=1)
+    whole = torch.stack([loud.decode(codes_TK) for codes_TK in codes])
+    assert (streamed - whole).abs().max() <= 5e-6
+    assert whole.abs().max() > 0.1
+
+
+def test_a_step_takes_few_ops():
+    """Mimi's numbers of layers and codebooks; the number of ops does not depend on the other sizes."""
+    config = replace(CODEC, num_layers=8, num_codebooks=32)
+    codec = Codec(config, 32, random_state(mimi_table(config), seed=5), torch.device("cpu"))
+    decoder = codec.stream_decoder()
+    with CountOps() as step:
+        decoder.run()
+    assert step.count <= 800
+    with CountOps() as reset:
+        decoder.reset()
+    assert reset.count <= 4
+
+
+class CountOps(TorchDispatchMode):
+    """Counts ops that launch a kernel: all but views and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        results = [
+            x for x in (result if isinstance(result, (list, tuple)) else [result]) if isinstance(x, torch.Tensor)
+        ]
+        inputs = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+        is_view = func.is_view and all(x.untyped_storage()._cdata in inputs for x in results)
+        self.count += bool(results) and not is_view and "empty" not in func._schema.name
+        return result
+
+
 def test_reset_restarts_in_place(loud):
     decoder = loud.stream_decoder(batch=2)
-    addresses = [decoder.codes_BK.data_ptr(), decoder.audio_BN.data_ptr()]
+    addresses = {name: buffer.data_ptr() for name, buffer in decoder.buffers().items()}
     for t in range(130):
         decoder.step(random_codes(2, loud, t))
     decoder.reset()
-    codes = random_codes(6, loud, 999)
-    streamed = torch.cat([decoder.step(codes[t].expand(2, -1)) for t in range(6)], dim=1)
-    torch.testing.assert_close(streamed, loud.decode(codes).expand(2, -1), atol=1e-4, rtol=0)
-    assert [decoder.codes_BK.data_ptr(), decoder.audio_BN.data_ptr()] == addresses
+    fresh = loud.stream_decoder(batch=2)
+    for t in range(130):
+        codes = random_codes(2, loud, 1000 + t)
+        assert torch.equal(decoder.step(codes), fresh.step(codes))
+    assert {name: buffer.data_ptr() for name, buffer in decoder.buffers().items()} == addresses
+
+
+def frames_of(decoder, seeds, codec):
+    """Step once for every seed; the audio of each step."""
+    batch = decoder.codes_BK.shape[0]
+    return torch.stack([decoder.step(random_codes(batch, codec, seed)) for seed in seeds], dim=1)
+
+
+def test_one_slot_restarts_while_the_others_go_on(loud):
+    decoder, unaffected, fresh = (loud.stream_decoder(batch=3) for _ in range(3))
+    for one in (decoder, unaffected):
+        frames_of(one, range(130), loud)
+    decoder.reset([1])
+    after, expected, restarted = (frames_of(one, range(130, 138), loud) for one in (decoder, unaffected, fresh))
+    assert torch.equal(after[[0, 2]], expected[[0, 2]])
+    assert torch.equal(after[1], restarted[1])
+    assert not torch.equal(after[1], expected[1])
+
+
+def test_a_moved_slot_continues_its_stream(loud):
+    decoder, unmoved = (loud.stream_decoder(batch=3) for _ in range(2))
+    for one in (decoder, unmoved):
+        frames_of(one, range(130), loud)
+    decoder.move(2, 0)
+    for t in range(130, 138):
+        codes = random_codes(3, loud, t)
+        audio, expected = decoder.step(codes[[2, 1, 2]]), unmoved.step(codes)
+        assert torch.equal(audio[1:], expected[1:])
+        assert torch.equal(audio[0], expected[2])
+
+
+def test_an_inactive_slot_keeps_its_state(loud):
+    """Paused for 7 frames of a full ring, while the others go on."""
+    decoder, other = (loud.stream_decoder(batch=3) for _ in range(2))
+    for one in (decoder, other):
+        frames_of(one, range(130), loud)
+    decoder.active_B[1] = False
+    paused, expected = (frames_of(one, range(130, 137), loud) for one in (decoder, other))
+    assert torch.equal(paused[[0, 2]], expected[[0, 2]])
+    decoder.active_B[1] = True
+    uninterrupted = loud.stream_decoder(batch=3)
+    frames_of(uninterrupted, range(130), loud)
+    resumed, continued = (frames_of(one, range(200, 208), loud) for one in (decoder, uninterrupted))
+    assert torch.equal(resumed[1], continued[1])
+
+
+def test_buffers_name_weights_and_state(loud):
+    decoder = loud.stream_decoder()
+    names = decoder.buffers()
+    assert {"codes_BK", "audio_BN", "active_B", "decoder.model.0.conv.conv.weight", "decoder.model.0.previous"} <= set(
+        names
+    )
+    assert {"decoder_transformer.transformer.layers.1.self_attn.cache", "upsample.convtr.partial"} <= set(names)
+    before = {name: buffer.clone() for name, buffer in names.items()}
+    decoder.step(random_codes(1, loud))
+    changed = {name for name, buffer in decoder.buffers().items() if not torch.equal(buffer, before[name])}
+    assert {"codes_BK", "audio_BN", "upsample.convtr.partial"} <= changed
+    assert not changed & set(loud.buffers())
 
 
 def test_batched_streams_equal_single_ones(loud):

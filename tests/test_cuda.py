@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from csm import Generator, Segment
+from csm import Generator, Segment, SpeechRequest
 from csm.__main__ import main
 from csm.bench.model_setup import prompt_rows, random_weights
 from csm.config import CSM_1B
@@ -82,7 +82,7 @@ def test_graph_equals_eager_bit_for_bit(plain, dtype, batch):
 
 
 @pytest.mark.parametrize("num_rows", [2, 33, 300, 2000])
-def test_captured_passes_equal_eager_bit_for_bit(plain, num_rows):
+def test_captured_chunks_equal_eager_bit_for_bit(plain, num_rows):
     model, params = plain.model, SamplingParams(temperature=0)
     eager, graphed = Prefill(model), Prefill(model)
     graphed.capture(Pool(model.device))
@@ -225,7 +225,7 @@ def test_the_codec_and_the_step_do_not_disturb_each_other(captured):
 def test_an_abandoned_batch_does_not_disturb_the_next_request(captured):
     expected = captured.generate(**REQUESTS[0])
     for _ in range(20):
-        frames = captured._run([captured._request(text="Something else.", seed=9)] * 4, audio=True)
+        frames = captured._run([captured._request(SpeechRequest("Something else.", seed=9))] * 4)
         next(frames)
         frames.close()
         assert torch.equal(captured.generate(**REQUESTS[0]), expected)

@@ -180,6 +180,19 @@ def test_slots_are_independent(noisy):
             assert torch.equal(together.codes_BK[slot], state.codes_BK[0])
 
 
+def test_a_moved_slot_continues_its_request(noisy):
+    texts = ["Hello.", "A much longer sentence than the first one.", "No."]
+    moved, expected = started(noisy.model, texts), started(noisy.model, texts)
+    for frame in range(12):
+        if frame == 5:
+            moved.backbone_cache.k_LBGSd[:, 0] = 1e4
+            moved.move(2, 0, num_positions=moved.position_B[2].item())
+        decode_frame(noisy.model, moved)
+        decode_frame(noisy.model, expected)
+        if frame >= 5:
+            assert torch.equal(moved.codes_BK, expected.codes_BK[[2, 1, 2]])
+
+
 def test_ids_that_are_not_codes_are_never_sampled(noisy):
     """Even if their logits are by far the largest."""
     state = {name: tensor.clone() for name, tensor in noisy.model.state_dict().items()}

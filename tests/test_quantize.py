@@ -169,7 +169,7 @@ print(len([w for w in said if "C++ compiler" in str(w.message)]), codes.shape[0]
 @pytest.mark.parametrize("scheme", ["none", "int4"])
 def test_without_a_compiler_it_generates_and_says_once_what_is_missing(scheme, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "CSM_OPS")}
-    environment |= {"PATH": "", "XDG_CACHE_HOME": str(tmp_path)}
+    environment |= {"PATH": "", "CSM_HOME": str(tmp_path)}
     command = [sys.executable, "-c", GENERATE, scheme]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
     assert run.stdout.split() == ["1", "5"]

@@ -5,6 +5,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,8 +41,8 @@ def short(monkeypatch, tiny):
     """Limits every request to a quarter of a second, from the embedded checkpoint."""
     whole = csm.Generator._request
 
-    def shortened(self, text, speaker=0, context=(), max_audio_length_ms=0, *rest, **options):
-        return whole(self, text, speaker, context, 240, *rest, **options)
+    def shortened(self, speech, audio=True):
+        return whole(self, replace(speech, max_audio_length_ms=240), audio)
 
     monkeypatch.setattr(csm.Generator, "_request", shortened)
 

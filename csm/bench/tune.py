@@ -1,4 +1,4 @@
-"""Measure launch shapes on the GPU that is here, for ``tuned.json``: ``python bench.py --tune``."""
+"""Measure launch configurations on the GPU that is here, for ``tuned.json``: ``python bench.py --tune``."""
 
 from __future__ import annotations
 

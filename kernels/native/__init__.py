@@ -80,8 +80,8 @@ def _cpu() -> str:
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/csm``, by default ``~/.cache/csm``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csm"
+    """``$CSM_HOME``, by default ``~/.cache/csm``."""
+    return Path(os.environ.get("CSM_HOME") or Path.home() / ".cache" / "csm")
 
 
 __all__ = ["NativeUnavailableWarning", "build", "cache_folder", "library"]
