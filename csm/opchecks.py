@@ -90,7 +90,7 @@ def _block_checks(
             x_BTD=x_BTD,
             norm_D=attention.norm,
             qkv_ED=attention.qkv,
-            eps=attention.eps,
+            eps=block.eps,
             rope_BTp2=meta.rope_BTp2,
             k_cache_BGSd=k_BGSd,
             v_cache_BGSd=v_BGSd,
@@ -114,7 +114,7 @@ def _block_checks(
 
     yield Check("norm_rope_cache", rope)
     yield Check("attention_linear_add", attend)
-    yield Check("norm_swiglu", lambda: (norm_swiglu(x_BTD, mlp.norm, mlp.gate_up, mlp.eps),))
+    yield Check("norm_swiglu", lambda: (norm_swiglu(x_BTD, mlp.norm, mlp.gate_up, block.eps),))
     yield Check("linear_add", lambda: (linear_add(hidden_BTF, mlp.down, residual_BTD=residual_BTD),))
 
 

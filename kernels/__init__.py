@@ -9,6 +9,7 @@ N outputs (rows of the weight) and K inputs of a program's weight tile, M rows o
 
 from csm.kernels.attention import attention
 from csm.kernels.attention_linear_add import attention_linear_add
+from csm.kernels.block import BlockWeights, block
 from csm.kernels.embed_rows import embed_rows
 from csm.kernels.linear_add import linear_add
 from csm.kernels.norm_linear import norm_linear, rms_norm
@@ -17,8 +18,10 @@ from csm.kernels.rope_cache import norm_rope_cache, rope_cache
 from csm.kernels.sample import draw_noise, sample
 
 __all__ = [
+    "BlockWeights",
     "attention",
     "attention_linear_add",
+    "block",
     "draw_noise",
     "embed_rows",
     "linear_add",

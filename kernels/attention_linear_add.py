@@ -17,6 +17,8 @@ from csm.kernels.attention import MIN_DOT, attention, softmax_dot
 from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
 from csm.kernels.launch_config import launch_config
 from csm.kernels.linear_add import linear_add
+from csm.kernels.native import ops as native
+from csm.kernels.quantized import Weight
 from csm.kernels.tiles import gemv_tile, release_next_kernel, wait_for_inputs
 
 MAX_FUSED_CONTEXT = 32  # and a single row: every program repeats the attention and holds its tiles in registers
@@ -113,11 +115,14 @@ def attention_linear_add(
     v_cache_BGSd: Tensor,
     bias_BTS: Tensor,
     position_BT: Tensor,
-    weight_DE: Tensor,
+    weight_DE: Weight,
     residual_BTD: Tensor,
 ) -> Tensor:
     """``linear_add(attention(q, ...), weight, residual)``: (B, T, H, d), (B, T, D) -> (B, T, D)."""
     (B, T, H, d), G = q_BTHd.shape, k_cache_BGSd.shape[1]
+    if B * T <= native.MAX_ROWS and native.use_native(q_BTHd, B * T, weight_DE):
+        cache = (k_cache_BGSd, v_cache_BGSd, position_BT)
+        return native.attention_linear_add(q_BTHd, *cache, weight_DE, residual_BTD)
     context = bias_BTS.shape[-1]
     fused = B * T == 1 and context <= MAX_FUSED_CONTEXT and use_kernels(q_BTHd, 1)
     config = launch_config("attention_linear_add", weight_DE, 1) if fused else None

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from csm.kernels.quantized import Weight
+
 try:
     import triton
     import triton.language as tl
@@ -77,7 +79,7 @@ def jit(*args: Any, **options: Any) -> Any:
     return args[0] if args else lambda kernel: kernel
 
 
-def use_kernels(x: Tensor, num_rows: int) -> bool:
+def use_kernels(x: Weight, num_rows: int) -> bool:
     """Whether an op on ``num_rows`` rows of ``x`` launches kernels. ValueError if ``CSM_OPS`` has no known value."""
     forced = os.environ.get("CSM_OPS", "")
     if forced not in ("", "reference", "triton"):

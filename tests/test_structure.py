@@ -19,8 +19,8 @@ LAYERS = [
     {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt"},
     {"csm.prefix_cache", "csm.request"},
     {"csm.model"},
-    {"csm.lora"},
-    {"csm.frame"},
+    {"csm.lora", "csm.quantize"},
+    {"csm.frame", "csm.quantized_model", "csm.threads"},
     {"csm.prefill", "csm.opchecks"},
     {"csm.selfcheck", "csm.runner"},
     {"csm.engine"},
@@ -48,6 +48,7 @@ FOLDERS = {
     "csm/evaluate": "csm.evaluate",
     "csm/finetune": "csm.finetune",
     "kernels": "csm.kernels",
+    "kernels/native": "csm.kernels.native",
     "weights": "csm.weights",
     "weights/recipe": "csm.weights.recipe",
 }
