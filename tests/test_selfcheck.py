@@ -5,7 +5,6 @@ On a CPU kernels run in Triton's interpreter, and the fixture ``captures`` stand
 
 import json
 import shutil
-import subprocess
 import sys
 import warnings
 
@@ -266,9 +265,7 @@ def test_checks_can_be_skipped(model, wrong_kernel, captures, monkeypatch):
 
 
 def test_falling_back_later(model, kernels):
-    with pytest.warns(
-        FallbackWarning, match=r"out of memory\. Frames on cpu are computed by PyTorch ops in a CUDA graph"
-    ):
+    with pytest.warns(FallbackWarning, match=r"no memory\. Frames on cpu are computed by PyTorch ops in a CUDA graph"):
         assert fall_back(CPU, KERNELS, "no memory") == OPS
     assert not kernels_run(model.codebook0_head, 1)
 
@@ -287,8 +284,3 @@ def test_relative_error():
     assert relative_error(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
     assert relative_error(torch.tensor([1, 2]), torch.tensor([1, 2])) == 0
     assert relative_error(torch.tensor([1, 3]), torch.tensor([1, 2])) == float("inf")
-
-
-def test_a_plain_import_does_not_check(tmp_path):
-    code = "import csm, os, sys; assert 'csm.opchecks' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
