@@ -4,16 +4,19 @@ from csm.audio import WavWriter, read_audio
 from csm.errors import (
     AudioError,
     CheckpointError,
+    CheckpointWarning,
     CSMError,
     FallbackWarning,
     PromptError,
     PromptTooLongError,
+    QueueFullError,
     RoomWarning,
     SamplingError,
     UnavailableError,
 )
 from csm.generator import DEFAULT_MODEL, Generator, load_csm_1b
 from csm.prompt import Segment
+from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
 
 __all__ = [
@@ -21,14 +24,17 @@ __all__ = [
     "AudioError",
     "CSMError",
     "CheckpointError",
+    "CheckpointWarning",
     "FallbackWarning",
     "Generator",
     "PromptError",
     "PromptTooLongError",
+    "QueueFullError",
     "RoomWarning",
     "SamplingError",
     "SamplingParams",
     "Segment",
+    "SpeechRequest",
     "UnavailableError",
     "WavWriter",
     "load_csm_1b",

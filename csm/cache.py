@@ -5,10 +5,6 @@ Shapes: L layers, B slots, G key/value heads, S positions, d head dim.
 
 from __future__ import annotations
 
-import hashlib
-import threading
-from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,41 +57,6 @@ class KVCache:
         return KVCache(self.k_LBGSd[:, first:last], self.v_LBGSd[:, first:last], self.slot_B1[: last - first])
 
 
-class PrefixCache:
-    """Keys and values of context turns of earlier requests, evicted least recently used first.
-
-    Many requests with the same context (a cloned voice, say) prefill it once. Prefixes end where turns end, and prefill
-    chunks never cross the end of a turn, so a copied prefix equals a computed one bit for bit.
-    """
-
-    def __init__(self, max_positions: int):
-        """``max_positions`` limits the sum of the lengths of all prefixes."""
-        self._max_positions = max_positions
-        self._entries: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def load(self, row_TC: Tensor, turn_ends: Sequence[int], cache: KVCache) -> int:
-        """Copy the longest cached prefix into ``cache`` (of one slot); return its length, or 0."""
-        with self._lock:
-            for length in reversed(turn_ends):
-                key = self._key(row_TC, length)
-                if key in self._entries:
-                    self._entries.move_to_end(key)
-                    k_LBGSd, v_LBGSd = self._entries[key]
-                    cache.k_LBGSd[:, :, :, :length] = k_LBGSd
-                    cache.v_LBGSd[:, :, :, :length] = v_LBGSd
-                    return length
-        return 0
-
-    def store(self, row_TC: Tensor, length: int, cache: KVCache) -> None:
-        """Store the first ``length`` positions of ``cache`` (of one slot), keyed by their rows."""
-        with self._lock:
-            prefix = cache.k_LBGSd[:, :, :, :length].clone(), cache.v_LBGSd[:, :, :, :length].clone()
-            self._entries[self._key(row_TC, length)] = prefix
-            while sum(k.shape[3] for k, _ in self._entries.values()) > self._max_positions:
-                self._entries.popitem(last=False)
-
-    @staticmethod
-    def _key(row_TC: Tensor, length: int) -> bytes:
-        # The mask is not part of the key: begin and end tokens delimit the text rows, so the ids determine it.
-        return hashlib.sha256(row_TC[:length].contiguous().numpy().tobytes()).digest()
+def kv_bytes_per_position(config: TransformerConfig, dtype: torch.dtype) -> int:
+    """Memory of one position's keys and values over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize

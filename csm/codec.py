@@ -6,6 +6,7 @@ Shapes: B slots, K codebooks, T frames of 80 ms (in a latent: steps of 40 ms), C
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -174,6 +175,15 @@ class StreamDecoder:
             buffer_BN[target] = buffer_BN[source]
         self._keys_L2BHSd[:, :, target] = self._keys_L2BHSd[:, :, source]
 
+    def narrow(self, batch: int) -> StreamDecoder:
+        """The first ``batch`` slots, as views of the same memory."""
+        view = copy.copy(self)
+        for name in ("codes_BK", "audio_BN", "active_B", "_conv_BN", "_offset_BN"):
+            setattr(view, name, getattr(self, name)[:batch])
+        view._keys_L2BHSd = self._keys_L2BHSd[:, :, :batch]
+        view._state = {name: None if s is None else _narrow(s, batch) for name, s in self._state.items()}
+        return view
+
     def buffers(self) -> dict[str, Tensor]:
         """All tensors that ``run`` reads or writes by name: inputs, outputs, streaming state, and the codec's."""
         named = {"codes_BK": self.codes_BK, "audio_BN": self.audio_BN, "active_B": self.active_B}
@@ -183,6 +193,20 @@ class StreamDecoder:
                 tensors = {**vars(module_state), **({} if ring is None else vars(ring))}
                 named |= {f"{name}.{key}": value for key, value in tensors.items() if isinstance(value, Tensor)}
         return {**named, **self._codec.buffers()}
+
+
+def _narrow(module_state: Any, batch: int) -> Any:
+    """A module's streaming state with the first ``batch`` slots of its tensors."""
+    view = copy.copy(module_state)
+    view.batch_size = batch
+    for name, value in vars(module_state).items():
+        if isinstance(value, Tensor):
+            setattr(view, name, value[:batch])
+    if getattr(module_state, "kv_cache", None) is not None:
+        view.kv_cache = copy.copy(module_state.kv_cache)
+        view.kv_cache.cache = module_state.kv_cache.cache[:, :batch]
+        view.kv_cache.end_offset = module_state.kv_cache.end_offset[:batch]
+    return view
 
 
 def _enlarge_rings(rings: Sequence[Any], extra: int) -> Tensor:

@@ -1,229 +1,471 @@
-"""Slots that speak together: requests in, frames out. Knows rows, codes and samples, and nothing of text.
+"""Continuous batching: requests enter and leave while others run. The engine knows rows, codes and samples, not text.
 
-A ``BatchRunner`` steps the first slots of the engine's buffers together. It has one CUDA graph per context bucket of the
-KV cache and one for the codec. On a GPU, frame t+1 is launched before frame t is read back: codes and samples arrive
-through pinned memory one frame late, and the codec decodes on its own stream while the next frame is computed.
+``Engine.step`` does one round: it admits requests to free slots, prefills, launches one frame of every running slot,
+and hands out the oldest frame that has arrived. It is synchronous and starts no thread; ``csm.worker`` does that.
+
+Every slot owns a range of the KV cache and a codec stream. New requests take the lowest free slot, and a slot moves
+down where that lets a smaller batch cover all running slots. On a GPU, frames are launched ahead of the one that is
+read back. A request that ends therefore has up to ``BatchRunner.frames_ahead`` more frames in flight; they are dropped.
 
 Shapes: B slots, T rows, C columns of a row, K codebooks, N samples of a frame.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from csm.cache import PrefixCache
-from csm.codec import Codec, StreamDecoder
-from csm.frame import FrameState, decode_frame
-from csm.graph import Graph, Pool, graphs_enabled
+from csm.codec import Codec
+from csm.errors import QueueFullError
+from csm.frame import FrameState
+from csm.graph import Pool, graphs_enabled
 from csm.model import CSM
-from csm.prefill import Prefill
+from csm.prefill import Prefill, PrefillJob
+from csm.prefix_cache import PrefixCache
+from csm.prompt import Prompt, audio_rows
+from csm.runner import AudioDecoder, BatchDecoder, BatchRunner, Output, audio_decoder
 from csm.sampling import SamplingParams
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """CUDA's streams and events are those of the current device: make it this one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What to generate: a prompt, how to draw, the most frames, and whether samples are wanted or codes alone."""
 
-
-class Request(NamedTuple):
-    """A prompt's rows (T, C) and mask, where its context turns end, how to draw, and the most frames to speak."""
-
-    row_TC: Tensor
-    mask_TC: Tensor
-    turn_ends: tuple[int, ...]
+    prompt: Prompt
     params: SamplingParams
     max_frames: int
+    audio: bool = True
 
 
 class Frame(NamedTuple):
-    """80 ms of one slot: codes (K,) and, where they were asked for, samples (N,), on the CPU."""
+    """80 ms of one request: codes (K,) and, where they were asked for, samples (N,), on the CPU."""
 
-    slot: int
     codes_K: Tensor
     audio_N: Tensor | None
 
 
-class Output:
-    """Where one step's codes and samples arrive on the host, and when."""
+class Ticket:
+    """A submitted request: its frames arrive here, in order. One thread reads, the engine writes.
 
-    def __init__(self, batch: int, num_codebooks: int, frame_size: int, device: torch.device):
-        pinned = device.type == "cuda"
-        self.codes_BK = torch.zeros(batch, num_codebooks, dtype=torch.int64, pin_memory=pinned)
-        self.audio_BN = torch.zeros(batch, frame_size, dtype=torch.float32, pin_memory=pinned)
-        self.ready = torch.cuda.Event() if pinned else None
+    ``finish_reason`` is None while the request runs. Then it is "end" (the model ended the speech), "length"
+    (``max_frames``), "cancelled" or "error"; ``error`` holds the exception of the last.
+    """
 
-    def wait(self) -> None:
-        if self.ready is not None:
-            self.ready.synchronize()
+    def __init__(self, request: Request, max_unread: int | None, notify: Callable[[], None] | None):
+        self.request = request
+        self.max_unread = max_unread
+        self.num_frames = 0
+        self.finish_reason: str | None = None
+        self.error: BaseException | None = None
+        self.cancelled = False
+        self._frames: deque[Frame] = deque()
+        self._notify = notify
+
+    @property
+    def finished(self) -> bool:
+        """Whether no further frame will arrive."""
+        return self.finish_reason is not None
+
+    @property
+    def num_unread(self) -> int:
+        return len(self._frames)
+
+    def take(self) -> Frame | None:
+        """The oldest unread frame; None if none has arrived."""
+        return self._frames.popleft() if self._frames else None
+
+    def _put(self, frame: Frame) -> None:
+        self.num_frames += 1
+        self._frames.append(frame)
+        self._wake()
+
+    def _finish(self, reason: str, error: BaseException | None = None) -> None:
+        self.error, self.finish_reason = error, reason
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._notify is not None:
+            self._notify()
 
 
-class BatchRunner:
-    """A batch of slots that step together."""
+@dataclass(eq=False)
+class _Active:
+    """A request that has a slot."""
 
-    def __init__(
-        self, model: CSM, state: FrameState, decoder: StreamDecoder | None, codec_stream: torch.cuda.Stream | None
-    ):
-        self.model = model
-        self.state = state
-        self.decoder = decoder
-        self.device = model.device
-        self.graphs: dict[int, Graph] = {}
-        self.codec_graph: Graph | None = None
-        frame_size = 0 if decoder is None else decoder.audio_BN.shape[1]
-        self.outputs = [Output(state.batch, state.codes_BK.shape[1], frame_size, self.device) for _ in range(2)]
-        self._codec_stream = codec_stream
-        if codec_stream is not None:
-            self._spoken, self._decoded = torch.cuda.Event(), torch.cuda.Event()
+    ticket: Ticket
+    slot: int
+    job: PrefillJob | None
+    launched: int = 0
+    codes: list[Tensor] = field(default_factory=list)
+    saved: dict[str, Tensor] | None = None  # the slot's state, kept while its reader lags and others run
 
-    def capture(self, frame_pool: Pool, codec_pool: Pool) -> None:
-        """Capture the step for every context_bucket, and the codec's."""
+    @property
+    def num_positions(self) -> int:
+        """Backbone positions in use once the next frame has been launched."""
+        return self.ticket.request.prompt.row_TC.shape[0] + self.launched
 
-        def buffers() -> dict[str, Tensor]:
-            weights = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-            return {**weights, **self.state.buffers()}
+    @property
+    def done(self) -> bool:
+        return self.ticket.finished or self.ticket.cancelled
 
-        for context_bucket in self.state.backbone_cache.buckets:
-            step = partial(decode_frame, self.model, self.state, context_bucket)
-            self.graphs[context_bucket] = Graph(step, buffers, self.device, frame_pool)
-        if self.decoder is not None:
-            decoder = self.decoder
-            named = {"codes": decoder.codes_BK, "audio": decoder.audio_BN}
-            self.codec_graph = Graph(decoder.run, lambda: named, self.device, codec_pool)
+    @property
+    def runnable(self) -> bool:
+        """Whether the next frame may be launched: prefilled, not at its limit, and its reader keeps up."""
+        ticket = self.ticket
+        if self.done or self.job is not None or self.launched == ticket.request.max_frames:
+            return False
+        unread = ticket.num_unread + self.launched - ticket.num_frames
+        return ticket.max_unread is None or unread < ticket.max_unread
 
-    def restart(self, audio: bool) -> None:
-        """Before the first step of new requests: the buffers are where they were, the codec begins again."""
-        for graph in list(self.graphs.values())[:1]:  # all have the same buffers
-            graph.check()
-        if audio and self.decoder is not None:
-            self.decoder.reset()
 
-    def launch(self, context_bucket: int, output: Output, audio: bool) -> None:
-        """One frame of every slot, on its way to ``output``."""
-        if context_bucket in self.graphs:
-            self.graphs[context_bucket].replay()
-        else:
-            decode_frame(self.model, self.state, context_bucket)
-        output.codes_BK.copy_(self.state.codes_BK, non_blocking=True)
-        if not audio:
-            if output.ready is not None:
-                output.ready.record()
-        elif output.ready is None:
-            self._decode(output)
-        else:
-            assert self._codec_stream is not None
-            main = torch.cuda.current_stream()
-            main.wait_event(self._decoded)  # the codec has read the frame before
-            self._hand_over()
-            self._spoken.record(main)
-            with torch.cuda.stream(self._codec_stream):
-                self._codec_stream.wait_event(self._spoken)
-                self._run_codec(output)
-                self._decoded.record()
-                output.ready.record()
+@dataclass(eq=False)
+class _Flight:
+    """A launched frame that has not been read back, and the requests that it belongs to, by slot at launch."""
 
-    def _hand_over(self) -> None:
-        assert self.decoder is not None
-        self.decoder.codes_BK.copy_(self.state.codes_BK)
-
-    def _run_codec(self, output: Output) -> None:
-        assert self.decoder is not None
-        if self.codec_graph is not None:
-            self.codec_graph.replay()
-        else:
-            self.decoder.run()
-        output.audio_BN.copy_(self.decoder.audio_BN, non_blocking=True)
-
-    def _decode(self, output: Output) -> None:
-        self._hand_over()
-        self._run_codec(output)
+    output: Output
+    members: dict[int, _Active] = field(default_factory=dict)
 
 
 class Engine:
-    """One set of buffers for up to ``max_batch`` slots, and the runners over them.
+    """``max_slots`` slots over one allocation of buffers, and the requests that wait for one.
 
-    One call of ``run`` at a time; whoever wants several streams at once takes several engines. ``codec`` gives the
-    codec when samples are first asked for.
+    ``submit`` and ``cancel`` may be called from any thread, also while another steps. ``codec`` returns the codec
+    (``frame_size`` samples a frame) and is called when samples are first asked for. ``graphs`` captures each batch
+    size on its first use.
     """
 
-    def __init__(self, model: CSM, codec: Callable[[], Codec], max_batch: int, prefixes: PrefixCache):
+    def __init__(
+        self,
+        model: CSM,
+        codec: Callable[[], Codec],
+        frame_size: int,
+        max_slots: int,
+        prefix_cache: PrefixCache,
+        max_queue: int | None = None,
+        graphs: bool = True,
+    ):
         self.model = model
-        self.max_batch = max_batch
+        self.max_slots = max_slots
+        self.max_queue = max_queue
         self._codec = codec
-        with torch.inference_mode(False):  # buffers that any later call may write, whatever mode this one is in
-            self._state = FrameState.allocate(model.config, max_batch, model.device, model.dtype)
-            self._prefill = Prefill(model, prefixes)
-        self._runners: dict[tuple[int, bool], BatchRunner] = {}
-        self._codec_stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
-        self.captured_batch_sizes: list[int] = []  # batch sizes
+        self._frame_size = frame_size
+        self._device = model.device
+        with torch.inference_mode(False):  # buffers that any later call may write, in whatever mode
+            self._state = FrameState.allocate(model.config, max_slots, model.device, model.dtype)
+            self._prefill = Prefill(model, prefix_cache)
+        self._prefix_cache = prefix_cache
+        self._graphs = graphs and graphs_enabled(model.device)
+        self._runners: dict[int, BatchRunner] = {}
+        self._decoder: AudioDecoder | None = None
+        self._slots: list[_Active | None] = [None] * max_slots
+        self._queue: deque[Ticket] = deque()
+        self._in_flight: deque[_Flight] = deque()
+        self._lock = threading.Lock()  # of the queue
+        self._stepping = threading.RLock()
+        self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self._pools: tuple[Pool, Pool] | None = None
 
-    def capture(self, batches: Sequence[int]) -> None:
-        """Capture the prompts' passes, and a runner of each of these batch sizes. Not in the middle of a request."""
-        if not graphs_enabled(self.model.device):
+    # Requests
+
+    def submit(
+        self, request: Request, max_unread: int | None = None, notify: Callable[[], None] | None = None
+    ) -> Ticket:
+        """Queue a request; the ticket receives its frames.
+
+        ``max_unread`` pauses the request while its reader has so many frames unread. ``notify`` is called from the
+        engine's thread when a frame has arrived and when the request has finished. Raises QueueFullError.
+        """
+        num_rows, limit = request.prompt.row_TC.shape[0], self._state.backbone_cache.max_positions
+        assert request.max_frames >= 1 and num_rows >= 1 and num_rows + request.max_frames - 1 <= limit
+        ticket = Ticket(request, max_unread, notify)
+        with self._lock:
+            if self.max_queue is not None and len(self._queue) >= self.max_queue:
+                raise QueueFullError(f"{len(self._queue)} requests are waiting, the limit is {self.max_queue}")
+            self._queue.append(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request: the next step frees its slot. Frames that have arrived stay readable."""
+        ticket.cancelled = True
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    @property
+    def num_active(self) -> int:
+        """Requests that hold a slot."""
+        return sum(active is not None for active in self._slots)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is waiting, active or in flight."""
+        return not (self._queue or self.num_active or self._in_flight)
+
+    # One round
+
+    def step(self) -> bool:
+        """Admit, prefill, launch a frame of every running slot, hand out the oldest. False if there was nothing to do.
+
+        An exception in a prefill ends its request, one in a frame every running request; both are on the tickets. The
+        engine goes on.
+        """
+        with self._stepping, self._on_stream(), torch.no_grad():
+            self._drop_cancelled()
+            advanced = self._admit()
+            try:
+                launched = self._launch()
+                collected = self._collect(launched)
+            except BaseException as error:
+                self._fail_running(error)
+                if not isinstance(error, Exception):
+                    raise
+                return True
+        return advanced or launched or collected
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """The engine's own CUDA stream: work of other threads neither delays it nor is captured with it."""
+        if self._stream is None:
+            yield
             return
-        frame_pool, codec_pool = Pool(self.model.device), Pool(self.model.device)
-        for batch in sorted(set(batches), reverse=True):  # the largest first: the smaller ones fit its memory
-            self._runner(batch, audio=True).capture(frame_pool, codec_pool)
-        self._prefill.capture(frame_pool)
-        self.captured_batch_sizes = sorted(set(batches))
+        with torch.cuda.device(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                yield
 
-    def run(self, requests: Sequence[Request], audio: bool) -> Iterator[Frame]:
-        """Speak all requests, slot i the i-th, and hand out frames until every one has ended."""
-        assert 1 <= len(requests) <= self.max_batch
+    def _drop_cancelled(self) -> None:
+        with self._lock:
+            dropped = [ticket for ticket in self._queue if ticket.cancelled]
+            self._queue = deque(ticket for ticket in self._queue if not ticket.cancelled)
+        for ticket in dropped:
+            ticket._finish("cancelled")
+        for active in self._active():
+            if active.ticket.cancelled and not active.ticket.finished:
+                self._release(active, "cancelled")
+
+    def _active(self) -> list[_Active]:
+        return [active for active in self._slots if active is not None]
+
+    # Admission and prefill
+
+    def _admit(self) -> bool:
+        """Prefill what has a slot and give free slots to waiting requests, in order.
+
+        While others run, one chunk a round, so that no running request waits for a long prompt. Otherwise all of it.
+        """
+        busy, advanced = any(active.runnable for active in self._active()), False
+        while True:
+            active = next((active for active in self._active() if active.job is not None), None) or self._next_request()
+            if active is None:
+                return advanced
+            self._run_chunk(active)
+            advanced = True
+            if busy:
+                return advanced
+
+    def _next_request(self) -> _Active | None:
+        """The oldest waiting request, in the lowest free slot."""
+        free = next((slot for slot, active in enumerate(self._slots) if active is None), None)
+        with self._lock:
+            if free is None or not self._queue:
+                return None
+            ticket = self._queue.popleft()
+        request = ticket.request
         try:
-            yield from self._run(requests, audio)
-        finally:
-            if self._codec_stream is not None:  # whatever comes next waits for what is still being decoded
-                torch.cuda.current_stream(self.model.device).wait_stream(self._codec_stream)
+            self._prepare(self._batch_size(free + 1))
+            if request.audio:
+                self._audio_decoder().reset(free)
+            row_TC, mask_TC, turn_ends = request.prompt
+            job = self._prefill.begin(self._state, free, row_TC, mask_TC, request.params, turn_ends)
+        except BaseException as error:
+            ticket._finish("error", error)
+            if not isinstance(error, Exception):
+                raise
+            return self._next_request()
+        self._slots[free] = active = _Active(ticket, free, job)
+        return active
 
-    def _run(self, requests: Sequence[Request], audio: bool) -> Iterator[Frame]:
-        # A captured runner with slots to spare beats one of the very size that is not captured.
-        batch = next((size for size in self.captured_batch_sizes if size >= len(requests)), len(requests))
-        runner = self._runner(batch, audio or batch in self.captured_batch_sizes)
-        with _on(self.model.device):
-            runner.restart(audio)
-            self._prefill.check()
-            for slot, request in enumerate(requests):
-                row_TC, mask_TC, turn_ends, params, _ = request
-                self._prefill.start(runner.state, slot, row_TC, mask_TC, params, turn_ends)
-        live = {slot: request.max_frames for slot, request in enumerate(requests)}
-        longest = max(request.row_TC.shape[0] for request in requests)
-        for spoken, output in enumerate(self._steps(runner, longest, max(live.values()), audio), start=1):
-            output.wait()
-            for slot, max_frames in list(live.items()):
-                if not output.codes_BK[slot].any():  # a frame of zeros ends the speech
-                    del live[slot]
-                    continue
-                yield Frame(slot, output.codes_BK[slot].clone(), output.audio_BN[slot].clone() if audio else None)
-                if spoken == max_frames:
-                    del live[slot]
-            if not live:
+    def _run_chunk(self, active: _Active) -> None:
+        assert active.job is not None
+        try:
+            if active.job.run_chunk():
+                active.job = None
+        except BaseException as error:
+            self._release(active, "error", error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _prepare(self, batch: int) -> None:
+        """Before a prompt is read: capture the batch size that it needs, or check what is captured."""
+        runner = self._runner(batch)
+        if self._graphs and not runner.is_captured:
+            self._capture(batch)
+        runner.check()
+        self._prefill.check()
+        if isinstance(self._decoder, BatchDecoder):
+            self._decoder.check()
+
+    def _capture(self, batch: int) -> None:
+        """Capture the step and the codec at a batch size, and the prefill's chunks once."""
+        if self._pools is None:
+            self._pools = Pool(self._device), Pool(self._device)
+            self._prefill.capture(self._pools[0])
+        self._runner(batch).capture(self._pools[0])
+        decoder = self._audio_decoder()
+        if isinstance(decoder, BatchDecoder):
+            decoder.capture(batch, self._pools[1])
+
+    def warmup(self, batches: Sequence[int]) -> None:
+        """Capture these batch sizes now instead of on their first use. Requests that run meanwhile continue."""
+        with self._stepping, self._on_stream(), torch.no_grad():
+            for batch in sorted({self._batch_size(batch) for batch in batches}, reverse=True):
+                self._prepare(batch)  # the largest first: smaller graphs fit its memory
+
+    # Frames
+
+    def _launch(self) -> bool:
+        """Launch one frame of every running slot."""
+        self._compact()
+        running = {active.slot: active for active in self._active() if active.runnable}
+        if not running:
+            return False
+        runner = self._runner(self._batch_size(max(running) + 1))
+        for active in self._active():
+            self._park(active, running=active.slot in running, covered=active.slot < runner.state.batch)
+        bucket = self._state.backbone_cache.bucket_for(max(active.num_positions for active in running.values()))
+        audio = [slot for slot, active in running.items() if active.ticket.request.audio]
+        output = runner.launch(bucket, self._audio_decoder() if audio else None, audio)
+        for active in running.values():
+            active.launched += 1
+        self._in_flight.append(_Flight(output, running))
+        return True
+
+    def _park(self, active: _Active, running: bool, covered: bool) -> None:
+        """Keep the state of a slot that the batch covers but must not advance; put it back before it runs again.
+
+        The batch overwrites only cache positions from the slot's own on, which are written anew when it runs again.
+        """
+        paused = not running and covered and not active.done and active.job is None
+        if paused and active.saved is None and active.launched < active.ticket.request.max_frames:
+            active.saved = self._state.save(slice(active.slot, active.slot + 1))
+        elif running and active.saved is not None:
+            self._state.restore(active.saved, slice(active.slot, active.slot + 1))
+            active.saved = None
+
+    def _compact(self) -> None:
+        """Move the highest running slot down as long as that makes the batch smaller."""
+        while True:
+            running = sorted(active.slot for active in self._active() if active.runnable)
+            free = next((slot for slot, active in enumerate(self._slots) if active is None), self.max_slots)
+            if not running or free > running[-1]:
                 return
+            below = max([free, *running[:-1]])
+            if self._batch_size(below + 1) >= self._batch_size(running[-1] + 1):
+                return
+            self._move(running[-1], free)
 
-    def _steps(self, runner: BatchRunner, longest: int, count: int, audio: bool) -> Iterator[Output]:
-        """``count`` steps; on a GPU each is launched before the one before it is handed out."""
-        ahead = 1 if runner.device.type == "cuda" else 0
-        launched: deque[Output] = deque()
-        for step in range(count):
-            output = runner.outputs[step % 2]
-            with _on(runner.device):
-                runner.launch(runner.state.backbone_cache.bucket_for(longest + step), output, audio)
-            launched.append(output)
-            if len(launched) > ahead:
-                yield launched.popleft()
-        yield from launched
+    def _move(self, source: int, target: int) -> None:
+        active = self._slots[source]
+        assert active is not None and self._slots[target] is None
+        self._state.move(source, target, num_positions=active.num_positions)
+        if self._decoder is not None:
+            self._decoder.move(source, target)
+        self._slots[source], self._slots[target], active.slot = None, active, target
 
-    def _runner(self, batch: int, audio: bool) -> BatchRunner:
-        if (batch, audio) not in self._runners:
+    def _collect(self, launched: bool) -> bool:
+        """Hand out the oldest frame once enough are in flight, or once none was launched."""
+        ahead = next(iter(self._runners.values())).frames_ahead if self._runners else 0
+        if not self._in_flight or (launched and len(self._in_flight) <= ahead):
+            return False
+        flight = self._in_flight.popleft()
+        if any(not active.done for active in flight.members.values()):
+            flight.output.wait()
+        for slot, active in flight.members.items():
+            if not active.done:
+                self._hand_out(active, flight.output, slot)
+        return True
+
+    def _hand_out(self, active: _Active, output: Output, slot: int) -> None:
+        ticket = active.ticket
+        if not output.codes_BK[slot].any():  # a frame of zeros ends the speech
+            self._release(active, "end")
+            return
+        audio_N = output.audio_BN[slot].clone() if ticket.request.audio else None
+        active.codes.append(output.codes_BK[slot].clone())
+        ticket._put(Frame(output.codes_BK[slot].clone(), audio_N))
+        if ticket.num_frames == ticket.request.max_frames:
+            self._release(active, "length")
+
+    # Ends
+
+    def _release(self, active: _Active, reason: str, error: BaseException | None = None) -> None:
+        """Free the slot of a request that has ended, and keep its keys and values for a prompt that continues it."""
+        if reason != "error" and active.job is None:
+            self._store_prefix(active)
+        if active.job is not None:
+            active.job.cancel()
+        self._slots[active.slot] = None
+        active.ticket._finish(reason, error)
+
+    def _store_prefix(self, active: _Active) -> None:
+        """Keep the keys and values of the prompt and of the frames that were handed out."""
+        prompt = active.ticket.request.prompt
+        if active.codes:
+            frames = audio_rows(torch.stack(active.codes))
+            prompt = Prompt(
+                torch.cat((prompt.row_TC, frames.row_TC[:-1])),
+                torch.cat((prompt.mask_TC, frames.mask_TC[:-1])),
+                prompt.turn_ends,
+            )
+        # Each launched frame has read one row: the prompt's last one, then the frames.
+        length = min(prompt.row_TC.shape[0], active.num_positions - 1)
+        self._prefix_cache.store(prompt, length, self._state.backbone_cache.slots(active.slot, active.slot + 1))
+
+    def abort(self, error: BaseException) -> None:
+        """End every request with this exception: the thread that steps the engine cannot go on."""
+        with self._stepping:
+            self._in_flight.clear()
+            for active in self._active():
+                self._release(active, "error", error)
+            with self._lock:
+                waiting, self._queue = self._queue, deque()
+            for ticket in waiting:
+                ticket._finish("error", error)
+
+    def _fail_running(self, error: BaseException) -> None:
+        """End every request that takes part in frames; waiting requests and prefills are not affected."""
+        self._in_flight.clear()
+        for active in self._active():
+            if active.job is None:
+                self._release(active, "error", error)
+
+    # Batch sizes
+
+    def _batch_size(self, num_slots: int) -> int:
+        """The size of the batch that covers so many slots: exact, or with graphs the next power of two."""
+        if not self._graphs:
+            return num_slots
+        return min(1 << (num_slots - 1).bit_length(), self.max_slots)
+
+    def _runner(self, batch: int) -> BatchRunner:
+        runner = self._runners.get(batch)
+        if runner is None:
             with torch.inference_mode(False), torch.no_grad():
-                decoder = self._codec().stream_decoder(batch) if audio else None
-                self._runners[batch, audio] = BatchRunner(
-                    self.model, self._state.narrow(batch), decoder, self._codec_stream
-                )
-        return self._runners[batch, audio]
+                runner = BatchRunner(self.model, self._state.narrow(batch), self._frame_size)
+            self._runners[batch] = runner
+        return runner
+
+    def _audio_decoder(self) -> AudioDecoder:
+        if self._decoder is None:
+            with torch.no_grad():
+                self._decoder = audio_decoder(self._codec(), self.max_slots, self._device)
+        return self._decoder

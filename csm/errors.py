@@ -21,6 +21,10 @@ class PromptTooLongError(PromptError):
     """The prompt has more positions than the backbone."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint is used although something about it may change the speech. The message names the file."""
+
+
 class RoomWarning(UserWarning):
     """The prompt leaves fewer positions than the requested audio length, so the audio may be cut short."""
 
@@ -31,6 +35,10 @@ class FallbackWarning(UserWarning):
 
 class SamplingError(CSMError):
     """A sampling parameter is out of range."""
+
+
+class QueueFullError(CSMError):
+    """More requests are waiting than the engine's queue holds. Try again later."""
 
 
 class AudioError(CSMError):

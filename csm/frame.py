@@ -21,6 +21,8 @@ from csm.config import CSMConfig, TransformerConfig
 from csm.kernels import draw_noise, sample
 from csm.model import CSM
 
+STEP_OUTPUTS = ("pending_row_BC", "pending_mask_BC", "position_B", "frame_B", "codes_BK")  # what the step changes
+
 
 @dataclass(frozen=True, eq=False)
 class FrameState:
@@ -98,6 +100,19 @@ class FrameState:
                 value[target] = value[source]
         for cache_LBGSd in (self.backbone_cache.k_LBGSd, self.backbone_cache.v_LBGSd):
             cache_LBGSd[:, target, :, :num_positions] = cache_LBGSd[:, source, :, :num_positions]
+
+    def save(self, slots: slice) -> dict[str, Tensor]:
+        """Copies of what the step changes in these slots, for ``restore``.
+
+        Keys and values are left out. A step writes them at a slot's own position and later, and those positions are
+        computed again once the slot's position is restored.
+        """
+        return {name: getattr(self, name)[slots].clone() for name in STEP_OUTPUTS}
+
+    def restore(self, saved: dict[str, Tensor], slots: slice) -> None:
+        """Write what ``save`` returned to the same slots, or to as many others."""
+        for name, value in saved.items():
+            getattr(self, name)[slots] = value
 
     def buffers(self) -> dict[str, Tensor]:
         """All tensors of the state by name, including those of the caches."""

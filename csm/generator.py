@@ -9,7 +9,6 @@ import numbers
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +16,38 @@ import torch
 from torch import Tensor
 
 from csm.audio import to_mono
-from csm.cache import PrefixCache
+from csm.cache import kv_bytes_per_position
 from csm.codec import Codec, check_codes
 from csm.config import CSMConfig
 from csm.engine import Engine, Frame, Request
 from csm.errors import AudioError, CheckpointError, CSMError, PromptError, RoomWarning, SamplingError
 from csm.lora import load_adapter
 from csm.model import CSM
+from csm.prefix_cache import PrefixCache
 from csm.prompt import Segment, TextTokenizer, build_prompt, check_length
+from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
 from csm.weights import Checkpoint, open_checkpoint, read_codec, read_model
+from csm.worker import Worker
 
 DEFAULT_MODEL = "sesame/csm-1b"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-PREFIX_POSITIONS = 8192  # cached positions of context turns: 32 KB each for CSM-1B in bfloat16
-MAX_SPARE_ENGINES = 2  # idle ones that were not captured
+MAX_STREAMS = 8  # requests at a time, unless the caller says otherwise
+MAX_UNREAD = 25  # chunks that a stream may be ahead of its reader: 2 s
+PREFIX_POSITIONS = 8192  # positions that the prefix cache holds: 32 KB each for CSM-1B in bfloat16
 
 
 class Generator:
     """A loaded model that speaks. Safe to use from several threads and with several streams open at once."""
 
-    def __init__(self, checkpoint: Checkpoint, model: CSM, codec_file: str | Path | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: CSM,
+        codec_file: str | Path | None = None,
+        graphs: bool = True,
+        max_streams: int = MAX_STREAMS,
+    ):
         self.config: CSMConfig = model.config
         self.model = model
         self.sample_rate = checkpoint.codec_config.sample_rate
@@ -45,8 +55,10 @@ class Generator:
         self._codec_file = codec_file
         self._tokenizer = TextTokenizer(checkpoint.tokenizer_path, model.config.text_vocab_size)
         self._codec: Codec | None = None
-        self._engines: list[Engine] = []
-        self._prefixes = PrefixCache(PREFIX_POSITIONS)
+        self._max_streams = max_streams
+        self._graphs = graphs
+        self._worker: Worker | None = None
+        self._prefix_cache = PrefixCache(PREFIX_POSITIONS * kv_bytes_per_position(model.config.backbone, model.dtype))
         self._lock = threading.RLock()
 
     @classmethod
@@ -58,6 +70,8 @@ class Generator:
         codec: str | Path | None = None,
         progress: bool = True,
         lora: str | Path | None = None,
+        graphs: bool = True,
+        max_streams: int = MAX_STREAMS,
     ) -> Generator:
         """Load a checkpoint.
 
@@ -69,6 +83,9 @@ class Generator:
             codec: a file of Mimi weights in Kyutai's layout; None is the checkpoint's own, else Kyutai's from the hub.
             progress: show a bar where loading takes more than a second.
             lora: the folder of an adapter (``python -m csm finetune --lora``), which is merged into the weights.
+            graphs: on a GPU, capture each frame as a CUDA graph on first use; False runs eagerly.
+            max_streams: how many requests are generated at a time; further ones wait. Each takes KV cache for all
+                positions (64 MB for CSM-1B in bfloat16).
 
         Raises:
             CheckpointError: it is damaged or of another shape; the message names the file and the tensor.
@@ -82,7 +99,7 @@ class Generator:
         model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, where, dtype, progress), where)
         if lora is not None:
             load_adapter(lora, checkpoint.config).merge(model)
-        return cls(checkpoint, model, codec)
+        return cls(checkpoint, model, codec, graphs, max_streams)
 
     @property
     def device(self) -> torch.device:
@@ -105,18 +122,17 @@ class Generator:
             raise CheckpointError(f"{self._codec_file or self._checkpoint.folder}: {error}") from error
 
     def warmup(self, batches: Sequence[int] = (1,)) -> None:
-        """Load the codec, capture the CUDA graphs of these batch sizes, and run: the first request pays for nothing.
+        """Load the codec and prepare for these numbers of requests at a time: capture CUDA graphs and run each once.
 
-        Without it everything runs eagerly. A batch of another size takes the next larger one that was captured.
+        Without it, the first request that needs a batch size captures it. A size between two captured ones takes the
+        larger.
         """
         if not batches or min(batches) < 1:
             raise CSMError(f"batch sizes must be at least 1, not {list(batches)}")
-        engine = Engine(self.model, lambda: self.codec, max(batches), self._prefixes)
-        engine.capture(batches)
-        with self._lock:
-            self._engines.insert(0, engine)
+        _ = self.codec
+        self._worker_for(max(batches)).engine.warmup(batches)
         for batch in batches:
-            self.generate_batch([{"text": "Hello.", "max_audio_length_ms": 160}] * batch)
+            self.generate_batch([SpeechRequest("Hello.", max_audio_length_ms=160)] * batch)
 
     def encode(self, audio: Tensor, sample_rate: int | None = None) -> Tensor:
         """Audio, (samples,) or (channels, samples) at any rate, to codes (T, K) int64. Raises AudioError."""
@@ -168,9 +184,14 @@ class Generator:
         topk: int = 50,
         seed: int | None = None,
     ) -> Iterator[Tensor]:
-        """``generate``, in chunks of 1920 samples (80 ms) as they are spoken. Arguments are checked at the call."""
-        request = self._request(text, speaker, context, max_audio_length_ms, temperature, topk, seed)
-        return (frame.audio_N for frame in self._run([request], audio=True) if frame.audio_N is not None)
+        """``generate``, in chunks of 1920 samples (80 ms) as they are generated.
+
+        Arguments are checked at the call. Generation starts with the first chunk that is asked for, runs at most
+        ``MAX_UNREAD`` chunks ahead of the reader, and is cancelled when the iterator is closed.
+        """
+        speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed)
+        frames = self._run([self._request(speech)], MAX_UNREAD)
+        return (frame.audio_N for _, frame in frames if frame.audio_N is not None)
 
     def generate_codes(
         self,
@@ -183,55 +204,53 @@ class Generator:
         seed: int | None = None,
     ) -> Tensor:
         """``generate``, before the codec: codes (T, K) int64 on the CPU."""
-        request = self._request(text, speaker, context, max_audio_length_ms, temperature, topk, seed)
-        return self._collect_codes([request])[0]
+        speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed)
+        return self.generate_codes_batch([speech])[0]
 
-    def generate_batch(self, requests: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-        """Several requests at once, each a mapping of ``generate``'s arguments; the audio of each, in order.
+    def generate_batch(self, requests: Sequence[SpeechRequest | Mapping[str, Any]]) -> list[Tensor]:
+        """Several requests at once, each a SpeechRequest or a mapping of its fields; the audio of each, in order.
 
         A request draws the codes that it would draw alone, up to the rounding of a matrix product over more rows.
         """
-        checked = [self._request(**request) for request in requests]
+        checked = [self._request(SpeechRequest.of(request)) for request in requests]
         chunks: list[list[Tensor]] = [[] for _ in checked]
-        for frame in self._run(checked, audio=True):
+        for index, frame in self._run(checked):
             assert frame.audio_N is not None
-            chunks[frame.slot].append(frame.audio_N)
-        return [torch.cat(spoken) if spoken else torch.zeros(0) for spoken in chunks]
+            chunks[index].append(frame.audio_N)
+        return [torch.cat(parts) if parts else torch.zeros(0) for parts in chunks]
 
-    def generate_codes_batch(self, requests: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    def generate_codes_batch(self, requests: Sequence[SpeechRequest | Mapping[str, Any]]) -> list[Tensor]:
         """``generate_batch``, before the codec: codes (T, K) of each request."""
-        return self._collect_codes([self._request(**request) for request in requests])
+        checked = [self._request(SpeechRequest.of(request), audio=False) for request in requests]
+        codes: list[list[Tensor]] = [[] for _ in checked]
+        for index, frame in self._run(checked):
+            codes[index].append(frame.codes_K)
+        empty = torch.zeros(0, self.config.num_codebooks, dtype=torch.int64)
+        return [torch.stack(frames) if frames else empty for frames in codes]
 
-    def _request(
-        self,
-        text: str,
-        speaker: int = 0,
-        context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
-        temperature: float = 0.9,
-        topk: int = 50,
-        seed: int | None = None,
-    ) -> Request:
-        """``generate``'s arguments, checked and tokenised."""
+    def _request(self, speech: SpeechRequest, audio: bool = True) -> Request:
+        """A checked and tokenised request. ``audio`` asks for samples, not codes alone."""
         frame_ms = 1000 / self._checkpoint.codec_config.frame_rate
-        if not isinstance(max_audio_length_ms, numbers.Real) or not max_audio_length_ms >= frame_ms:
-            raise CSMError(
-                f"the audio's limit must be at least one frame, {frame_ms:g} ms, not {max_audio_length_ms!r}"
-            )
-        params = SamplingParams(temperature, topk, int(torch.randint(2**63 - 1, ())) if seed is None else seed)
-        if topk > self.config.codebook_size:
-            raise SamplingError(f"top-k must be at most {self.config.codebook_size}, not {topk}")
-        text_ids = self._tokenizer.encode(speaker, text)
+        limit_ms = speech.max_audio_length_ms
+        if not isinstance(limit_ms, numbers.Real) or not limit_ms >= frame_ms:
+            raise CSMError(f"the audio's limit must be at least one frame, {frame_ms:g} ms, not {limit_ms!r}")
+        seed = int(torch.randint(2**63 - 1, ())) if speech.seed is None else speech.seed
+        params = SamplingParams(speech.temperature, speech.topk, seed)
+        if speech.topk > self.config.codebook_size:
+            raise SamplingError(f"top-k must be at most {self.config.codebook_size}, not {speech.topk}")
+        text_ids = self._tokenizer.encode(speech.speaker, speech.text)
         check_length(len(text_ids), self.config)
-        prompt = build_prompt([self._turn(segment) for segment in context], text_ids, self.config)
-        # The last prompt row is read by the step that speaks the first frame.
+        prompt = build_prompt([self._turn(segment) for segment in speech.context], text_ids, self.config)
+        # The step that generates the first frame reads the last row of the prompt.
         room = self.config.backbone.max_positions - prompt.row_TC.shape[0] + 1
-        asked = max_audio_length_ms / frame_ms + 1e-6  # 16.08 s are 201 frames, whatever binary fractions make of it
+        asked = limit_ms / frame_ms + 1e-6  # 16.08 s are 201 frames despite binary fractions
         if room < asked:
-            left, wanted = room * frame_ms / 1000, max_audio_length_ms / 1000
-            message = f"the prompt leaves room for {left:.2f} s of audio, of the {wanted:g} s that were asked for"
+            message = (
+                f"the prompt leaves room for {room * frame_ms / 1000:.2f} s of audio, "
+                f"of the {limit_ms / 1000:g} s that were asked for"
+            )
             warnings.warn(message, RoomWarning, stacklevel=3)
-        return Request(*prompt, params, int(min(asked, room)))
+        return Request(prompt, params, int(min(asked, room)), audio)
 
     def _turn(self, segment: Segment) -> tuple[list[int], Tensor]:
         """A context turn's text ids and codes."""
@@ -250,38 +269,23 @@ class Generator:
         check_length(-(-mono.shape[0] // self._checkpoint.codec_config.frame_size), self.config)
         return text_ids, self.codec.encode(mono)
 
-    def _run(self, requests: Sequence[Request], audio: bool) -> Iterator[Frame]:
-        """Frames of all requests as they are spoken, from an engine that nobody else uses meanwhile."""
+    def _run(self, requests: Sequence[Request], max_unread: int | None = None) -> Iterator[tuple[int, Frame]]:
+        """Frames of all requests as they are generated, each with the index of its request."""
         if requests:
-            with self._borrow_engine(len(requests)) as engine:
-                yield from engine.run(requests, audio)
+            yield from self._worker_for(len(requests)).frames(requests, max_unread)
 
-    def _collect_codes(self, requests: Sequence[Request]) -> list[Tensor]:
-        """Codes (T, K) of each request."""
-        frames: list[list[Tensor]] = [[] for _ in requests]
-        for frame in self._run(requests, audio=False):
-            frames[frame.slot].append(frame.codes_K)
-        nothing = torch.zeros(0, self.config.num_codebooks, dtype=torch.int64)
-        return [torch.stack(spoken) if spoken else nothing for spoken in frames]
-
-    @contextmanager
-    def _borrow_engine(self, batch: int) -> Iterator[Engine]:
-        """An engine with so many slots, captured rather than not and small rather than large, else a new one.
-
-        Captured engines are kept, of the others the last few.
-        """
+    def _worker_for(self, num_slots: int) -> Worker:
+        """The engine's worker. An idle engine with fewer slots is replaced by a larger one; a busy one queues."""
         with self._lock:
-            fitting = [engine for engine in self._engines if engine.max_batch >= batch]
-            fitting.sort(key=lambda engine: (not engine.captured_batch_sizes, engine.max_batch))
-            engine = fitting[0] if fitting else Engine(self.model, lambda: self.codec, batch, self._prefixes)
-            self._engines = [other for other in self._engines if other is not engine]
-        try:
-            yield engine
-        finally:
-            with self._lock:
-                engines = [engine, *self._engines]
-                spare = [other for other in engines if not other.captured_batch_sizes][:MAX_SPARE_ENGINES]
-                self._engines = [other for other in engines if other.captured_batch_sizes] + spare
+            worker = self._worker
+            if worker is None or (worker.engine.max_slots < num_slots and worker.engine.idle):
+                num_slots = max(num_slots, self._max_streams)
+                frame_size = self._checkpoint.codec_config.frame_size
+                engine = Engine(
+                    self.model, lambda: self.codec, frame_size, num_slots, self._prefix_cache, graphs=self._graphs
+                )
+                worker = self._worker = Worker(engine)
+            return worker
 
 
 def find_device(name: str | torch.device | None) -> torch.device:

@@ -1,8 +1,8 @@
-"""Low-rank adapters (https://arxiv.org/abs/2106.09685): W + (alpha / rank) B A beside the linear layers of a model.
+"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685): W + (alpha / rank) B A for linear layers of a model.
 
-The layers' own weights are fused; an adapter is not: q, k, v, gate and up have one each, which covers its rows of the
-fused weight. Merged, an adapter costs nothing at generation. Its file holds its tensors alone, beside a JSON of what it
-was made for.
+The model's weights are fused (qkv, gate_up), the adapters are not: q, k, v, gate and up have one each, which applies to
+its rows of the fused weight. Merging adapters into the weights removes their cost at generation. An adapter's folder
+holds its tensors (safetensors) and its configuration (JSON).
 
 Shapes: R rank, I inputs, O outputs of a linear layer.
 """
@@ -35,7 +35,7 @@ WEIGHTS_FILE, CONFIG_FILE = "adapter.safetensors", "adapter_config.json"
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which linear layers of which transformers have an adapter, and of what rank."""
+    """The adapters' rank, scale (alpha / rank) and dropout, and the layers and transformers that have one."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -45,37 +45,37 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise CheckpointError(f"the rank of an adapter must be at least 1, not {self.rank}")
+            raise CheckpointError(f"the adapter's rank must be at least 1, not {self.rank}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise CheckpointError(f"alpha must be a positive number, not {self.alpha}")
+            raise CheckpointError(f"the adapter's alpha must be finite and positive, not {self.alpha}")
         if not 0 <= self.dropout < 1:
-            raise CheckpointError(f"the dropout of an adapter must be within 0 and 1, not {self.dropout}")
+            raise CheckpointError(f"the adapter's dropout must be at least 0 and below 1, not {self.dropout}")
         for kind, names, known in (("targets", self.targets, TARGETS), ("parts", self.parts, PARTS)):
             if not names or set(names) - set(known):
-                raise CheckpointError(f"{kind} of an adapter must be among {', '.join(known)}, not {list(names)}")
+                raise CheckpointError(f"the adapter's {kind} must be among {', '.join(known)}, not {list(names)}")
 
 
 class Layer(NamedTuple):
-    """An adapted linear layer: rows ``first`` to ``first + rows`` of the fused ``weight``, under its own ``name``."""
+    """An adapted linear layer: ``num_rows`` rows of the fused ``weight`` from ``first_row`` on."""
 
     name: str
     weight: str
-    first: int
-    rows: int
-    columns: int
+    first_row: int
+    num_rows: int
+    num_columns: int
 
 
 def adapted_layers(config: CSMConfig, lora: LoraConfig) -> list[Layer]:
-    """The linear layers that ``lora`` adapts in a model of this shape."""
+    """The linear layers that ``lora`` adapts in a model of this configuration."""
     layers: list[Layer] = []
     for part in (part for part in PARTS if part in lora.parts):
         transformer: TransformerConfig = getattr(config, part)
         for index in range(transformer.num_layers):
-            layers += _block(f"{part}.layers.{index}", transformer)
+            layers += _block_layers(f"{part}.layers.{index}", transformer)
     return [layer for layer in layers if layer.name.rsplit(".", 1)[1] in lora.targets]
 
 
-def _block(block: str, config: TransformerConfig) -> list[Layer]:
+def _block_layers(block: str, config: TransformerConfig) -> list[Layer]:
     attention, mlp, dim, hidden = f"{block}.attention", f"{block}.mlp", config.dim, config.hidden_dim
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return [
@@ -90,9 +90,10 @@ def _block(block: str, config: TransformerConfig) -> list[Layer]:
 
 
 class Lora(nn.Module):
-    """The adapters of a model: A of each is random and B zero, so that at first they add nothing.
+    """The adapters of a model. A is initialised randomly and B with zeros, so a new adapter changes nothing.
 
-    ``a`` holds A (R, I) and ``b`` B (O, R) of each layer by name, dots written as slashes (a module's name has none).
+    ``a`` and ``b`` hold A (R, I) and B (O, R) of each layer by name. Dots in names are replaced by slashes, because
+    module names must not contain dots.
     """
 
     def __init__(self, config: CSMConfig, lora: LoraConfig, device: torch.device | None = None, seed: int = 0):
@@ -100,57 +101,57 @@ class Lora(nn.Module):
         self.config = lora
         self.scale = lora.alpha / lora.rank
         self.layers = adapted_layers(config, lora)
-        self.of_weight: dict[str, list[Layer]] = {}
+        self.layers_of_weight: dict[str, list[Layer]] = {}
         generator = torch.Generator().manual_seed(seed)
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         for layer in self.layers:
-            self.of_weight.setdefault(layer.weight, []).append(layer)
-            a_RI = torch.randn(lora.rank, layer.columns, generator=generator) / math.sqrt(layer.columns)
+            self.layers_of_weight.setdefault(layer.weight, []).append(layer)
+            a_RI = torch.randn(lora.rank, layer.num_columns, generator=generator) / math.sqrt(layer.num_columns)
             self.a[_key(layer)] = nn.Parameter(a_RI.to(device or "cpu"))
-            self.b[_key(layer)] = nn.Parameter(torch.zeros(layer.rows, lora.rank, device=device or "cpu"))
+            self.b[_key(layer)] = nn.Parameter(torch.zeros(layer.num_rows, lora.rank, device=device or "cpu"))
 
-    def added(self, weight: str, x: Tensor, num_rows: int) -> Tensor | None:
-        """What the adapters add to ``x @ weight.T``, (..., num_rows); None where they adapt none of its rows."""
-        layers = self.of_weight.get(weight)
+    def delta(self, weight: str, x: Tensor, num_rows: int) -> Tensor | None:
+        """The adapters' contribution to ``x @ weight.T``, (..., num_rows); None where ``weight`` has no adapter."""
+        layers = self.layers_of_weight.get(weight)
         if layers is None:
             return None
-        parts, at = [], 0
+        parts, row = [], 0
         for layer in layers:
             dropped = F.dropout(x, self.config.dropout, self.training)
-            if layer.first > at:
-                parts.append(x.new_zeros(*x.shape[:-1], layer.first - at))
+            if layer.first_row > row:
+                parts.append(x.new_zeros(*x.shape[:-1], layer.first_row - row))
             parts.append(F.linear(F.linear(dropped, self.a[_key(layer)]), self.b[_key(layer)] * self.scale))
-            at = layer.first + layer.rows
-        if at < num_rows:
-            parts.append(x.new_zeros(*x.shape[:-1], num_rows - at))
+            row = layer.first_row + layer.num_rows
+        if row < num_rows:
+            parts.append(x.new_zeros(*x.shape[:-1], num_rows - row))
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
     @torch.no_grad()
     def merge(self, model: CSM) -> None:
-        """Add the adapters to the weights of ``model``, in place, and update the depth embedding."""
+        """Add the adapters to the weights of ``model`` in place and update the depth embedding."""
         weights = dict(model.named_parameters())
         for layer in self.layers:
-            rows = weights[layer.weight][layer.first : layer.first + layer.rows]
+            rows = weights[layer.weight][layer.first_row : layer.first_row + layer.num_rows]
             a_RI, b_OR = self.a[_key(layer)], self.b[_key(layer)]
             rows.copy_(rows.to(a_RI.dtype) + self.scale * (b_OR @ a_RI).to(rows.device))
         model.precompute_depth_embedding()
 
     @contextmanager
     def merged(self, model: CSM) -> Iterator[None]:
-        """Merged for the time; what was there before is then put back, to the last bit."""
+        """Merge the adapters within the context; then restore the exact weights."""
         weights = dict(model.named_parameters())
-        before = {name: weights[name].detach().clone() for name in self.of_weight}
+        original = {name: weights[name].detach().clone() for name in self.layers_of_weight}
         self.merge(model)
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, weight in before.items():
+                for name, weight in original.items():
                     weights[name].copy_(weight)
             model.precompute_depth_embedding()
 
     def tensors(self) -> dict[str, Tensor]:
-        """A and B of each layer, under the names that a file has."""
+        """A and B of each layer, by their names in the adapter's file."""
         named = {}
         for layer in self.layers:
             named[f"{layer.name}.A"], named[f"{layer.name}.B"] = self.a[_key(layer)], self.b[_key(layer)]
@@ -162,9 +163,9 @@ def _key(layer: Layer) -> str:
 
 
 def save_adapter(lora: Lora, folder: Path, tensors: Mapping[str, Tensor] | None = None, base: str = "") -> None:
-    """Write the adapter alone: its tensors in float32 (``tensors``: others of the same names) and its configuration.
+    """Write the adapter's tensors, in float32, and its configuration.
 
-    ``base`` names the model that it was trained on, for the reader.
+    ``tensors`` replaces the tensors' values. ``base`` is the name of the base model; it is recorded for information.
     """
     folder.mkdir(parents=True, exist_ok=True)
     named = {name: tensor.detach().float().cpu().contiguous() for name, tensor in (tensors or lora.tensors()).items()}
@@ -175,25 +176,31 @@ def save_adapter(lora: Lora, folder: Path, tensors: Mapping[str, Tensor] | None 
 
 
 def load_adapter(folder: str | Path, config: CSMConfig) -> Lora:
-    """An adapter for a model of this shape. Raises CheckpointError, naming the file and the tensor that do not fit."""
+    """Load an adapter for a model of this configuration. Raises CheckpointError, naming the file and the tensor."""
     folder = Path(folder).expanduser()
     lora = Lora(config, _read_config(folder / CONFIG_FILE))
     path = folder / WEIGHTS_FILE
     try:
         found = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not an adapter that can be read: {error}") from error
+        raise CheckpointError(
+            f"{path}: cannot read the adapter's weights ({error}); check the adapter's folder"
+        ) from error
     expected = lora.tensors()
     for name, tensor in expected.items():
         if name not in found:
-            raise CheckpointError(f"{path}: tensor {name} is missing; was the adapter made for a smaller model?")
+            raise CheckpointError(f"{path}: missing tensor {name}; give the model that the adapter was trained on")
         if found[name].shape != tensor.shape:
-            shapes = f"{tuple(found[name].shape)}; the model asks for {tuple(tensor.shape)}"
-            raise CheckpointError(f"{path}: tensor {name} has shape {shapes}: made for a model of another shape")
+            shapes = f"{tuple(found[name].shape)}, the model needs {tuple(tensor.shape)}"
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {shapes}; give the model that the adapter was trained on"
+            )
         if not found[name].is_floating_point() or not torch.isfinite(found[name]).all():
-            raise CheckpointError(f"{path}: tensor {name} has values that are no finite floats")
+            raise CheckpointError(
+                f"{path}: tensor {name} contains values that are not finite floats; the file is damaged"
+            )
     for name in found.keys() - expected.keys():
-        raise CheckpointError(f"{path}: tensor {name} is left over: no part of this model has such an adapter")
+        raise CheckpointError(f"{path}: unexpected tensor {name}; give the model that the adapter was trained on")
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(found[name])
@@ -204,13 +211,15 @@ def _read_config(path: Path) -> LoraConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or values.get("adapter") != "csm-lora":
-            raise CheckpointError(f"{path}: not the configuration of an adapter of this package")
+            raise CheckpointError('not an adapter configuration of this package ("adapter" must be "csm-lora")')
         names = {kind: _strings(values[kind]) for kind in ("targets", "parts")}
         return LoraConfig(int(values["rank"]), float(values["alpha"]), float(values["dropout"]), **names)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not an adapter's configuration that can be read: {error!r}") from error
+        raise CheckpointError(
+            f"{path}: cannot read the adapter configuration ({error!r}); check the adapter's folder"
+        ) from error
 
 
 def _strings(values: Sequence[str]) -> tuple[str, ...]:

@@ -17,10 +17,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from csm.cache import KVCache, PrefixCache
+from csm.cache import KVCache
 from csm.frame import FrameState
 from csm.graph import Graph, Pool
 from csm.model import CSM
+from csm.prefix_cache import PrefixCache
+from csm.prompt import Prompt
 from csm.sampling import SamplingParams
 
 CHUNK_SIZES = (32, 64, 128, 256)  # the last bounds the memory of a chunk: every row gathers 33 embeddings
@@ -32,7 +34,7 @@ class Prefill:
     All jobs share the staging cache, so a job must be done or cancelled before the next one begins.
     """
 
-    def __init__(self, model: CSM, prefixes: PrefixCache | None = None, chunk_sizes: Sequence[int] | None = None):
+    def __init__(self, model: CSM, prefix_cache: PrefixCache | None = None, chunk_sizes: Sequence[int] | None = None):
         """``chunk_sizes`` are the sizes that chunks are padded to, ascending. An empty sequence means no padding. None
         means ``CHUNK_SIZES`` on a GPU, and no padding elsewhere, where launches are cheap and rows are not."""
         config, device = model.config, model.device
@@ -44,7 +46,7 @@ class Prefill:
         self.mask_1TC = torch.zeros_like(self.row_1TC, dtype=torch.bool)
         self.first_11 = torch.zeros(1, 1, device=device, dtype=torch.int64)
         self._upload = _Upload(max_positions, num_columns, device)
-        self._prefixes = PrefixCache(0) if prefixes is None else prefixes
+        self._prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._job: PrefillJob | None = None
 
@@ -85,7 +87,7 @@ class Prefill:
         params: SamplingParams,
         turn_ends: Sequence[int] = (),
     ) -> PrefillJob:
-        """Begin a request: upload its integers, and copy the longest prefix that is cached for one of ``turn_ends``.
+        """Begin a request: upload its integers, and copy the longest prefix that is cached.
 
         ``row_TC`` (T, K + 1) int64 and ``mask_TC`` bool are on the CPU, with 1 <= T <= the cache's positions. ``state``
         changes only with the job's last chunk.
@@ -93,15 +95,15 @@ class Prefill:
         assert self._job is None or self._job.is_done, "the previous job must be done or cancelled: it uses the cache"
         assert 1 <= row_TC.shape[0] <= self.cache.max_positions
         self._upload.send(row_TC, mask_TC, params, min(int(params.top_k), self.model.config.codebook_size))
-        num_cached = self._prefixes.load(row_TC, turn_ends, self.cache)
-        self._job = PrefillJob(self, state, slot, row_TC, turn_ends, num_cached)
+        prompt = Prompt(row_TC, mask_TC, tuple(turn_ends))
+        self._job = PrefillJob(self, state, slot, prompt, num_cached=self._prefix_cache.load(prompt, self.cache))
         return self._job
 
     def _finish(self, job: PrefillJob) -> None:
         """Copy the prompt's keys and values to the slot, and make the last row its pending row."""
-        state, slot, num_rows = job.state, job.slot, job.row_TC.shape[0]
-        if job.turn_ends and job.num_cached < job.turn_ends[-1]:
-            self._prefixes.store(job.row_TC, job.turn_ends[-1], self.cache)
+        state, slot, num_rows = job.state, job.slot, job.prompt.row_TC.shape[0]
+        if job.prompt.turn_ends:
+            self._prefix_cache.store(job.prompt, job.prompt.turn_ends[-1], self.cache)
         slot_cache = state.backbone_cache.slots(slot, slot + 1)
         slot_cache.k_LBGSd[:, :, :, : num_rows - 1] = self.cache.k_LBGSd[:, :, :, : num_rows - 1]
         slot_cache.v_LBGSd[:, :, :, : num_rows - 1] = self.cache.v_LBGSd[:, :, :, : num_rows - 1]
@@ -146,24 +148,14 @@ class PrefillJob:
     slots of ``state``, this one included: nothing of the slot is kept.
     """
 
-    def __init__(
-        self,
-        prefill: Prefill,
-        state: FrameState,
-        slot: int,
-        row_TC: Tensor,
-        turn_ends: Sequence[int],
-        num_cached: int,
-    ):
+    def __init__(self, prefill: Prefill, state: FrameState, slot: int, prompt: Prompt, num_cached: int):
         """``num_cached`` is the number of rows whose keys and values are in the staging cache already."""
         self.state = state
         self.slot = slot
-        self.row_TC = row_TC
-        self.turn_ends = turn_ends
-        self.num_cached = num_cached
+        self.prompt = prompt
         self.is_done = False
         self._prefill = prefill
-        self._chunks = deque(_chunks(num_cached, row_TC.shape[0] - 1, turn_ends))
+        self._chunks = deque(_chunks(num_cached, prompt.row_TC.shape[0] - 1, prompt.turn_ends))
 
     @property
     def num_chunks_left(self) -> int:

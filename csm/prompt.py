@@ -60,9 +60,7 @@ class TextTokenizer:
         # Text that spells a special token is encoded as ordinary text: users cannot inject special tokens.
         self._tokenizer.encode_special_tokens = True
         self._begin, self._end = (self._special(path, token, vocab_size) for token in (BEGIN, END))
-        if self._tokenizer.get_vocab_size() > vocab_size:
-            count = self._tokenizer.get_vocab_size()
-            raise CheckpointError(f"{path} has {count} tokens, but the model has {vocab_size} text embeddings")
+        self._path, self._vocab_size = path, vocab_size
 
     def _special(self, path: Path, token: str, vocab_size: int) -> int:
         index = self._tokenizer.token_to_id(token)
@@ -71,7 +69,10 @@ class TextTokenizer:
         return index
 
     def encode(self, speaker: int, text: str) -> list[int]:
-        """Token ids of a turn's text, with begin and end tokens. Raises PromptError for invalid text or speaker."""
+        """Token ids of a turn's text, with begin and end tokens.
+
+        Raises PromptError for invalid text or speaker, and for a token that the model has no embedding of.
+        """
         if isinstance(speaker, bool) or not hasattr(speaker, "__index__") or operator.index(speaker) < 0:
             raise PromptError(f"speaker must be a whole number of at least 0, not {speaker!r}")
         if not isinstance(text, str):
@@ -83,6 +84,13 @@ class TextTokenizer:
         except UnicodeEncodeError as error:
             raise PromptError(f"text is not valid Unicode: {text!r}") from error
         ids = self._tokenizer.encode(f"[{speaker}]{text}", add_special_tokens=False).ids
+        largest = max(ids, default=0)
+        if largest >= self._vocab_size:  # a tokenizer may have more tokens than the model, such as a pad token
+            token = self._tokenizer.id_to_token(largest)
+            raise PromptError(
+                f"{self._path}: the text contains the token {token!r} with id {largest}, but the model has only "
+                f"{self._vocab_size} text embeddings; remove it from the text"
+            )
         return [self._begin, *ids, self._end]
 
 

@@ -36,7 +36,7 @@ from csm.errors import FallbackWarning
 from csm.frame import FrameState, decode_frame
 from csm.graph import Graph
 from csm.kernels import linear_add
-from csm.kernels.launch import enable_kernels, kernels_run
+from csm.kernels.launch import enable_kernels, use_kernels
 from csm.model import CSM
 from csm.opchecks import TEMPERATURES, Check, RandomTensors, op_checks, relative_error
 
@@ -80,7 +80,7 @@ def choose_rung(model: CSM, batch_sizes: Sequence[int] = (1,), progress: bool = 
     true. The first call compiles the kernels, which takes tens of seconds: ``progress`` shows a bar. ``CSM_OPS`` and
     ``CSM_NO_GRAPH`` limit the rungs, and ``CSM_SELFCHECK=0`` skips the checks.
     """
-    highest = Rung(kernels_run(model.codebook0_head, 1), csm.graph.graphs_enabled(model.device))
+    highest = Rung(use_kernels(model.codebook0_head, 1), csm.graph.graphs_enabled(model.device))
     if highest == Rung(kernels=False, graph=False) or os.environ.get("CSM_SELFCHECK") == "0":
         return highest
     with _lock:

@@ -1,10 +1,10 @@
-"""The ops of the step, one file each: the reference in plain PyTorch, and the Triton kernels for few rows.
+"""The ops of the frame step, one file each: a PyTorch reference, and Triton kernels for small row counts.
 
-The reference takes any device, any number of rows and any float dtype. Installed as ``csm.kernels``.
+A reference runs on any device, with any number of rows and any float dtype. Installed as ``csm.kernels``.
 
-Shapes: B slots, T rows of this pass, D model dim, E fused q, k and v, F hidden dim, H query heads, G key/value heads,
-R query heads a key head, d head dim, S cache positions that are looked at. In a kernel: N outputs and K inputs of a
-program's tile of a weight, M rows of a tensor core's tile.
+Shapes: B slots, T rows of a slot in this call, D model dim, E fused q, k and v dim, F hidden dim, H query heads,
+G key/value heads, R query heads per key/value head, d head dim, S cache positions that attention covers. In a kernel:
+N outputs (rows of the weight) and K inputs of a program's weight tile, M rows of a tensor-core tile.
 """
 
 from csm.kernels.attention import attention

@@ -1,4 +1,4 @@
-"""The embedding of a row: the sum of its masked-in codes' and its text token's."""
+"""The embedding of a row: the sum of the embeddings of its unmasked codes and its unmasked text token."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm.kernels.launch import jit, kernels_run, launch, power_of_two, tl
-from csm.kernels.tiles import wait_for_inputs
+from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
+from csm.kernels.tiles import release_next_kernel, wait_for_inputs
 
 BLOCK_D = 64
 
@@ -35,32 +35,44 @@ def embed_row(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """See ``embed_rows``."""
+    """BLOCK_D dimensions of one row. Masked-out ids are not looked up."""
+    release_next_kernel(PDL)
     row = tl.program_id(0)
     d_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     c_C = tl.arange(0, BLOCK_C)
     wait_for_inputs(PDL)
-    at = row * (CODEBOOKS + 1)
-    live_C = tl.load(mask_ptr + at + c_C, mask=c_C < CODEBOOKS, other=0) != 0
-    id_C = tl.load(row_ptr + at + c_C, mask=c_C < CODEBOOKS, other=0)
+    first = row * (CODEBOOKS + 1)
+    unmasked_C = tl.load(mask_ptr + first + c_C, mask=c_C < CODEBOOKS, other=0) != 0
+    id_C = tl.load(row_ptr + first + c_C, mask=c_C < CODEBOOKS, other=0)
     id_C += tl.load(offset_ptr + c_C, mask=c_C < CODEBOOKS, other=0)
-    mask_CD = live_C[:, None] & (d_D < D)[None, :]
+    mask_CD = unmasked_C[:, None] & (d_D < D)[None, :]
     audio_CD = tl.load(audio_ptr + id_C[:, None] * D + d_D[None, :], mask=mask_CD, other=0.0).to(tl.float32)
-    has_text = tl.load(mask_ptr + at + CODEBOOKS) != 0
-    text_at = text_ptr + tl.load(row_ptr + at + CODEBOOKS) * D + d_D
-    text_D = tl.load(text_at, mask=(d_D < D) & has_text, other=0.0).to(tl.float32)
+    has_text = tl.load(mask_ptr + first + CODEBOOKS) != 0
+    text_ptr_D = text_ptr + tl.load(row_ptr + first + CODEBOOKS) * D + d_D
+    text_D = tl.load(text_ptr_D, mask=(d_D < D) & has_text, other=0.0).to(tl.float32)
     out_D = tl.sum(audio_CD, axis=0) + text_D
     tl.store(out_ptr + row * D + d_D, out_D.to(out_ptr.dtype.element_ty), mask=d_D < D)
 
 
 def embed_rows(row_BTC: Tensor, mask_BTC: Tensor, offset_K: Tensor, audio_WD: Tensor, text_VD: Tensor) -> Tensor:
-    """(B, T, K + 1) ids and mask -> (B, T, D). Codebook k reads the audio table from row ``offset_K[k]`` on."""
+    """(B, T, K + 1) ids and mask -> (B, T, D). Codebook k starts at row ``offset_K[k]`` of the audio table."""
     (B, T, C), D = row_BTC.shape, audio_WD.shape[1]
-    if not kernels_run(audio_WD, B * T):
+    if not use_kernels(audio_WD, B * T):
         return embed_rows_reference(row_BTC, mask_BTC, offset_K, audio_WD, text_VD)
     assert row_BTC.is_contiguous() and mask_BTC.is_contiguous()
     out_BTD = audio_WD.new_empty(B, T, D)
-    tensors = (row_BTC, mask_BTC, offset_K, audio_WD, text_VD, out_BTD)
-    constants = dict(CODEBOOKS=C - 1, D=D, BLOCK_C=power_of_two(C - 1), BLOCK_D=BLOCK_D)
-    launch(embed_row, (B * T, -(-D // BLOCK_D)), *tensors, **constants)
+    launch(
+        embed_row,
+        (B * T, -(-D // BLOCK_D)),
+        row_ptr=row_BTC,
+        mask_ptr=mask_BTC,
+        offset_ptr=offset_K,
+        audio_ptr=audio_WD,
+        text_ptr=text_VD,
+        out_ptr=out_BTD,
+        CODEBOOKS=C - 1,
+        D=D,
+        BLOCK_C=power_of_two(C - 1),
+        BLOCK_D=BLOCK_D,
+    )
     return out_BTD

@@ -1,8 +1,8 @@
-"""Where Triton kernels run, how they are launched, and how many were.
+"""Whether an op uses its Triton kernels, and how they are launched and recorded.
 
-An op's wrapper asks ``kernels_run`` and either launches its kernels or falls back on its reference. ``CSM_OPS`` forces
-the choice: ``reference`` for PyTorch everywhere, ``triton`` for kernels on any device (on a CPU they need
-``TRITON_INTERPRET=1``; on the meta device nothing runs, and launches are only counted).
+An op's wrapper asks ``use_kernels``, then either launches its kernels or runs its PyTorch reference. ``CSM_OPS``
+overrides the choice: ``reference`` means PyTorch everywhere; ``triton`` means kernels on any device (a CPU needs
+``TRITON_INTERPRET=1``; on the meta device launches are recorded and nothing runs).
 """
 
 from __future__ import annotations
@@ -21,33 +21,49 @@ try:
     import triton.language as tl
     from triton.errors import TritonError
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:  # not every build of PyTorch has it: then no kernel is ever launched
+except ImportError:  # some builds of PyTorch come without Triton; every op then runs its reference
     triton = tl = gdc_launch_dependents = gdc_wait = None
 
-MAX_ROWS = 64  # beyond, a step is no longer bound by its weights, and PyTorch's own products win
+MAX_ROWS = 64  # above this the step is compute-bound rather than bound by reading weights, and cuBLAS is faster
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PDL_CAPABILITY = (9, 0)  # programmatic dependent launch: Hopper and later
-# What a launch shape that does not fit a GPU raises.
+PDL_CAPABILITY = (9, 0)  # programmatic dependent launch needs Hopper or later
+# Raised by a launch configuration that exceeds the GPU's registers or shared memory.
 COMPILE_ERRORS: tuple[type[Exception], ...] = ()
 if triton is not None:
     COMPILE_ERRORS = (TritonError,)
 
-# Triton's interpreter keeps bfloat16 as integers, which it cannot multiply: there a kernel's products are float32.
+# Triton's interpreter stores bfloat16 as integers and cannot multiply it: kernels cast to float32 there.
 INTERPRETED = triton and tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 class Launch(NamedTuple):
-    """One launch: the kernel, how many programs, its arguments by position, and the constants of its compilation."""
+    """One recorded launch: the kernel, its grid, its arguments by name, and num_warps."""
 
     kernel: Any
     grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    constants: dict[str, Any]
+    arguments: dict[str, Any]
     num_warps: int
 
     @property
     def name(self) -> str:
         return str(self.kernel.__name__)
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The run-time arguments, in the kernel's order. They come before its compile-time constants."""
+        constants = _constant_names(self.kernel)
+        return tuple(self.arguments[name] for name in self.kernel.arg_names if name not in constants)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The compile-time constants, without PDL, which depends on the GPU."""
+        constants = _constant_names(self.kernel)
+        return {name: value for name, value in self.arguments.items() if name in constants}
+
+
+@cache
+def _constant_names(kernel: Any) -> frozenset[str]:
+    return frozenset(name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind))
 
 
 _observers: list[list[Launch]] = []
@@ -55,19 +71,19 @@ _disabled: set[torch.device] = set()
 
 
 def jit(*args: Any, **options: Any) -> Any:
-    """``triton.jit``, or nothing where there is no Triton."""
+    """``triton.jit``, or the plain function if Triton is missing."""
     if triton is not None:
         return triton.jit(*args, **options)
     return args[0] if args else lambda kernel: kernel
 
 
-def kernels_run(x: Tensor, num_rows: int) -> bool:
-    """Whether ops on so many rows of ``x`` launch kernels."""
+def use_kernels(x: Tensor, num_rows: int) -> bool:
+    """Whether an op on ``num_rows`` rows of ``x`` launches kernels. ValueError if ``CSM_OPS`` has no known value."""
     forced = os.environ.get("CSM_OPS", "")
     if forced not in ("", "reference", "triton"):
         raise ValueError(f"CSM_OPS must be 'reference' or 'triton', not {forced!r}")
-    fit = triton is not None and torch.version.hip is None and x.dtype in DTYPES and num_rows <= MAX_ROWS
-    return fit and forced != "reference" and (x.is_cuda or forced == "triton") and x.device not in _disabled
+    supported = triton is not None and torch.version.hip is None and x.dtype in DTYPES and num_rows <= MAX_ROWS
+    return supported and forced != "reference" and (x.is_cuda or forced == "triton") and x.device not in _disabled
 
 
 def enable_kernels(device: torch.device, enabled: bool) -> None:
@@ -81,49 +97,50 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def gpu_arch(device: torch.device) -> str:
-    """The GPU architecture that a launch configuration is tuned for: ``sm_90``, say."""
+    """The architecture that launch configurations are tuned for, such as ``sm_90``; a CPU's is ``cpu``."""
     return "sm_{}{}".format(*_capability(device)) if device.type == "cuda" else device.type
 
 
-def launch(kernel: Any, grid: Sequence[int], *args: Any, num_warps: int = 4, **constants: Any) -> None:
-    """Launch a kernel on the device of its first argument, a tensor.
+def launch(kernel: Any, grid: Sequence[int], *, num_warps: int = 4, **arguments: Any) -> None:
+    """Launch a kernel on the device of its tensors. Every argument is passed by the name of its parameter.
 
-    On GPUs that can, it may start before the kernel ahead of it has ended (programmatic dependent launch): ``PDL``
-    tells the kernel to wait before it reads what others write. ``CSM_PDL=0`` leaves that out. Since every kernel lets
-    the next one start before it waits, several may be under way: what one reads before its wait, no kernel launched
-    here may write. (The frame counter is advanced by a plain PyTorch op, which begins when all is done.)
+    From Hopper on, kernels use programmatic dependent launch: a kernel may start before its predecessor has ended, and
+    waits (``gdc_wait``) before it reads anything that an earlier kernel writes. ``CSM_PDL=0`` turns this off. A kernel
+    releases its successor before it waits itself, so several kernels may be in flight. Therefore a kernel must not read
+    before its wait what any kernel writes. (A plain PyTorch op advances the frame counter; it starts only when all
+    earlier kernels have ended.)
     """
-    for seen in _observers:
-        seen.append(Launch(kernel, tuple(grid), args, constants, num_warps))
-    device = args[0].device
+    for recorded in _observers:
+        recorded.append(Launch(kernel, tuple(grid), arguments, num_warps))
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type == "meta":
         return
     pdl = device.type == "cuda" and _capability(device) >= PDL_CAPABILITY and os.environ.get("CSM_PDL") != "0"
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current one
-        kernel[tuple(grid)](*args, PDL=pdl, num_warps=num_warps, **options, **constants)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton uses the current device
+        kernel[tuple(grid)](**arguments, PDL=pdl, num_warps=num_warps, **options)
 
 
 @contextmanager
 def launches() -> Iterator[list[Launch]]:
-    """What is launched meanwhile, in order. Keeps its tensors alive."""
-    seen: list[Launch] = []
-    _observers.append(seen)
+    """Record every launch in the block, in order. The record keeps the tensors alive."""
+    recorded: list[Launch] = []
+    _observers.append(recorded)
     try:
-        yield seen
+        yield recorded
     finally:
-        _observers.pop()  # by place: lists that hold the same are equal
+        _observers.pop()  # not remove(): lists with equal contents compare equal
 
 
 def power_of_two(n: int) -> int:
-    """The least power of two that is at least ``n``."""
+    """The smallest power of two that is at least ``n``."""
     return 1 << (n - 1).bit_length()
 
 
 def row_stride(x_BTD: Tensor) -> int:
-    """Elements from one row to the next, where the rows (B * T, D) of ``x`` lie evenly; raises where they don't."""
+    """Elements between consecutive rows of ``x`` seen as (B * T, D). ValueError if the rows are unevenly spaced."""
     batch, rows, dim = x_BTD.shape
     stride = x_BTD.stride(1) if rows > 1 else x_BTD.stride(0)
     if x_BTD.stride(2) != 1 or (batch > 1 and rows > 1 and x_BTD.stride(0) != rows * stride):
-        raise ValueError(f"rows of shape {tuple(x_BTD.shape)} do not lie evenly: strides {x_BTD.stride()}")
+        raise ValueError(f"rows of shape {tuple(x_BTD.shape)} are not evenly spaced: strides {x_BTD.stride()}")
     return stride if batch * rows > 1 else dim

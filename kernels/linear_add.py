@@ -1,13 +1,13 @@
-"""A linear layer added to the residual stream: attention output and MLP down projection."""
+"""A linear layer added to the residual stream: the attention output and the MLP's down projection."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm.kernels.launch import jit, kernels_run, launch, row_stride, tl
+from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
 from csm.kernels.launch_config import launch_config
-from csm.kernels.tiles import load_row, matmul_tile, product, wait_for_inputs, weight_tile
+from csm.kernels.tiles import gemv_tile, load_row, matmul_tile, release_next_kernel, wait_for_inputs, weight_tile
 
 
 def linear_add_reference(x_BTF: Tensor, weight_DF: Tensor, residual_BTD: Tensor) -> Tensor:
@@ -30,14 +30,15 @@ def linear_add_rows(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """See ``linear_add``."""
+    """``linear_add`` of up to MAX_GEMV_ROWS rows."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_NK = weight_tile(weight_ptr, n_N, N, K, BLOCK_K)
+    weight_NK = weight_tile(weight_ptr, n_N, N=N, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
-        x_K = load_row(x_ptr + row * x_stride, K, BLOCK_K).to(tl.float32)
         residual_N = tl.load(residual_ptr + row * residual_stride + n_N, mask=n_N < N, other=0.0).to(tl.float32)
-        out_N = residual_N + product(weight_NK, x_K)
+        x_K = load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K).to(tl.float32)
+        out_N = residual_N + gemv_tile(weight_NK, x_K)
         tl.store(out_ptr + row * N + n_N, out_N.to(x_ptr.dtype.element_ty), mask=n_N < N)
 
 
@@ -57,25 +58,39 @@ def linear_add_matmul(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """See ``linear_add``."""
+    """``linear_add`` of more rows, on tensor cores."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)
-    acc_MN = matmul_tile(x_ptr, x_stride, 1.0, x_ptr, weight_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=False)
     mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
-    residual_at = residual_ptr + m_M[:, None] * residual_stride + n_N[None, :]
-    acc_MN += tl.load(residual_at, mask=mask_MN, other=0.0).to(tl.float32)
+    residual_ptr_MN = residual_ptr + m_M[:, None] * residual_stride + n_N[None, :]
+    residual_MN = tl.load(residual_ptr_MN, mask=mask_MN, other=0.0).to(tl.float32)
+    acc_MN = residual_MN + matmul_tile(
+        x_ptr, x_stride, 1.0, x_ptr, weight_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=False
+    )
     tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], acc_MN.to(x_ptr.dtype.element_ty), mask=mask_MN)
 
 
 def linear_add(x_BTF: Tensor, weight_DF: Tensor, residual_BTD: Tensor) -> Tensor:
     """``residual + x @ weight.T``: (B, T, F), (B, T, D) -> (B, T, D)."""
-    (B, T, D), F_ = residual_BTD.shape, x_BTF.shape[2]
-    shape = launch_config("linear_add", weight_DF, B * T) if kernels_run(x_BTF, B * T) else None
-    if shape is None:
+    B, T, D = residual_BTD.shape
+    config = launch_config("linear_add", weight_DF, B * T) if use_kernels(x_BTF, B * T) else None
+    if config is None:
         return linear_add_reference(x_BTF, weight_DF, residual_BTD)
     out_BTD = x_BTF.new_empty(B, T, D)
-    kernel = linear_add_matmul if "M" in shape.constants else linear_add_rows
-    args = (x_BTF, weight_DF, residual_BTD, out_BTD, row_stride(x_BTF), row_stride(residual_BTD))
-    launch(kernel, [shape.blocks(D)], *args, ROWS=B * T, N=D, K=F_, **shape.options)
+    launch(
+        linear_add_matmul if "M" in config.constants else linear_add_rows,
+        [config.num_programs(D)],
+        x_ptr=x_BTF,
+        weight_ptr=weight_DF,
+        residual_ptr=residual_BTD,
+        out_ptr=out_BTD,
+        x_stride=row_stride(x_BTF),
+        residual_stride=row_stride(residual_BTD),
+        ROWS=B * T,
+        N=D,
+        K=x_BTF.shape[2],
+        **config.options,
+    )
     return out_BTD

@@ -1,20 +1,29 @@
-"""RMSNorm, then a linear layer: the heads, and the way from the backbone into the depth decoder."""
+"""RMSNorm, then a linear layer: the codebook heads, and the projection from the backbone to the depth decoder."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm.kernels.launch import jit, kernels_run, launch, row_stride, tl
+from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
 from csm.kernels.launch_config import launch_config
-from csm.kernels.tiles import load_row, matmul_tile, norm_scales, normed_row, product, wait_for_inputs, weight_tile
+from csm.kernels.tiles import (
+    gemv_tile,
+    inverse_rms,
+    load_row,
+    matmul_tile,
+    release_next_kernel,
+    rms_norm_row,
+    wait_for_inputs,
+    weight_tile,
+)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension (https://arxiv.org/abs/1910.07467).
 
-    Computed in float32 at least, cast back to the dtype of ``x``, and only then multiplied by the weight: PyTorch's own
-    op would multiply first, which rounds once less than the models that were trained.
+    Computed in at least float32, cast back to the dtype of ``x``, then multiplied by the weight. PyTorch's own weighted
+    op multiplies before the cast, which rounds once less than the models were trained with.
     """
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight_D
 
@@ -39,14 +48,15 @@ def norm_linear_rows(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """See ``norm_linear``."""
+    """``norm_linear`` of up to MAX_GEMV_ROWS rows."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_NK = weight_tile(weight_ptr, n_N, N, K, BLOCK_K)
-    norm_K = load_row(norm_ptr, K, BLOCK_K)
+    weight_NK = weight_tile(weight_ptr, n_N, N=N, K=K, BLOCK_K=BLOCK_K)
+    norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
-        x_K = normed_row(load_row(x_ptr + row * x_stride, K, BLOCK_K), norm_K, K, EPS)
-        tl.store(out_ptr + row * N + n_N, product(weight_NK, x_K).to(x_ptr.dtype.element_ty), mask=n_N < N)
+        x_K = rms_norm_row(load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
+        tl.store(out_ptr + row * N + n_N, gemv_tile(weight_NK, x_K).to(x_ptr.dtype.element_ty), mask=n_N < N)
 
 
 @jit
@@ -65,11 +75,12 @@ def norm_linear_matmul(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """See ``norm_linear``."""
+    """``norm_linear`` of more rows, on tensor cores."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)
-    scale_M = norm_scales(x_ptr, x_stride, m_M, ROWS, K, EPS, BLOCK_K)
+    scale_M = inverse_rms(x_ptr, x_stride, m_M, ROWS=ROWS, K=K, EPS=EPS, BLOCK_K=BLOCK_K)
     acc_MN = matmul_tile(x_ptr, x_stride, scale_M, norm_ptr, weight_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=True)
     mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
     tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], acc_MN.to(x_ptr.dtype.element_ty), mask=mask_MN)
@@ -78,11 +89,22 @@ def norm_linear_matmul(
 def norm_linear(x_BTD: Tensor, norm_D: Tensor, weight_ED: Tensor, eps: float) -> Tensor:
     """``rms_norm(x) @ weight.T``: (B, T, D) -> (B, T, E)."""
     (B, T, D), E = x_BTD.shape, weight_ED.shape[0]
-    shape = launch_config("norm_linear", weight_ED, B * T) if kernels_run(x_BTD, B * T) else None
-    if shape is None:
+    config = launch_config("norm_linear", weight_ED, B * T) if use_kernels(x_BTD, B * T) else None
+    if config is None:
         return norm_linear_reference(x_BTD, norm_D, weight_ED, eps)
     out_BTE = x_BTD.new_empty(B, T, E)
-    kernel = norm_linear_matmul if "M" in shape.constants else norm_linear_rows
-    args = (x_BTD, norm_D, weight_ED, out_BTE, row_stride(x_BTD))
-    launch(kernel, [shape.blocks(E)], *args, ROWS=B * T, N=E, K=D, EPS=eps, **shape.options)
+    launch(
+        norm_linear_matmul if "M" in config.constants else norm_linear_rows,
+        [config.num_programs(E)],
+        x_ptr=x_BTD,
+        norm_ptr=norm_D,
+        weight_ptr=weight_ED,
+        out_ptr=out_BTE,
+        x_stride=row_stride(x_BTD),
+        ROWS=B * T,
+        N=E,
+        K=D,
+        EPS=eps,
+        **config.options,
+    )
     return out_BTE

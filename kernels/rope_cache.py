@@ -1,4 +1,4 @@
-"""From the residual stream into attention: RMSNorm, q, k and v, the rotary turn, and the write into the cache."""
+"""The first part of a block's attention: RMSNorm, the q, k and v projection, RoPE, and the cache write."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm.kernels.launch import jit, kernels_run, launch, row_stride, tl
+from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
 from csm.kernels.launch_config import MAX_GEMV_ROWS, launch_config
 from csm.kernels.norm_linear import norm_linear
-from csm.kernels.tiles import load_row, normed_row, product, wait_for_inputs, weight_tile
+from csm.kernels.tiles import gemv_tile, load_row, release_next_kernel, rms_norm_row, wait_for_inputs, weight_tile
+
+BLOCK_N = 512  # outputs per program of rope_cache_row
 
 
 def rotate_pairs(x_BTHd: Tensor, rope_BTp2: Tensor) -> Tensor:
-    """Turn the interleaved pairs (x0, x1), (x2, x3)... by the angle of their position (RoFormer, eq. 34).
+    """Rotate the interleaved pairs (x0, x1), (x2, x3)... by the angle of their position (RoFormer, eq. 34).
 
-    ``rope_BTp2`` holds cosine and sine for each of the d / 2 pairs: a pair is a complex number, its turn a product.
-    Computed in float32 at least, cast back.
+    ``rope_BTp2`` holds cosine and sine for each of the d / 2 pairs: a pair is a complex number, and its rotation a
+    complex product. Computed in at least float32, then cast back.
     """
     x_wide = x_BTHd.to(torch.promote_types(x_BTHd.dtype, rope_BTp2.dtype))
     pairs_BTHp = torch.view_as_complex(x_wide.unflatten(-1, (-1, 2)))
@@ -45,25 +47,30 @@ def rope_cache_reference(
 
 
 @jit
-def rotate_pair_tile(qkv_N, n_N, rope_at, d: tl.constexpr, ROTATED: tl.constexpr):
-    """Outputs ``n_N``, of which the first is an even one, as float32: the first ROTATED turned, values as they are."""
-    PAIRS: tl.constexpr = qkv_N.shape[0] // 2
-    even_P, odd_P = tl.split(tl.reshape(qkv_N, (PAIRS, 2)))
-    n_P, _ = tl.split(tl.reshape(n_N, (PAIRS, 2)))
-    cos_P = tl.load(rope_at + n_P % d, mask=n_P < ROTATED, other=1.0)
-    sin_P = tl.load(rope_at + n_P % d + 1, mask=n_P < ROTATED, other=0.0)
-    turned_P2 = tl.join(even_P * cos_P - odd_P * sin_P, even_P * sin_P + odd_P * cos_P)
-    return tl.reshape(turned_P2, (PAIRS * 2,))
+def load_rope(rope_ptr, n_N, d: tl.constexpr, ROTATED: tl.constexpr):
+    """Cosine and sine of the pairs of outputs ``n_N``, whose first is even; 1 and 0 from output ROTATED (v) on."""
+    n_P, _ = tl.split(tl.reshape(n_N, (n_N.shape[0] // 2, 2)))
+    cos_P = tl.load(rope_ptr + n_P % d, mask=n_P < ROTATED, other=1.0)
+    sin_P = tl.load(rope_ptr + n_P % d + 1, mask=n_P < ROTATED, other=0.0)
+    return cos_P, sin_P
 
 
 @jit
-def write_heads(out_N, n_N, q_at, k_at, v_at, head_stride, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr):
-    """Queries, keys and values to where they belong."""
-    head_N, at_N = n_N // d, n_N % d
-    tl.store(q_at + n_N, out_N, mask=head_N < H)
-    tl.store(k_at + (head_N - H) * head_stride + at_N, out_N, mask=(head_N >= H) & (head_N < H + G))
+def rotate_pair_tile(qkv_N, cos_P, sin_P):
+    """Rotate the pairs of neighbouring outputs: (N,) float32."""
+    even_P, odd_P = tl.split(tl.reshape(qkv_N, (qkv_N.shape[0] // 2, 2)))
+    rotated_P2 = tl.join(even_P * cos_P - odd_P * sin_P, even_P * sin_P + odd_P * cos_P)
+    return tl.reshape(rotated_P2, (qkv_N.shape[0],))
+
+
+@jit
+def write_heads(out_N, n_N, q_ptr, k_ptr, v_ptr, head_stride, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr):
+    """Store the outputs ``n_N``: queries to ``q_ptr``, keys and values to their cache at this row's position."""
+    head_N, d_N = n_N // d, n_N % d
+    tl.store(q_ptr + n_N, out_N, mask=head_N < H)
+    tl.store(k_ptr + (head_N - H) * head_stride + d_N, out_N, mask=(head_N >= H) & (head_N < H + G))
     is_value_N = (head_N >= H + G) & (head_N < H + 2 * G)
-    tl.store(v_at + (head_N - H - G) * head_stride + at_N, out_N, mask=is_value_N)
+    tl.store(v_ptr + (head_N - H - G) * head_stride + d_N, out_N, mask=is_value_N)
 
 
 @jit
@@ -92,18 +99,22 @@ def norm_rope_cache_rows(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """See ``norm_rope_cache``. The product is rounded before the turn, where the reference rounds."""
+    """``norm_rope_cache`` of few rows. The product is rounded before RoPE, where the reference rounds it."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_NK = weight_tile(weight_ptr, n_N, (H + 2 * G) * d, K, BLOCK_K)
-    norm_K = load_row(norm_ptr, K, BLOCK_K)
+    weight_NK = weight_tile(weight_ptr, n_N, N=(H + 2 * G) * d, K=K, BLOCK_K=BLOCK_K)
+    norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
-        x_K = normed_row(load_row(x_ptr + row * x_stride, K, BLOCK_K), norm_K, K, EPS)
-        qkv_N = product(weight_NK, x_K).to(x_ptr.dtype.element_ty).to(tl.float32)
-        at = row // T * position_stride + row % T
-        place = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + at) * d
-        out_N = rotate_pair_tile(qkv_N, n_N, rope_ptr + at * d, d, (H + G) * d).to(x_ptr.dtype.element_ty)
-        write_heads(out_N, n_N, q_ptr + row * (H * d), k_ptr + place, v_ptr + place, head_stride, H, G, d)
+        row_offset = row // T * position_stride + row % T
+        slot, position = tl.load(slot_ptr + row // T), tl.load(position_ptr + row_offset)
+        cos_P, sin_P = load_rope(rope_ptr + row_offset * d, n_N, d, ROTATED=(H + G) * d)
+        x_K = rms_norm_row(load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
+        qkv_N = gemv_tile(weight_NK, x_K).to(x_ptr.dtype.element_ty).to(tl.float32)
+        out_N = rotate_pair_tile(qkv_N, cos_P, sin_P).to(x_ptr.dtype.element_ty)
+        cache_offset = slot * slot_stride + position * d
+        k_row_ptr, v_row_ptr = k_ptr + cache_offset, v_ptr + cache_offset
+        write_heads(out_N, n_N, q_ptr + row * (H * d), k_row_ptr, v_row_ptr, head_stride, H, G, d)
 
 
 @jit
@@ -125,16 +136,19 @@ def rope_cache_row(
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """See ``rope_cache``."""
+    """BLOCK_N outputs of one row."""
+    release_next_kernel(PDL)
     row = tl.program_id(0)
     n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     wait_for_inputs(PDL)
-    qkv_at = qkv_ptr + row * ((H + 2 * G) * d) + n_N
-    qkv_N = tl.load(qkv_at, mask=n_N < (H + 2 * G) * d, other=0.0).to(tl.float32)
-    at = row // T * position_stride + row % T
-    place = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + at) * d
-    out_N = rotate_pair_tile(qkv_N, n_N, rope_ptr + at * d, d, (H + G) * d).to(qkv_ptr.dtype.element_ty)
-    write_heads(out_N, n_N, q_ptr + row * (H * d), k_ptr + place, v_ptr + place, head_stride, H, G, d)
+    qkv_ptr_N = qkv_ptr + row * ((H + 2 * G) * d) + n_N
+    qkv_N = tl.load(qkv_ptr_N, mask=n_N < (H + 2 * G) * d, other=0.0).to(tl.float32)
+    row_offset = row // T * position_stride + row % T
+    cache_offset = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + row_offset) * d
+    cos_P, sin_P = load_rope(rope_ptr + row_offset * d, n_N, d, ROTATED=(H + G) * d)
+    out_N = rotate_pair_tile(qkv_N, cos_P, sin_P).to(qkv_ptr.dtype.element_ty)
+    k_row_ptr, v_row_ptr = k_ptr + cache_offset, v_ptr + cache_offset
+    write_heads(out_N, n_N, q_ptr + row * (H * d), k_row_ptr, v_row_ptr, head_stride, H, G, d)
 
 
 def norm_rope_cache(
@@ -151,17 +165,25 @@ def norm_rope_cache(
     """``rope_cache(norm_linear(x, norm, qkv, eps), ...)``: (B, T, D) -> q (B, T, H, d)."""
     (B, T, D), (G, d) = x_BTD.shape, (k_cache_BGSd.shape[1], k_cache_BGSd.shape[3])
     H = qkv_ED.shape[0] // d - 2 * G
-    looped = B * T <= MAX_GEMV_ROWS and kernels_run(x_BTD, B * T)
-    shape = launch_config("norm_rope_cache", qkv_ED, B * T) if looped else None
-    if shape is None:
+    use_rows_kernel = B * T <= MAX_GEMV_ROWS and use_kernels(x_BTD, B * T)
+    config = launch_config("norm_rope_cache", qkv_ED, B * T) if use_rows_kernel else None
+    if config is None:
         qkv_BTE = norm_linear(x_BTD, norm_D, qkv_ED, eps)
         return rope_cache(qkv_BTE, rope_BTp2, k_cache_BGSd, v_cache_BGSd, slot_B1, position_BT)
     q_BTHd = x_BTD.new_empty(B, T, H, d)
-    places = (q_BTHd, k_cache_BGSd, v_cache_BGSd, rope_BTp2, slot_B1, position_BT)
-    strides = (row_stride(x_BTD), *_strides(rope_BTp2, position_BT, k_cache_BGSd, v_cache_BGSd))
-    constants: dict[str, Any] = dict(ROWS=B * T, T=T, H=H, G=G, d=d, K=D, EPS=eps)
-    grid = [shape.blocks(qkv_ED.shape[0])]
-    launch(norm_rope_cache_rows, grid, x_BTD, norm_D, qkv_ED, *places, *strides, **constants, **shape.options)
+    launch(
+        norm_rope_cache_rows,
+        [config.num_programs(qkv_ED.shape[0])],
+        x_ptr=x_BTD,
+        norm_ptr=norm_D,
+        weight_ptr=qkv_ED,
+        x_stride=row_stride(x_BTD),
+        ROWS=B * T,
+        K=D,
+        EPS=eps,
+        **_rope_arguments(q_BTHd, rope_BTp2, k_cache_BGSd, v_cache_BGSd, slot_B1, position_BT),
+        **config.options,
+    )
     return q_BTHd
 
 
@@ -175,25 +197,44 @@ def rope_cache(
 ) -> Tensor:
     """Rotate q and k, write k and v at ``position_BT`` of their slot, and return q as (B, T, H, d).
 
-    ``qkv_BTE`` holds the heads of q, then of k, then of v. The caches are written in place; positions are read on the
+    ``qkv_BTE`` holds the heads of q, then of k, then of v. The caches are written in place. Positions are read on the
     device, so a captured call follows them.
     """
     (B, T, E), (G, d) = qkv_BTE.shape, (k_cache_BGSd.shape[1], k_cache_BGSd.shape[3])
     H = E // d - 2 * G
-    if not kernels_run(qkv_BTE, B * T):
+    if not use_kernels(qkv_BTE, B * T):
         return rope_cache_reference(qkv_BTE, rope_BTp2, k_cache_BGSd, v_cache_BGSd, slot_B1, position_BT)
     q_BTHd = qkv_BTE.new_empty(B, T, H, d)
-    places = (q_BTHd, k_cache_BGSd, v_cache_BGSd, rope_BTp2, slot_B1, position_BT)
-    strides = _strides(rope_BTp2, position_BT, k_cache_BGSd, v_cache_BGSd)
-    block = 512
-    launch(rope_cache_row, [B * T, -(-E // block)], qkv_BTE, *places, *strides, T=T, H=H, G=G, d=d, BLOCK_N=block)
+    launch(
+        rope_cache_row,
+        [B * T, -(-E // BLOCK_N)],
+        qkv_ptr=qkv_BTE,
+        BLOCK_N=BLOCK_N,
+        **_rope_arguments(q_BTHd, rope_BTp2, k_cache_BGSd, v_cache_BGSd, slot_B1, position_BT),
+    )
     return q_BTHd
 
 
-def _strides(rope_BTp2: Tensor, position_BT: Tensor, k_cache_BGSd: Tensor, v_cache_BGSd: Tensor) -> tuple[int, ...]:
-    """Of a slot's positions, of a slot and of a head in the caches, where all lie as the kernels expect."""
-    d = k_cache_BGSd.shape[3]
+def _rope_arguments(
+    q_BTHd: Tensor, rope_BTp2: Tensor, k_cache_BGSd: Tensor, v_cache_BGSd: Tensor, slot_B1: Tensor, position_BT: Tensor
+) -> dict[str, Any]:
+    """The arguments that both kernels share. Asserts the layouts that they assume."""
+    (_, T, H, d), G = q_BTHd.shape, k_cache_BGSd.shape[1]
     assert k_cache_BGSd.stride() == v_cache_BGSd.stride() and k_cache_BGSd.stride()[2:] == (d, 1)
     assert rope_BTp2.stride()[1:] == (d, 2, 1) and position_BT.stride(1) == 1
     assert rope_BTp2.stride(0) == position_BT.stride(0) * d
-    return position_BT.stride(0), *k_cache_BGSd.stride()[:2]
+    return dict(
+        q_ptr=q_BTHd,
+        k_ptr=k_cache_BGSd,
+        v_ptr=v_cache_BGSd,
+        rope_ptr=rope_BTp2,
+        slot_ptr=slot_B1,
+        position_ptr=position_BT,
+        position_stride=position_BT.stride(0),
+        slot_stride=k_cache_BGSd.stride(0),
+        head_stride=k_cache_BGSd.stride(1),
+        T=T,
+        H=H,
+        G=G,
+        d=d,
+    )

@@ -1,9 +1,10 @@
-"""From logits to a code: temperature, top-k, and noise that depends on a counter instead of a generator's state.
+"""Sampling a code from logits: temperature, top-k, and noise from a counter-based generator.
 
-``draw_noise`` once a frame, then ``sample`` for each codebook. In PyTorch the noise of all codebooks is computed at
-once, since ten rounds of Philox are a hundred launches; the kernel computes its own, before it waits for the logits.
+Call ``draw_noise`` once per frame, then ``sample`` for each codebook. The PyTorch reference computes the noise of all
+codebooks at once, because ten rounds of Philox are a hundred launches. The kernel computes its own noise, before it
+waits for the logits.
 
-Shapes: B slots, K codebooks, V ids (a codebook's size), D depth decoder dim.
+Shapes: B slots, K codebooks, V ids (the size of a codebook), D depth decoder dim.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm.kernels.launch import jit, kernels_run, launch, power_of_two, tl
-from csm.kernels.tiles import wait_for_inputs
+from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
+from csm.kernels.tiles import release_next_kernel, wait_for_inputs
 
 # Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 WORD = 0xFFFFFFFF
 
-MIN_TEMPERATURE = 1e-6  # a divisor that keeps float32 finite; 0 itself means greedy
+MIN_TEMPERATURE = 1e-6  # keeps logits / temperature finite in float32; a temperature of 0 means greedy
 
 
 class Noise(NamedTuple):
-    """What a frame's draws depend on; ``noise_BKV`` and ``divisor_B1`` only where PyTorch draws."""
+    """Inputs of a frame's draws. ``noise_BKV`` and ``divisor_B1`` are None if the kernel draws."""
 
     seed_B: Tensor
     frame_B: Tensor
@@ -39,8 +40,8 @@ class Noise(NamedTuple):
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Philox4x32-10: four counter words and two key words to four random words.
 
-    Every word is an int64 tensor that holds an unsigned 32-bit value; all broadcast together. The 64-bit products wrap
-    around as two's complement does, so that shifting and masking give their upper and lower halves.
+    Every word is an int64 tensor with an unsigned 32-bit value; all broadcast together. 64-bit products wrap around in
+    two's complement, so shifting and masking give their upper and lower halves.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -55,9 +56,9 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 def gumbel_noise(seed_B: Tensor, frame_B: Tensor, num_codebooks: int, codebook_size: int) -> Tensor:
     """Standard Gumbel noise of all codebooks of a frame: (B, K, V) float32.
 
-    Philox keyed by the seed; the counter is (id // 4, codebook, frame, 0), and word ``id % 4`` of the output belongs to
-    ``id``. A word's upper 23 bits, centred in their interval, give a uniform number strictly within 0 and 1 that
-    float32 holds exactly.
+    Philox is keyed by the seed; the counter is (id // 4, codebook, frame, 0), and word ``id % 4`` of the output belongs
+    to ``id``. The upper 23 bits of a word plus one half, times 2**-23, give a uniform number strictly between 0 and 1
+    that float32 represents exactly.
     """
     device = seed_B.device
     quad_V = torch.arange(-(-codebook_size // 4), device=device)
@@ -70,15 +71,15 @@ def gumbel_noise(seed_B: Tensor, frame_B: Tensor, num_codebooks: int, codebook_s
     return -torch.log(-torch.log(uniform_BKV))
 
 
-def tempered(gumbel_BKV: Tensor, temperature_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The noise and the divisor of the logits, (B, 1), at each slot's temperature: none and 1 where it is greedy."""
+def apply_temperature(gumbel_BKV: Tensor, temperature_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Each slot's noise (B, K, V) and logit divisor (B, 1). A greedy slot has noise 0 and divisor 1."""
     greedy_B = temperature_B == 0
     noise_BKV = gumbel_BKV.masked_fill(greedy_B.view(-1, 1, 1), 0.0)
     return noise_BKV, temperature_B.clamp(min=MIN_TEMPERATURE).masked_fill(greedy_B, 1.0).unsqueeze(1)
 
 
-def draw(logits_BV: Tensor, noise_BV: Tensor, divisor_B1: Tensor, top_k_B: Tensor) -> Tensor:
-    """Draw one id a slot: (B, V) -> (B,) int64, with noise and divisor from ``tempered`` and top-k within 1 and V.
+def draw_ids(logits_BV: Tensor, noise_BV: Tensor, divisor_B1: Tensor, top_k_B: Tensor) -> Tensor:
+    """Draw one id per slot: (B, V) -> (B,) int64. Noise and divisor are from ``apply_temperature``; 1 <= top-k <= V.
 
     The argmax of ``logits / temperature + gumbel`` over the top k logits is a draw from their softmax (Gumbel-max).
     """
@@ -98,16 +99,16 @@ def draw_noise(
     codebook_size: int,
     head_VD: Tensor,
 ) -> Noise:
-    """What ``sample`` needs for every codebook of a frame. ``head_VD`` tells what logits there will be, and where."""
-    if kernels_run(head_VD, seed_B.shape[0]):
+    """Inputs of ``sample`` for every codebook of a frame. ``head_VD`` gives the dtype and device of the logits."""
+    if use_kernels(head_VD, seed_B.shape[0]):
         return Noise(seed_B, frame_B, temperature_B, top_k_B, None, None)
     gumbel_BKV = gumbel_noise(seed_B, frame_B, num_codebooks, codebook_size)
-    return Noise(seed_B, frame_B, temperature_B, top_k_B, *tempered(gumbel_BKV, temperature_B))
+    return Noise(seed_B, frame_B, temperature_B, top_k_B, *apply_temperature(gumbel_BKV, temperature_B))
 
 
 @jit
 def slot_noise(seed, frame, codebook, temperature, BLOCK_V: tl.constexpr):
-    """``gumbel_noise`` of one slot and codebook, none where it is greedy: (BLOCK_V,) float32."""
+    """``gumbel_noise`` of one slot and codebook, 0 if the slot is greedy: (BLOCK_V,) float32."""
     w0_Q, w1_Q, w2_Q, w3_Q = tl.philox(seed, tl.arange(0, BLOCK_V // 4), codebook, frame.to(tl.int32), 0)
     word_V = tl.interleave(tl.interleave(w0_Q, w2_Q), tl.interleave(w1_Q, w3_Q))
     uniform_V = ((word_V >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2**-23
@@ -115,11 +116,11 @@ def slot_noise(seed, frame, codebook, temperature, BLOCK_V: tl.constexpr):
 
 
 @jit
-def best_id(key_V, logit_V, V: tl.constexpr):
-    """The id with the largest key, its logit, and how many logits are larger than that."""
-    code = tl.minimum(tl.argmax(key_V, axis=0), V - 1)  # where keys are not numbers it may be any
-    own = tl.max(tl.where(tl.arange(0, key_V.shape[0]) == code, logit_V, -float("inf")), axis=0)
-    return code, own, tl.sum((logit_V > own).to(tl.int32), axis=0)
+def argmax_id(key_V, logit_V, V: tl.constexpr):
+    """The id with the largest key, its logit, and the number of larger logits."""
+    code = tl.minimum(tl.argmax(key_V, axis=0), V - 1)  # with NaN keys argmax may return a padded id
+    logit = tl.max(tl.where(tl.arange(0, key_V.shape[0]) == code, logit_V, -float("inf")), axis=0)
+    return code, logit, tl.sum((logit_V > logit).to(tl.int32), axis=0)
 
 
 @jit(do_not_specialize=["codebook"])
@@ -142,24 +143,27 @@ def sample_slot(
     EMBED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The id with the best key belongs to the top k if fewer than k logits are larger than its own. Else neither it nor
-    any id of no larger a logit does: they are struck off, and the best of the rest is looked at. No sort is needed."""
+    """Draw one slot's code without a sort.
+
+    The id with the largest key is in the top k if fewer than k logits exceed its own. Otherwise neither it nor any id
+    with an equal or smaller logit is: these are rejected, and the largest remaining key is tried.
+    """
+    release_next_kernel(PDL)
     slot = tl.program_id(0)
     temperature = tl.load(temperature_ptr + slot)
     noise_V = slot_noise(tl.load(seed_ptr + slot), tl.load(frame_ptr + slot), codebook, temperature, BLOCK_V)
     divisor = tl.where(temperature == 0, 1.0, tl.maximum(temperature, 1e-6))  # MIN_TEMPERATURE
     top_k = tl.load(top_k_ptr + slot)
     wait_for_inputs(PDL)
-
     v_V = tl.arange(0, BLOCK_V)
     logit_V = tl.load(logits_ptr + slot * logits_stride + v_V, mask=v_V < V, other=-float("inf")).to(tl.float32)
     key_V = tl.where(v_V < V, noise_V + tl.math.div_rn(logit_V, divisor), -float("inf"))
-    code, own, better = best_id(key_V, logit_V, V)
-    struck = 0
-    while (better >= top_k) & (struck < V):
-        key_V = tl.where(logit_V > own, key_V, -float("inf"))
-        code, own, better = best_id(key_V, logit_V, V)
-        struck += 1
+    code, logit, num_larger = argmax_id(key_V, logit_V, V)
+    rejections = 0
+    while (num_larger >= top_k) & (rejections < V):
+        key_V = tl.where(logit_V > logit, key_V, -float("inf"))
+        code, logit, num_larger = argmax_id(key_V, logit_V, V)
+        rejections += 1
     tl.store(codes_ptr + slot * codes_stride + codebook, code.to(tl.int64))
     if EMBED:
         d_D = tl.arange(0, BLOCK_D)
@@ -168,20 +172,36 @@ def sample_slot(
 
 
 def sample(logits_BV: Tensor, codebook: int, noise: Noise, codes_BK: Tensor, table_VD: Tensor | None) -> Tensor | None:
-    """Draw a codebook's code of every slot into ``codes_BK[:, codebook]``.
+    """Draw the code of ``codebook`` for every slot into ``codes_BK[:, codebook]``.
 
-    Returns the rows of ``table_VD`` that were drawn, (B, D): what the next pass reads. None without a table.
+    Returns the drawn rows of ``table_VD``, (B, D): the input of the next depth position. None without a table.
     """
     if noise.noise_BKV is not None and noise.divisor_B1 is not None:
-        code_B = draw(logits_BV, noise.noise_BKV[:, codebook], noise.divisor_B1, noise.top_k_B)
+        code_B = draw_ids(logits_BV, noise.noise_BKV[:, codebook], noise.divisor_B1, noise.top_k_B)
         codes_BK[:, codebook] = code_B
         return None if table_VD is None else F.embedding(code_B, table_VD)
     (B, V), D = logits_BV.shape, 1 if table_VD is None else table_VD.shape[1]
     assert logits_BV.stride(1) == 1 and codes_BK.stride(1) == 1
     out_BD = logits_BV.new_empty(B, D)
-    slots = (noise.seed_B, noise.frame_B, noise.temperature_B, noise.top_k_B)
-    tensors = (logits_BV, *slots, codes_BK, out_BD if table_VD is None else table_VD, out_BD)
-    sizes = dict(V=V, D=D, BLOCK_V=power_of_two(max(4, V)), BLOCK_D=power_of_two(D))
-    integers = (codebook, logits_BV.stride(0), codes_BK.stride(0))
-    launch(sample_slot, [B], *tensors, *integers, **sizes, EMBED=table_VD is not None)
+    launch(
+        sample_slot,
+        [B],
+        logits_ptr=logits_BV,
+        seed_ptr=noise.seed_B,
+        frame_ptr=noise.frame_B,
+        temperature_ptr=noise.temperature_B,
+        top_k_ptr=noise.top_k_B,
+        codes_ptr=codes_BK,
+        table_ptr=out_BD if table_VD is None else table_VD,
+        out_ptr=out_BD,
+        codebook=codebook,
+        logits_stride=logits_BV.stride(0),
+        codes_stride=codes_BK.stride(0),
+        V=V,
+        D=D,
+        BLOCK_V=power_of_two(max(4, V)),
+        BLOCK_D=power_of_two(D),
+        EMBED=table_VD is not None,
+        num_warps=16,  # one Philox quad per thread
+    )
     return None if table_VD is None else out_BD

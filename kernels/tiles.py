@@ -1,9 +1,9 @@
-"""What the kernels share: tiles of a weight matrix, normed rows, products.
+"""Building blocks of the kernels: weight tiles, normalised rows, products.
 
-Two ways to multiply a few rows by a weight (N, K). *Rows* (up to 8): a program holds BLOCK_N whole rows of the weight,
-read once and, with programmatic dependent launch, before the kernel ahead has ended; then one row of ``x`` after the
-other is multiplied with it in float32, always in the same order, so that a row's result does not depend on how many
-there are. *Dots*: tensor cores, over blocks of K.
+There are two ways to multiply a few rows by a weight (N, K). *Rows* (up to 8 rows): a program loads BLOCK_N whole rows
+of the weight once and, with programmatic dependent launch, before the previous kernel has ended. It then multiplies the
+tile by one row of ``x`` after another in float32, always in the same order, so a row's result does not depend on the
+batch. *Matmul*: tensor cores, over blocks of K.
 """
 
 from __future__ import annotations
@@ -12,16 +12,25 @@ from csm.kernels.launch import INTERPRETED, gdc_launch_dependents, gdc_wait, jit
 
 
 @jit
-def wait_for_inputs(PDL: tl.constexpr):
-    """Let the next kernel start, and wait until what the ones before wrote can be read."""
+def release_next_kernel(PDL: tl.constexpr):
+    """Let the next kernel start. Call it first: the trigger fires when every program has reached it.
+
+    After loads it would be late, because the compiler may convert what was loaded, and so wait for it, before it.
+    """
     if PDL:
         gdc_launch_dependents()
+
+
+@jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Wait until the results of earlier kernels are visible."""
+    if PDL:
         gdc_wait()
 
 
 @jit
 def weight_tile(weight_ptr, n_N, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows ``n_N`` of a weight (N, K), zeros beyond its edges: (BLOCK_N, BLOCK_K)."""
+    """Rows ``n_N`` of a weight (N, K), zero outside it: (BLOCK_N, BLOCK_K)."""
     k_K = tl.arange(0, BLOCK_K)
     mask_NK = (n_N < N)[:, None] & (k_K < K)[None, :]
     return tl.load(weight_ptr + n_N[:, None] * K + k_K[None, :], mask=mask_NK, other=0.0)
@@ -29,13 +38,13 @@ def weight_tile(weight_ptr, n_N, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.c
 
 @jit
 def load_row(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A row of K elements, zeros beyond: (BLOCK_K,)."""
+    """A row of K elements, padded with zeros: (BLOCK_K,)."""
     k_K = tl.arange(0, BLOCK_K)
     return tl.load(x_ptr + k_K, mask=k_K < K, other=0.0)
 
 
 @jit
-def normed_row(x_K, norm_K, K: tl.constexpr, EPS: tl.constexpr):
+def rms_norm_row(x_K, norm_K, K: tl.constexpr, EPS: tl.constexpr):
     """RMSNorm of a row, rounded where the reference rounds: (BLOCK_K,) float32."""
     wide_K = x_K.to(tl.float32)
     scale = tl.math.rsqrt(tl.sum(wide_K * wide_K, axis=0) / K + EPS)
@@ -44,13 +53,13 @@ def normed_row(x_K, norm_K, K: tl.constexpr, EPS: tl.constexpr):
 
 
 @jit
-def product(weight_NK, x_K):
-    """A tile of a weight times a row: (BLOCK_N,) float32."""
+def gemv_tile(weight_NK, x_K):
+    """A weight tile times a row: (BLOCK_N,) float32."""
     return tl.sum(weight_NK.to(tl.float32) * x_K[None, :], axis=1)
 
 
 @jit
-def norm_scales(x_ptr, stride, m_M, ROWS: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, BLOCK_K: tl.constexpr):
+def inverse_rms(x_ptr, stride, m_M, ROWS: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, BLOCK_K: tl.constexpr):
     """1 / RMS of each of the rows ``m_M``: (M,) float32."""
     total_M = tl.zeros_like(m_M).to(tl.float32)
     for first in range(0, K, BLOCK_K):
@@ -64,7 +73,7 @@ def norm_scales(x_ptr, stride, m_M, ROWS: tl.constexpr, K: tl.constexpr, EPS: tl
 @jit
 def matmul_tile(
     x_ptr,
-    stride,
+    x_stride,
     scale_M,
     norm_ptr,
     weight_ptr,
@@ -76,12 +85,15 @@ def matmul_tile(
     BLOCK_K: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Rows ``m_M`` of x, normed by ``scale_M`` if NORM, times rows ``n_N`` of a weight (N, K): (M, BLOCK_N) float32."""
+    """Rows ``m_M`` of x times rows ``n_N`` of a weight (N, K): (M, BLOCK_N) float32.
+
+    With NORM, x is first scaled by ``scale_M`` and the norm's weight; without, both are ignored.
+    """
     acc_MN = tl.zeros((m_M.shape[0], n_N.shape[0]), dtype=tl.float32)
     for first in range(0, K, BLOCK_K):
         k_K = first + tl.arange(0, BLOCK_K)
         mask_MK = (m_M < ROWS)[:, None] & (k_K < K)[None, :]
-        x_MK = tl.load(x_ptr + m_M[:, None] * stride + k_K[None, :], mask=mask_MK, other=0.0)
+        x_MK = tl.load(x_ptr + m_M[:, None] * x_stride + k_K[None, :], mask=mask_MK, other=0.0)
         if NORM:
             norm_K = tl.load(norm_ptr + k_K, mask=k_K < K, other=0.0).to(tl.float32)
             rounded_MK = (x_MK.to(tl.float32) * scale_M[:, None]).to(x_MK.dtype).to(tl.float32)

@@ -1,6 +1,6 @@
-"""CSM-1B's shape with random weights takes training steps in a process of its own; prints its figures as JSON.
+"""Measures training steps of a model of CSM-1B's size with random weights, in its own process; prints JSON.
 
-``python finetune_worker.py lora|full float32|bfloat16 BATCH STEPS [checkpointing]``
+``python finetune_worker.py lora|full float32|bfloat16 BATCH STEPS [activation-checkpointing]``
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from csm.lora import Lora, LoraConfig
 from csm.model import CSM
 from micro import random_examples
 
-TEXT, FRAMES = 24, 100  # 8 s of speech, 125 positions with the frame that ends them
+TEXT, FRAMES = 24, 100  # 8 s of audio; 125 positions with the end frame
 
 
 def model_in(dtype: torch.dtype, device: torch.device) -> CSM:
-    """Random weights, filled where they lie: no copy adds to the peak."""
+    """Random weights, filled in place, so that no copy adds to the peak memory."""
     with torch.device("meta"):
         empty = CSM(CSM_1B, device)
     state = {}
@@ -37,12 +37,12 @@ def model_in(dtype: torch.dtype, device: torch.device) -> CSM:
 
 
 def main(mode: str, precision: str, batch: str, steps: str, *more: str) -> None:
-    """Build, train, and say what it took. On a GPU the peak is the allocator's."""
+    """Train and print the memory and time. On a GPU the peak is the CUDA allocator's."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lora = Lora(CSM_1B, LoraConfig(), device) if mode == "lora" else None
     dtype = torch.bfloat16 if lora is not None and precision == "bfloat16" else torch.float32
     model = model_in(dtype, device).requires_grad_(lora is None)
-    trainee = Trainee(model, lora, checkpointing="checkpointing" in more).train()
+    trainee = Trainee(model, lora, activation_checkpointing="activation-checkpointing" in more).train()
     shape = dict(turns=(1, 1), text=(TEXT, TEXT + 1), frames=(FRAMES, FRAMES + 1))
     examples = random_examples(int(batch) * (1 + int(steps)), CSM_1B, **shape)
     options = TrainOptions(
@@ -50,8 +50,8 @@ def main(mode: str, precision: str, batch: str, steps: str, *more: str) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(trainee, examples, [], options, Path(folder), progress=False)
-        trainer.save = lambda: None  # gigabytes that would measure the disk
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, at the model's own size
+        trainer.save = lambda: None  # writing gigabytes would measure the disk
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak resident memory
         size = memory("VmRSS")
         trainer._step()
         began = time.perf_counter()

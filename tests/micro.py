@@ -1,4 +1,4 @@
-"""A model and a data set so small that training takes seconds: noise of half a second, said to be sentences."""
+"""A model and a data set (noise with sentences as its text) that are small enough to train in seconds."""
 
 import json
 
@@ -11,7 +11,7 @@ from csm.finetune.batches import Example, Turn
 from csm.weights.config_json import write_hf_config
 from noise import CODEC
 
-# The codec and the tokenizer are those of NOISE, of which the first 4 codebooks are used.
+# Uses NOISE's tokenizer and the first 4 codebooks of its codec.
 MICRO = CSMConfig(
     backbone=TransformerConfig(
         num_layers=2, dim=48, num_heads=3, num_kv_heads=1, head_dim=16, hidden_dim=64, max_positions=160
@@ -42,7 +42,7 @@ def write_config(path, config=MICRO):
 
 
 def write_data(folder, sentences=SENTENCES, seconds=(0.4, 0.8)):
-    """A manifest of recordings of noise, from ``seconds[0]`` to ``seconds[1]`` long."""
+    """Write a manifest and recordings of noise, ``seconds[0]`` to ``seconds[1]`` long."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     lines = []
@@ -55,15 +55,15 @@ def write_data(folder, sentences=SENTENCES, seconds=(0.4, 0.8)):
 
 
 def random_examples(count, config=MICRO, seed=0, turns=(1, 2), text=(3, 8), frames=(3, 9)):
-    """Conversations of random ids and codes."""
+    """Conversations of random text ids and codes."""
     generator = torch.Generator().manual_seed(seed)
 
-    def whole(low, high):
+    def random_int(low, high):
         return int(torch.randint(low, high, (), generator=generator))
 
     def turn():
-        ids = torch.randint(config.text_vocab_size, (whole(*text),), generator=generator).tolist()
-        codes = torch.randint(config.codebook_size, (whole(*frames), config.num_codebooks), generator=generator)
+        ids = torch.randint(config.text_vocab_size, (random_int(*text),), generator=generator).tolist()
+        codes = torch.randint(config.codebook_size, (random_int(*frames), config.num_codebooks), generator=generator)
         return Turn(ids, codes.to(torch.int16))
 
-    return [Example(tuple(turn() for _ in range(whole(turns[0], turns[1] + 1)))) for _ in range(count)]
+    return [Example(tuple(turn() for _ in range(random_int(turns[0], turns[1] + 1)))) for _ in range(count)]

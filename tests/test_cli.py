@@ -175,7 +175,7 @@ def truncated(folder):
 def unknown_key(folder):
     damaged(lambda tensors: None)(folder)
     path = folder / "config.json"
-    path.write_text(path.read_text().replace("{", '{"colour": "red",', 1))
+    path.write_text(path.read_text().replace("{", '{"colour": ["red"],', 1))
 
 
 REF = ["--ref", "ref.wav", "--ref-text", "La."]
@@ -235,17 +235,17 @@ BAD = {
     "truncated weights": (["--text", "Hi", "--model", "m"], "model.safetensors: truncated", {"m": truncated}),
     "weights of a wrong shape": (
         ["--text", "Hi", "--model", "m"],
-        r"lm_head\.weight has shape \(1, 2\)",
+        r"lm_head\.weight: expected shape .*, got \(1, 2\)",
         {"m": damaged(lambda tensors: tensors.update({LM_HEAD: torch.zeros(1, 2)}))},
     ),
     "weights of a wrong dtype": (
         ["--text", "Hi", "--model", "m"],
-        r"lm_head\.weight is torch\.int16",
+        r"lm_head\.weight: expected a floating-point dtype, got torch\.int16",
         {"m": damaged(lambda tensors: tensors.update({LM_HEAD: tensors[LM_HEAD].to(torch.int16)}))},
     ),
     "a missing tensor": (
         ["--text", "Hi", "--model", "m"],
-        r"lm_head\.weight is missing",
+        r"missing tensor lm_head\.weight",
         {"m": damaged(lambda tensors: tensors.pop(LM_HEAD))},
     ),
     "an unknown config key": (["--text", "Hi", "--model", "m"], "unknown key 'colour'", {"m": unknown_key}),

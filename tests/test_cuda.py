@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import bench
-from csm import Generator, Segment
+from csm import Generator, Segment, SpeechRequest
 from csm.__main__ import main
-from csm.config import CSM_1B, MIMI
+from csm.bench.model_setup import prompt_rows, random_weights
+from csm.config import CSM_1B
 from csm.frame import FrameState, decode_frame
 from csm.graph import Graph, Pool
 from csm.kernels.sample import gumbel_noise
@@ -82,7 +82,7 @@ def test_graph_equals_eager_bit_for_bit(plain, dtype, batch):
 
 
 @pytest.mark.parametrize("num_rows", [2, 33, 300, 2000])
-def test_captured_passes_equal_eager_bit_for_bit(plain, num_rows):
+def test_captured_chunks_equal_eager_bit_for_bit(plain, num_rows):
     model, params = plain.model, SamplingParams(temperature=0)
     eager, graphed = Prefill(model), Prefill(model)
     graphed.capture(Pool(model.device))
@@ -114,15 +114,15 @@ def test_kernels_speak_the_references_codes(plain, monkeypatch, batch):
 def test_kernels_at_full_size(monkeypatch):
     """CSM-1B's shape, random weights: 200 greedy frames. In bfloat16 the first differing frame is reported."""
     for dtype in (torch.float32, torch.bfloat16):
-        weights = bench.random_weights(CSM_1B, torch.device("cuda"), dtype)
-        setup, codes = bench.Setup(CSM_1B, MIMI, weights, "random"), []
+        weights = random_weights(CSM_1B, torch.device("cuda"), dtype)
+        device, codes = torch.device("cuda"), []
         for ops in ("reference", "triton"):
-            model = CSM.from_state_dict(CSM_1B, weights, setup.device)
-            state = FrameState.allocate(CSM_1B, 1, setup.device, dtype)
+            model = CSM.from_state_dict(CSM_1B, weights, device)
+            state = FrameState.allocate(CSM_1B, 1, device, dtype)
             monkeypatch.setenv("CSM_OPS", ops)
-            graph = Graph(lambda state=state, model=model: decode_frame(model, state, 512), state.buffers, setup.device)
+            graph = Graph(lambda state=state, model=model: decode_frame(model, state, 512), state.buffers, device)
             monkeypatch.setenv("CSM_OPS", "reference")
-            Prefill(model).start(state, 0, *bench.prompt_rows(CSM_1B), SamplingParams(temperature=0))
+            Prefill(model).start(state, 0, *prompt_rows(CSM_1B), SamplingParams(temperature=0))
             spoken = []
             for _ in range(200):
                 graph.replay()
@@ -225,7 +225,7 @@ def test_the_codec_and_the_step_do_not_disturb_each_other(captured):
 def test_an_abandoned_batch_does_not_disturb_the_next_request(captured):
     expected = captured.generate(**REQUESTS[0])
     for _ in range(20):
-        frames = captured._run([captured._request(text="Something else.", seed=9)] * 4, audio=True)
+        frames = captured._run([captured._request(SpeechRequest("Something else.", seed=9))] * 4)
         next(frames)
         frames.close()
         assert torch.equal(captured.generate(**REQUESTS[0]), expected)

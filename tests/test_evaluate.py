@@ -1,4 +1,4 @@
-"""``python -m csm eval``: words counted by hand, recordings made by Debian's synthesizers, and what is refused."""
+"""``python -m csm eval``: word errors counted by hand, recordings made with flite, and error messages."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ import torch
 
 from csm import CSMError, read_audio
 from csm.__main__ import main
-from csm.evaluate.measure import Heard
+from csm.evaluate.measure import Utterance
 from csm.evaluate.report import summary, table
 from csm.evaluate.words import normalise, word_errors
 from noise import NOISE
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 needs_words = pytest.mark.skipif(
     not all(find_spec(name) for name in ("jiwer", "num2words")), reason="the extra eval is missing"
 )
-needs_ears = pytest.mark.skipif(
+needs_models = pytest.mark.skipif(
     not all(find_spec(name) for name in ("moonshine_voice", "resemblyzer", "jiwer", "num2words")),
     reason="the extra eval is missing",
 )
@@ -36,7 +36,7 @@ SENTENCES = (
 
 @needs_words
 @pytest.mark.parametrize(
-    ("written", "said"),
+    ("written", "normalised"),
     [
         ("The Cat's whiskers -- 3 of them!", "the cats whiskers three of them"),
         ("Dr. Smith paid $5, i.e. 20% more…", "doctor smith paid five dollars i e twenty percent more"),
@@ -49,13 +49,13 @@ SENTENCES = (
         ("?!", ""),
     ],
 )
-def test_words_as_they_are_said(written, said):
-    assert normalise(written) == said
+def test_normalised_words(written, normalised):
+    assert normalise(written) == normalised
 
 
 @needs_words
 @pytest.mark.parametrize(
-    ("said", "heard", "errors", "words"),
+    ("reference", "hypothesis", "errors", "words"),
     [
         ("The cat sat on the mat.", "the cat sat on the mat", 0, 6),
         ("The cat sat on the mat.", "The bat sat on the mat", 1, 6),
@@ -79,8 +79,8 @@ def test_words_as_they_are_said(written, said):
         ("every day", "every they", 1, 2),
     ],
 )
-def test_errors_counted_by_hand(said, heard, errors, words):
-    assert word_errors(said, heard) == (errors, words)
+def test_word_errors_counted_by_hand(reference, hypothesis, errors, words):
+    assert word_errors(reference, hypothesis) == (errors, words)
 
 
 @needs_words
@@ -89,33 +89,33 @@ def test_a_sentence_without_words_is_refused():
         word_errors("...", "hello")
 
 
-def test_a_summary_is_over_words_not_over_sentences():
-    heard = [
-        Heard("a", "a", errors=0, words=9, seconds=2.0, seed=0, ended=True, length_ratio=1.0, similar=0.5),
-        Heard("b", "c", errors=1, words=1, seconds=1.0, seed=0, ended=False, length_ratio=3.0, similar=None),
-        Heard("a", "a", errors=0, words=9, seconds=2.0, seed=1, ended=True, length_ratio=1.3, similar=0.7),
-        Heard("b", "b", errors=0, words=1, seconds=1.0, seed=1, ended=True, length_ratio=None, similar=None),
+def test_the_error_rate_is_over_words_not_sentences():
+    utterances = [
+        Utterance("a", "a", errors=0, words=9, seconds=2.0, seed=0, ended=True, length_ratio=1.0, similar=0.5),
+        Utterance("b", "c", errors=1, words=1, seconds=1.0, seed=0, ended=False, length_ratio=3.0, similar=None),
+        Utterance("a", "a", errors=0, words=9, seconds=2.0, seed=1, ended=True, length_ratio=1.3, similar=0.7),
+        Utterance("b", "b", errors=0, words=1, seconds=1.0, seed=1, ended=True, length_ratio=None, similar=None),
     ]
-    values = summary(heard)
+    values = summary(utterances)
     assert values["wer"] == pytest.approx(1 / 20)
     assert values["wer_spread"] == pytest.approx(np.std([0.1, 0.0], ddof=1))
     assert (values["ended"], values["length_ratio"], values["seconds"]) == (0.75, 1.3, 6.0)
     assert values["similar"] == pytest.approx(0.6)
-    text = table({"speech": values, "recordings": summary([Heard("a", "a", 0, 9, 2.0)])}).splitlines()
-    columns = "utterances | word error rate | its spread over seeds | length ratio | length within 0.8 to 1.25"
-    columns += " | ended by itself | same voice | seconds"
+    text = table({"speech": values, "recordings": summary([Utterance("a", "a", 0, 9, 2.0)])}).splitlines()
+    columns = "utterances | word error rate | std. dev. over seeds | length ratio | length within 0.8 to 1.25"
+    columns += " | ended before the limit | voice similarity | seconds"
     assert text[0] == f"| | {columns} |"
     assert text[2] == "| speech | 4 | 5.0% | 7.1% | 1.30 | 33.3% | 75.0% | 0.60 | 6.0 |"
     assert text[3] == "| recordings | 1 | 0.0% |  |  |  |  |  | 2.0 |"
 
 
 @pytest.fixture(scope="module")
-def spoken(tmp_path_factory):
-    """A manifest of real speech, of a synthesizer's."""
+def synthesized(tmp_path_factory):
+    """A manifest of speech synthesized by flite."""
     flite = shutil.which("flite")
     if flite is None:
         pytest.skip("flite is not installed")
-    folder = tmp_path_factory.mktemp("spoken")
+    folder = tmp_path_factory.mktemp("synthesized")
     lines = []
     for index, text in enumerate(SENTENCES):
         subprocess.run([flite, "-voice", "slt", "-t", text, "-o", folder / f"{index}.wav"], check=True)
@@ -128,12 +128,12 @@ def evaluate(*arguments):
     return main(["eval", *map(str, arguments), "--device", "cpu", "--quiet"])
 
 
-@needs_ears
-def test_recordings_codec_and_speech_in_one_table(spoken, tmp_path, capsys):
-    """The recogniser hears recordings nearly as written, and nothing in what random weights make of them."""
+@needs_models
+def test_recordings_codec_and_speech_in_one_table(synthesized, tmp_path, capsys):
+    """The recogniser transcribes recordings nearly without errors, and fails on the audio of random weights."""
     options = ["--recordings", "--codec", "--model", NOISE, "--seeds", 2, "--limit", 3, "--max-seconds", 1]
     options.append("--keep-audio")
-    assert evaluate("--data", spoken, "--out", tmp_path / "eval", *options) == 0
+    assert evaluate("--data", synthesized, "--out", tmp_path / "eval", *options) == 0
     text = capsys.readouterr().out
     print("\n" + text)
     values = json.loads((tmp_path / "eval" / "eval.json").read_text())
@@ -142,7 +142,7 @@ def test_recordings_codec_and_speech_in_one_table(spoken, tmp_path, capsys):
     assert [found[kind]["utterances"] for kind in found] == [3, 3, 6]
     assert found["recordings"]["wer"] < 0.15 < 0.7 < found["codec"]["wer"]
     assert found["speech"]["wer"] > 0.7
-    assert found["codec"]["length_ratio"] == pytest.approx(1, abs=0.06)  # up to a frame is added
+    assert found["codec"]["length_ratio"] == pytest.approx(1, abs=0.06)  # the codec pads to whole frames
     assert 0 <= found["speech"]["ended"] <= 1
     assert all(one["heard"] for one in values["utterances"]["recordings"])
     wavs = sorted((tmp_path / "eval" / "speech").iterdir())
@@ -152,37 +152,38 @@ def test_recordings_codec_and_speech_in_one_table(spoken, tmp_path, capsys):
     assert (tmp_path / "eval" / "eval.md").read_text().strip() == text.strip()
 
 
-@needs_ears
-def test_what_is_heard_does_not_depend_on_what_was_heard_before(spoken):
+@needs_models
+def test_a_transcript_does_not_depend_on_earlier_recordings(synthesized):
     from csm.evaluate.listen import Recogniser
 
     recogniser = Recogniser()
-    clips = [read_audio(spoken / f"{index}.wav") for index in range(3)]
-    first = [recogniser.hear(*clip) for clip in clips]
-    assert [recogniser.hear(*clip) for clip in reversed(clips)] == first[::-1]
-    assert recogniser.hear(torch.zeros(0), 24_000) == ""
+    clips = [read_audio(synthesized / f"{index}.wav") for index in range(3)]
+    first = [recogniser.transcribe(*clip) for clip in clips]
+    assert [recogniser.transcribe(*clip) for clip in reversed(clips)] == first[::-1]
+    assert recogniser.transcribe(torch.zeros(0), 24_000) == ""
 
 
-@needs_ears
-def test_voices(spoken, tmp_path):
-    """The same voice is closer than another's, and what has no samples has no voice."""
+@needs_models
+def test_voice_similarity(synthesized, tmp_path):
+    """One voice is more similar to itself than to another; audio without samples has no voice."""
     from csm.evaluate.listen import SpeakerEncoder, similarity
 
     subprocess.run(["flite", "-voice", "rms", "-t", SENTENCES[0], "-o", tmp_path / "rms.wav"], check=True)
     encoder = SpeakerEncoder()
     one, same, other = (
-        encoder.embed(*read_audio(path)) for path in (spoken / "0.wav", spoken / "1.wav", tmp_path / "rms.wav")
+        encoder.embed(*read_audio(path))
+        for path in (synthesized / "0.wav", synthesized / "1.wav", tmp_path / "rms.wav")
     )
-    print(f"\nthe same voice {similarity(one, same):.2f}, another {similarity(one, other):.2f}")
+    print(f"\nthe same voice {similarity(one, same):.2f}, another voice {similarity(one, other):.2f}")
     assert similarity(one, same) > similarity(one, other) + 0.1
     assert similarity(one, one) == pytest.approx(1, abs=1e-5)
     assert encoder.embed(torch.zeros(0), 24_000) is None
     assert similarity(one, None) is None
 
 
-@needs_ears
-def test_each_speaker_is_measured_and_known_by_voice(tmp_path, capsys):
-    """Two voices under their own numbers are all right; the recordings of one under the other's number are not."""
+@needs_models
+def test_speakers_are_evaluated_and_recognised(tmp_path, capsys):
+    """Recordings of two voices match their own speaker ids, and not each other's."""
     if shutil.which("flite") is None:
         pytest.skip("flite is not installed")
     lines = []
@@ -200,21 +201,23 @@ def test_each_speaker_is_measured_and_known_by_voice(tmp_path, capsys):
     assert list(found) == ["recordings", "recordings, speaker 0", "recordings, speaker 1"]
     assert [values["utterances"] for values in found.values()] == [8, 4, 4]
     assert [values["right_voice"] for values in found.values()] == [1, 1, 1]
-    assert "right speaker" in text
+    assert "correct speaker" in text
 
-    from csm.evaluate.measure import Ears, Sentence
+    from csm.evaluate.measure import Evaluator, Sentence
 
-    ears = Ears(None, [Sentence(line["text"], line["speaker"], tmp_path / line["audio"]) for line in lines])
+    evaluator = Evaluator(None, [Sentence(line["text"], line["speaker"], tmp_path / line["audio"]) for line in lines])
     other = read_audio(tmp_path / "rms0.wav")
-    assert ears.hear(Sentence(SENTENCES[0], speaker=0), *other).right_voice is False
-    assert ears.hear(Sentence(SENTENCES[0], speaker=7), *other).right_voice is None
-    assert Ears(None, [Sentence("a", 0, tmp_path / "rms0.wav")]).hear(Sentence("a"), *other).right_voice is None
+    assert evaluator.evaluate(Sentence(SENTENCES[0], speaker=0), *other).right_voice is False
+    assert evaluator.evaluate(Sentence(SENTENCES[0], speaker=7), *other).right_voice is None
+    assert (
+        Evaluator(None, [Sentence("a", 0, tmp_path / "rms0.wav")]).evaluate(Sentence("a"), *other).right_voice is None
+    )
 
 
-@needs_ears
-def test_sentences_from_a_file_with_a_reference(spoken, tmp_path, capsys):
+@needs_models
+def test_sentences_from_a_file_with_a_reference(synthesized, tmp_path, capsys):
     (tmp_path / "sentences.txt").write_text("One for all.\n\nAll for one.\n")
-    reference = ["--ref", spoken / "0.wav", "--ref-text", SENTENCES[0]]
+    reference = ["--ref", synthesized / "0.wav", "--ref-text", SENTENCES[0]]
     out = tmp_path / "eval"
     options = ["--model", "tiny", "--max-seconds", 0.8, "--out", out]
     assert evaluate("--sentences", tmp_path / "sentences.txt", *reference, *options) == 0
@@ -226,25 +229,28 @@ def test_sentences_from_a_file_with_a_reference(spoken, tmp_path, capsys):
 
 @needs_words
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["--data", "d"], "there is nothing to measure"),
-        (["--sentences", "s.txt", "--recordings"], "--recordings and --codec measure a manifest's own audio"),
-        (["--data", "d", "--codec"], "--codec measures the codec of a model"),
-        (["--sentences", "s.txt", "--model", "tiny", "--ref-text", "x"], "give both"),
+        (["--data", "d"], "nothing to evaluate: give --model"),
+        (["--sentences", "s.txt", "--recordings"], "--recordings and --codec need recordings"),
+        (["--data", "d", "--codec"], "--codec needs a model's codec"),
+        (
+            ["--sentences", "s.txt", "--model", "tiny", "--ref-text", "x"],
+            "--ref-text is the transcript of --ref: give --ref too",
+        ),
         (["--sentences", "s.txt", "--model", "tiny", "--seeds", 0], "--seeds must be at least 1"),
         (["--sentences", "none.txt", "--model", "tiny"], "none.txt: cannot be read"),
-        (["--sentences", "s.txt", "--model", "tiny"], "no word to recognise in '...'"),
+        (["--sentences", "s.txt", "--model", "tiny"], "s.txt:2: no word to recognise in '...'"),
         (["--data", "d", "--recordings"], "manifest.jsonl:1: no word to recognise in '?'"),
         (["--model", "tiny"], "one of the arguments --sentences --data is required"),
     ],
 )
-def test_what_cannot_be_measured(arguments, said, tmp_path, monkeypatch, capsys):
+def test_error_messages(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("s.txt").write_text("Fine.\n...\n")
     Path("d").mkdir()
     sphn.write_wav("d/0.wav", np.random.default_rng(0).normal(size=24_000).astype("float32") / 9, 24_000)
     Path("d/manifest.jsonl").write_text('{"audio": "0.wav", "text": "?"}\n')
     assert evaluate(*arguments) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not Path("eval").exists()

@@ -1,4 +1,4 @@
-"""Data: every bad line in one report, formats, codes that are kept, what goes into a sequence and a batch."""
+"""Data: the report of bad lines, manifest formats, stored codes, and the contents of examples and batches."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def write_noise(path, seconds=0.5, rate=24_000, scale=0.2):
 
 
 def write_float_wav(path, samples, rate=24_000):
-    """32-bit floats: the only WAV that holds what is no number."""
+    """32-bit float samples: the WAV format that can hold NaN."""
     data = np.asarray(samples, dtype="<f4").tobytes()
     head = b"RIFF" + (36 + len(data)).to_bytes(4, "little") + b"WAVEfmt " + (16).to_bytes(4, "little")
     head += (3).to_bytes(2, "little") + (1).to_bytes(2, "little") + rate.to_bytes(4, "little")
@@ -55,29 +55,32 @@ def write_bad_recordings(folder):
         file.setparams((1, 2, 24_000, 0, "NONE", ""))
 
 
-# What is in the line, and what the report says of it.
-BAD_AT_ONCE = [
+# The line, and what the report says about it.
+BAD_LINES = [
     (b'{"audio": "good.wav", "text": "No end', "not JSON"),
-    (b'["good.wav", "A list."]', "not a JSON object but list"),
+    (b'["good.wav", "A list."]', "must be a JSON object, not list"),
     (b'{"audio": "good.wav", "text": "\xff"}', "not UTF-8"),
     (b'{"text": "No recording."}', "audio is missing"),
     (b'{"audio": "good.wav"}', "text is missing"),
     (b'{"audio": "good.wav", "text": "  "}', "text is empty"),
     (b'{"audio": "", "text": "No name."}', "audio is empty"),
     (b'{"audio": "good.wav", "text": 7}', "text must be a string, not 7"),
-    (b'{"audio": "good.wav", "text": "Who?", "speaker": -1}', "speaker must be a whole number of at least 0, not -1"),
+    (
+        b'{"audio": "good.wav", "text": "Who?", "speaker": -1}',
+        "speaker must be an integer of at least 0 and below 2**31, not -1",
+    ),
     (
         b'{"audio": "good.wav", "text": "Who?", "speaker": "me"}',
-        "speaker must be a whole number of at least 0, not 'me'",
+        "speaker must be an integer of at least 0 and below 2**31, not 'me'",
     ),
     (b'{"audio": "good.wav", "text": "What?", "emotion": 1}', "unknown key 'emotion'"),
-    (b'{"audio": "good.wav", "text": "When?", "conversation": "a"}', "conversation and order go together"),
-    (b'{"audio": "other.wav", "text": "Fine."}', "duplicate: recording and text are those of line 2"),
+    (b'{"audio": "good.wav", "text": "When?", "conversation": "a"}', "conversation and order must be given together"),
+    (b'{"audio": "other.wav", "text": "Fine."}', "duplicate: same recording and text as line 2"),
     (
         b'{"audio": "turn.wav", "text": "b", "conversation": 1, "order": 1}',
-        "duplicate: order 1 of its conversation is line 3",
+        "duplicate: same conversation and order (1) as line 3",
     ),
-    (b'{"audio": "good.wav", "text": "a\\u0000b"}', "text has a zero byte in it"),
+    (b'{"audio": "good.wav", "text": "a\\u0000b"}', "text contains a NUL character"),
 ]
 BAD_RECORDINGS = [
     ("missing.wav", "no such file"),
@@ -85,11 +88,11 @@ BAD_RECORDINGS = [
     ("broken.wav", "cannot be decoded as audio"),
     ("folder.wav", "is a folder"),
     ("nan.wav", "not finite (NaN or infinite)"),
-    ("loud.wav", "samples of up to 1e+03; full scale is 1"),
-    ("long.wav", "600.00 s long; from 0.1 to 120 s"),
-    ("short.wav", "0.02 s long"),
-    ("telephone.wav", "sampled at 8000 Hz; from 16000"),
-    ("silent.wav", "is silent throughout"),
+    ("loud.wav", "samples of magnitude 1e+03; full scale is 1"),
+    ("long.wav", "is 600.00 s long; it must be 0.1 to 120 s"),
+    ("short.wav", "is 0.02 s long"),
+    ("telephone.wav", "sample rate is 8000 Hz; it must be 16000"),
+    ("silent.wav", "is silent (all samples below 0.0001)"),
     ("nothing.wav", ""),
 ]
 GOOD = [
@@ -100,7 +103,7 @@ GOOD = [
 
 
 def refused(folder, tmp_path, capsys):
-    """What the command says of the data, having trained nothing."""
+    """The error message for this data; nothing is written to the run's folder."""
     arguments = [
         "finetune",
         "--data",
@@ -121,15 +124,15 @@ def refused(folder, tmp_path, capsys):
 def test_every_bad_line_is_named_in_one_report(tmp_path, capsys):
     write_bad_recordings(tmp_path)
     bad = [
-        *BAD_AT_ONCE,
+        *BAD_LINES,
         (json.dumps({"audio": "turn.wav", "text": "word " * 500}).encode(), "text and audio take 2512"),
     ]
     bad += [(json.dumps({"audio": name, "text": "Fine."}).encode(), what) for name, what in BAD_RECORDINGS]
     (tmp_path / "manifest.jsonl").write_bytes(b"\n".join([*GOOD, *(line for line, _ in bad)]) + b"\n")
-    said = refused(tmp_path, tmp_path, capsys)
-    print("\n" + said)
-    assert f"{len(bad)} problems; nothing was trained" in said
-    reported = said.splitlines()[1:]
+    message = refused(tmp_path, tmp_path, capsys)
+    print("\n" + message)
+    assert f"{len(bad)} problems; correct or remove these lines" in message
+    reported = message.splitlines()[1:]
     assert len(reported) == len(bad) == 27
     for number, ((_, what), line) in enumerate(zip(bad, reported, strict=True), start=len(GOOD) + 1):
         assert line.startswith(f"manifest.jsonl:{number}: ") and what in line
@@ -139,12 +142,12 @@ def test_every_bad_line_is_named_in_one_report(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"])
-def test_a_manifest_of_nothing(tmp_path, capsys, content):
+def test_an_empty_manifest_is_refused(tmp_path, capsys, content):
     (tmp_path / "manifest.jsonl").write_bytes(content)
-    assert "there is no line in it" in refused(tmp_path, tmp_path, capsys)
+    assert "the manifest is empty" in refused(tmp_path, tmp_path, capsys)
 
 
-def test_a_folder_of_nothing(tmp_path, capsys):
+def test_a_folder_without_a_manifest_is_refused(tmp_path, capsys):
     assert "neither manifest.jsonl nor metadata.csv" in refused(tmp_path, tmp_path, capsys)
     assert "no such file or folder" in refused(tmp_path / "nowhere", tmp_path, capsys)
 
@@ -159,10 +162,10 @@ def test_ljspeech(tmp_path, capsys):
     assert [clip.text for clip in manifest.clips] == ["Printing, in fourteen fifty-five", "in being modern."]
     assert [clip.audio.is_file() for clip in manifest.clips] == [True, True]
     (tmp_path / "metadata.csv").write_text(lines + "LJ001-0003|No such recording.\nonly an id\nLJ001-0001||\n")
-    said = refused(tmp_path, tmp_path, capsys)
-    assert "3 problems" in said
-    assert "metadata.csv:3: " in said and "LJ001-0003.wav: no such file" in said
-    assert "metadata.csv:4: 1 fields" in said and "metadata.csv:5: text is empty" in said
+    message = refused(tmp_path, tmp_path, capsys)
+    assert "3 problems" in message
+    assert "metadata.csv:3: " in message and "LJ001-0003.wav: no such file" in message
+    assert "metadata.csv:4: 1 fields" in message and "metadata.csv:5: text is empty" in message
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +173,7 @@ def source():
     return CodecSource(open_checkpoint(NOISE), None, 8)
 
 
-def test_codes_are_those_of_the_codec_and_are_kept(noisy, source, tmp_path, monkeypatch):
+def test_stored_codes_equal_the_codecs_and_are_reused(noisy, source, tmp_path, monkeypatch):
     clips = read_manifest(write_data(tmp_path / "data")).clips
     store = CodeStore(tmp_path / "codes", source)
     monkeypatch.setattr("csm.finetune.codes.SHARD_CLIPS", 3)
@@ -180,7 +183,7 @@ def test_codes_are_those_of_the_codec_and_are_kept(noisy, source, tmp_path, monk
         assert torch.equal(codes_TK.long(), noisy.encode(*read_audio(clip.audio)))
         assert store.num_frames(clip) == codes_TK.shape[0]
 
-    # A later run, after a shard was lost: what is there is kept, and only the rest is encoded.
+    # After a shard is lost, a later run encodes only its recordings.
     shards = sorted(store.folder.glob("*.safetensors"))
     assert len(shards) > 2
     shards[0].unlink()
@@ -188,18 +191,18 @@ def test_codes_are_those_of_the_codec_and_are_kept(noisy, source, tmp_path, monk
     lost = again.missing(clips)
     assert 0 < len(lost) < len(clips)
     encoded = []
-    whole = type(source.load()).encode
-    monkeypatch.setattr("csm.codec.Codec.encode", lambda *args: encoded.append(1) or whole(*args))
+    encode = type(source.load()).encode
+    monkeypatch.setattr("csm.codec.Codec.encode", lambda *args: encoded.append(1) or encode(*args))
     encode_missing(again, clips, jobs=1, progress=False)
     assert len(encoded) == len(lost)
     assert all(torch.equal(mine, before) for mine, before in zip(again.read(clips), codes, strict=True))
 
-    # A recording that changed has no codes any more; the others have.
+    # A changed recording has no codes; the others keep theirs.
     write_noise(clips[3].audio, seconds=0.7)
     assert again.missing(clips) == [clips[3]]
 
 
-def test_parallel_processes_encode_the_same(source, tmp_path):
+def test_parallel_encoding_gives_the_same_codes(source, tmp_path):
     clips = read_manifest(write_data(tmp_path / "data")).clips
     stores = [CodeStore(tmp_path / name, source) for name in ("one", "two")]
     for store, jobs in zip(stores, (1, 2), strict=True):
@@ -208,7 +211,7 @@ def test_parallel_processes_encode_the_same(source, tmp_path):
         assert torch.equal(one, two)
 
 
-def test_another_codec_has_other_codes(source, tmp_path):
+def test_codecs_do_not_share_stored_codes(source, tmp_path):
     assert CodeStore(tmp_path, source).folder != CodeStore(tmp_path, CodecSource(source.checkpoint, None, 4)).folder
 
 
@@ -239,7 +242,7 @@ def turns_of(*lengths):
     return [Turn([1], torch.zeros(length - 2, 4, dtype=torch.int16)) for length in lengths]
 
 
-def test_context_fits_the_positions():
+def test_context_is_limited_by_max_positions():
     turns = turns_of(10, 20, 30, 40)
     masked = conversation_examples(turns, context=2, mask_context=True, max_positions=70)
     assert [(len(e.turns), e.first_trained, e.num_positions) for e in masked] == [
@@ -267,7 +270,7 @@ def test_an_epoch_has_every_example_once(lengths, batch_size, batch_rows, epoch)
     assert batches == plan_epoch(lengths, batch_size, batch_rows, seed=1, epoch=epoch)
 
 
-def test_batches_are_of_like_length_and_in_another_order_each_epoch():
+def test_batches_have_similar_lengths_and_are_reshuffled_each_epoch():
     lengths = torch.randint(20, 500, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
     epochs = [plan_epoch(lengths, 16, 100_000, seed=0, epoch=epoch) for epoch in (0, 1)]
     assert epochs[0] != epochs[1]
@@ -275,41 +278,41 @@ def test_batches_are_of_like_length_and_in_another_order_each_epoch():
     print(f"\npadding: {padded / sum(lengths) - 1:.1%}")
     assert padded < 1.05 * sum(lengths)
     firsts = [max(lengths[index] for index in batch) for batch in epochs[0][:40]]
-    assert max(firsts) > 2 * min(firsts)  # long and short ones mixed
+    assert max(firsts) > 2 * min(firsts)  # long and short batches are mixed
 
 
-def test_a_batch_lays_rows_where_they_belong():
+def test_positions_of_text_and_audio_in_a_batch():
     examples = random_examples(4, turns=(2, 2))
     batch = collate(examples, "abcd", 1 / 16)
     rows = torch.full((batch.num_sequences, batch.num_positions), -1)
-    rows.view(-1)[batch.token_at_M] = 0
-    rows.view(-1)[batch.code_at_A] = 1
+    rows.view(-1)[batch.token_position_M] = 0
+    rows.view(-1)[batch.code_position_A] = 1
     for index, example in enumerate(examples):
         expected = []
         for turn in example.turns:
             expected += [0] * len(turn.text_ids) + [1] * (turn.codes_TK.shape[0] + 1)
         expected += [-1] * (batch.num_positions - len(expected))
         assert rows[index].tolist() == expected
-    assert batch.frame_S.shape[0] >= len(examples)  # one of each sequence at least
+    assert batch.frame_S.shape[0] >= len(examples)  # at least one per sequence
 
 
-def test_noise_changes_what_is_read_and_not_what_is_to_be_said():
+def test_code_noise_changes_inputs_and_not_targets():
     example = random_examples(1, turns=(2, 2), frames=(300, 301))[0]
     plain, noisy, again = (collate([example], "a", 1.0, code_noise=share) for share in (0.0, 0.2, 0.2))
-    assert torch.equal(plain.read_AK, plain.code_AK) and torch.equal(plain.code_AK, noisy.code_AK)
-    assert torch.equal(noisy.read_AK, again.read_AK)
-    assert not torch.equal(noisy.read_AK, collate([example], "b", 1.0, code_noise=0.2).read_AK)
-    changed_A = (noisy.read_AK != noisy.code_AK).any(dim=1)
-    assert 0.12 < changed_A.float().mean() < 0.28  # a frame may be drawn in its own place
+    assert torch.equal(plain.input_code_AK, plain.code_AK) and torch.equal(plain.code_AK, noisy.code_AK)
+    assert torch.equal(noisy.input_code_AK, again.input_code_AK)
+    assert not torch.equal(noisy.input_code_AK, collate([example], "b", 1.0, code_noise=0.2).input_code_AK)
+    changed_A = (noisy.input_code_AK != noisy.code_AK).any(dim=1)
+    assert 0.12 < changed_A.float().mean() < 0.28  # a frame may be replaced by itself
     ends = [300, 601]
-    assert not changed_A[ends].any()  # the end of a turn is read as it is
+    assert not changed_A[ends].any()  # end frames are never replaced
     for turn, first in zip(example.turns, (0, 301), strict=True):
-        said = {tuple(frame) for frame in turn.codes_TK.tolist()}
-        assert {tuple(frame) for frame in noisy.read_AK[first : first + 300].tolist()} <= said
+        frames = {tuple(frame) for frame in turn.codes_TK.tolist()}
+        assert {tuple(frame) for frame in noisy.input_code_AK[first : first + 300].tolist()} <= frames
 
 
-def test_what_was_trained_loads_anywhere(tmp_path):
-    """The folder of a run, in HF Transformers too, and as the start of another run."""
+def test_a_trained_model_loads_everywhere(tmp_path):
+    """In Generator, in HF Transformers, and as the base model of another run."""
     from transformers import CsmForConditionalGeneration
 
     data, config = write_data(tmp_path / "data"), write_config(tmp_path / "config.json")

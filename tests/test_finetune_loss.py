@@ -1,4 +1,4 @@
-"""The loss: against HF Transformers, the cached inference path, finite differences, and itself over many draws."""
+"""The loss, compared with HF Transformers, with cached inference, and with itself over many random samples."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from test_hf_oracle import SHAPES
 
 from conftest import SESAME_CONFIG
 from csm import Generator
-from csm.finetune.batches import Example, Turn, collate, draw_frames
-from csm.finetune.forward import plain_attention
+from csm.finetune.batches import Example, Turn, collate, sample_frames
+from csm.finetune.forward import unfused_attention
 from csm.finetune.initial import initial_state
 from csm.finetune.loss import Trainee, combine, count
 from csm.frame import FrameState, decode_frame
@@ -31,7 +31,7 @@ def noise(num_frames, seed):
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def pair(request, tmp_path_factory):
-    """The same random checkpoint, in Transformers and here; and a conversation of three spoken turns."""
+    """The same random checkpoint in Transformers and here, and a conversation of three recorded turns."""
     hf = random_model(request.param)
     ours = Generator.from_pretrained(save(hf, tmp_path_factory.mktemp("hf")), device="cpu")
     audio = [noise(frames, seed) for seed, frames in enumerate(FRAMES)]
@@ -43,16 +43,16 @@ def pair(request, tmp_path_factory):
 
 
 def hf_losses(hf, audio, first_trained):
-    """Loss of codebook 0 and of the depth decoder, with every audio frame as a label from a turn on."""
-    # hf_inputs closes with a text to speak: the third turn's, whose audio is then put behind it.
+    """Transformers' losses: codebook 0, depth decoder, total. Labels are all audio frames from ``first_trained`` on."""
+    # hf_inputs ends with a text to generate. It is the third turn's; its audio tokens are appended here.
     inputs = hf_inputs(list(zip(WORDS[:2], audio[:2], strict=True)), WORDS[2], SPEAKERS)
-    spoken = [AUDIO_TOKEN] * FRAMES[2] + [AUDIO_EOS_TOKEN]
-    ids = torch.cat((inputs["input_ids"], torch.tensor([spoken])), dim=1)
+    audio_tokens = [AUDIO_TOKEN] * FRAMES[2] + [AUDIO_EOS_TOKEN]
+    ids = torch.cat((inputs["input_ids"], torch.tensor([audio_tokens])), dim=1)
     labels = torch.where((ids == AUDIO_TOKEN) | (ids == AUDIO_EOS_TOKEN), ids, -100)
     cutoffs = torch.tensor([[sound.shape[0] for sound in audio]]).cumsum(-1)
     with torch.no_grad():
         merged = hf._merge_input_ids_with_input_values(ids, torch.cat(audio).view(1, 1, -1), cutoffs, labels)
-        # Transformers puts codes over every label of an audio token, -100 too: turns are masked once it has.
+        # Transformers overwrites the labels of all audio tokens, including -100, so turns are masked afterwards.
         ends = (ids[0] == AUDIO_EOS_TOKEN).nonzero().flatten() + 1
         if first_trained:
             merged["labels"][:, : ends[first_trained - 1]] = -100
@@ -75,8 +75,8 @@ def test_equals_transformers(pair, first_trained):
     print(f"\n{expected.item():.6f} Transformers, {combine(sums, counts, 1.0).item():.6f} ours")
 
 
-def test_logits_equal_those_of_the_cached_path(pair):
-    """Teacher-forced, a turn at a time in padded batch here, row after row through the caches there."""
+def test_logits_equal_cached_inference(pair):
+    """Teacher-forced in a padded batch here; row by row through the KV caches there."""
     _, ours, _, turns = pair
     model, config = ours.model, ours.config
     trainee, batch = Trainee(model), collate([Example((turn,)) for turn in turns], "abc", depth_share=1.0)
@@ -99,7 +99,7 @@ def test_logits_equal_those_of_the_cached_path(pair):
 
 
 def test_greedy_codes_are_the_largest_logits(pair):
-    """What Generator says greedily, put before the training forward: the same ids win, frame after frame."""
+    """The training forward pass over greedily generated codes predicts the same codes."""
     _, ours, _, _ = pair
     codes_TK = ours.generate_codes(WORDS[0], 1, max_audio_length_ms=1600, temperature=0)
     batch = collate([Example((Turn(ours._tokenizer.encode(1, WORDS[0]), codes_TK),))], ["all"], depth_share=1.0)
@@ -117,14 +117,14 @@ def generation_rows(config, turn):
 
 
 def cached_logits(model, rows, num_text):
-    """Logits of every codebook, (frames + 1, codebook_size) each, one row and one code at a time through the caches."""
+    """Logits of every codebook, (frames + 1, codebook_size) each, one row and one code at a time with KV caches."""
     config = model.config
     state = FrameState.allocate(config, 1, model.device, model.dtype)
     expected = [[] for _ in range(config.num_codebooks)]
     forced = []
 
-    def draw(logits_BV, codebook, _, codes_BK, table_VD):
-        """In the place of sampling: keeps what would be drawn from, and takes the code that is forced."""
+    def force(logits_BV, codebook, _, codes_BK, table_VD):
+        """Replaces ``sample``: stores the logits and returns the forced code."""
         expected[codebook].append(logits_BV[0].clone())
         code_B = forced[-1][codebook].view(1)
         codes_BK[:, codebook] = code_B
@@ -132,7 +132,7 @@ def cached_logits(model, rows, num_text):
 
     row_TC, mask_TC = rows
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("csm.frame.sample", draw)
+        patch.setattr("csm.frame.sample", force)
         Prefill(model).start(state, 0, row_TC[:num_text], mask_TC[:num_text], SamplingParams(0, 1, 0))
         for codes_K in row_TC[num_text:, :-1]:
             forced.append(codes_K)
@@ -140,12 +140,12 @@ def cached_logits(model, rows, num_text):
     return [torch.stack(logits) for logits in expected]
 
 
-def test_a_share_of_the_frames_stands_for_all():
-    """The loss with 1/16 of the frames, over many draws: within four standard errors of the loss with all of them."""
+def test_the_loss_of_sampled_frames_is_unbiased():
+    """The mean over many samples of 1/16 of the frames is within four standard errors of the loss over all frames."""
     config = SESAME_CONFIG
     model = CSM.from_state_dict(config, initial_state(config, seed=1), torch.device("cpu"))
     with torch.no_grad():
-        model.depth_heads.mul_(40)  # codes far from equally likely: frames must differ, or any would do
+        model.depth_heads.mul_(40)  # far from uniform predictions, so that frames differ in loss
     trainee = Trainee(model)
     examples = random_examples(6, config, frames=(5, 60), turns=(1, 1))
     draws = 400
@@ -165,11 +165,11 @@ def test_a_share_of_the_frames_stands_for_all():
     assert abs(values.mean() - full) < 4 * error
 
 
-def test_every_frame_is_drawn_as_often_as_any_other():
+def test_frames_are_sampled_uniformly():
     for num_frames, share, expected in ((3, 1 / 16, 1), (40, 1 / 16, 2), (7, 0.5, 4), (5, 1.0, 5)):
         hits = torch.zeros(num_frames)
         for draw in range(2000):
-            chosen, weight = draw_frames(num_frames, share, f"{draw}")
+            chosen, weight = sample_frames(num_frames, share, f"{draw}")
             assert len(set(chosen)) == len(chosen) == expected and weight == num_frames / expected
             hits[chosen] += 1
         probability = expected / num_frames
@@ -179,15 +179,15 @@ def test_every_frame_is_drawn_as_often_as_any_other():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "positions"), [(6, 2, 17), (4, 4, 1), (3, 1, 8)])
-def test_plain_attention_is_attention(dtype, heads, kv_heads, positions):
-    """Grouped heads, each position and those before: as PyTorch's own op in float64, in values and in gradients."""
+def test_unfused_attention_equals_sdpa(dtype, heads, kv_heads, positions):
+    """Values and gradients equal PyTorch's scaled_dot_product_attention in float64: grouped heads, causal mask."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(2, count, positions, 16, generator=generator).to(dtype) for count in (heads, kv_heads, kv_heads)
     )
     inputs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     wide = [tensor.double().requires_grad_() for tensor in (q, k, v)]
-    found = plain_attention(*inputs)
+    found = unfused_attention(*inputs)
     expected = F.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True)
     found.square().sum().backward()
     expected.square().sum().backward()

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import csm.engine
-from csm import AudioError, CSMError, Generator, RoomWarning, SamplingError, Segment
+import csm.prefix_cache
+import csm.runner
+from csm import AudioError, CSMError, Generator, RoomWarning, SamplingError, Segment, SpeechRequest
 from noise import NOISE
 
 
@@ -104,13 +105,13 @@ def test_threads(noisy):
 
 def ends_at(monkeypatch, frame):
     """Let the model fall silent: from ``frame`` on every frame is zeros."""
-    step = csm.engine.decode_frame
+    step = csm.runner.decode_frame
 
     def ending(model, state, context_bucket):
         step(model, state, context_bucket)
         state.codes_BK.masked_fill_((state.frame_B > frame).unsqueeze(1), 0)
 
-    monkeypatch.setattr(csm.engine, "decode_frame", ending)
+    monkeypatch.setattr(csm.runner, "decode_frame", ending)
 
 
 @pytest.mark.parametrize("frame", [0, 1, 7])
@@ -130,7 +131,7 @@ def test_the_limit_is_not_exceeded(noisy, milliseconds, frames):
 
 @pytest.mark.parametrize("frames", [201, 203, 402, 1125])
 def test_whole_frames_are_not_lost_to_binary_fractions(noisy, frames):
-    assert noisy._request("Hi.", 0, max_audio_length_ms=frames * 0.08 * 1000).max_frames == frames
+    assert noisy._request(SpeechRequest("Hi.", 0, max_audio_length_ms=frames * 0.08 * 1000)).max_frames == frames
 
 
 def test_speech_stops_where_the_positions_end(noisy):
@@ -246,13 +247,13 @@ def test_warmup():
 def test_a_context_that_was_heard_before_is_not_computed_again(noisy, monkeypatch):
     """The second time its keys and values are copied, and the codes are the same to the last bit."""
     known = []
-    load = csm.cache.PrefixCache.load
+    load = csm.prefix_cache.PrefixCache.load
 
     def counted(*args):
         known.append(load(*args))
         return known[-1]
 
-    monkeypatch.setattr(csm.cache.PrefixCache, "load", counted)
+    monkeypatch.setattr(csm.prefix_cache.PrefixCache, "load", counted)
     noise = torch.Generator().manual_seed(7)
     turns = [Segment(i, "Said before.", codes=torch.randint(256, (300, 8), generator=noise)) for i in range(2)]
     request = dict(max_audio_length_ms=800, seed=1)
@@ -262,4 +263,4 @@ def test_a_context_that_was_heard_before_is_not_computed_again(noisy, monkeypatc
     noisy.generate_codes("Hi.", 0, [turns[0], turns[0]], **request)
     assert torch.equal(first, again)
     one, two = (n * (300 + 1 + len("[0]Said before.") + 2) for n in (1, 2))
-    assert known == [0, two, 0, one]
+    assert known == [0, two, one, one]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from csm import Generator, Segment
+from csm import Generator, Segment, SpeechRequest
 from csm.cache import KVCache
 from csm.kernels import rms_norm
 from oracle import Shape, hf_inputs, random_model, save
@@ -53,7 +53,7 @@ def test_greedy_codes_equal(pair, turns):
 def test_teacher_forced_logits_agree(pair, turns):
     hf, ours = pair
     inputs = hf_inputs(turns, "How are you?", speakers=[0, 1, 0])
-    prompt = ours._request("How are you?", 0, segments(turns))
+    prompt = ours._request(SpeechRequest("How are you?", 0, segments(turns))).prompt
     model, config = ours.model, ours.config
     with torch.no_grad():
         expected = hf(**inputs, output_hidden_states=True)

@@ -1,6 +1,6 @@
-"""Hub names, against a hub that runs here: huggingface_hub's own client talks to it over HTTP.
+"""Hub names, against a fake hub on the loopback interface, through huggingface_hub's own HTTP client.
 
-Each case is a process of its own, because the client reads its settings when it is imported.
+Each case runs in its own process, because the client reads its settings at import.
 """
 
 import errno
@@ -23,10 +23,10 @@ COMMIT = {"main": "a" * 40, "v2": "b" * 40}
 
 
 class Hub(BaseHTTPRequestHandler):
-    """``/{owner}/{repo}/resolve/{revision}/{file}``, as far as downloads need it."""
+    """The part of the hub's API that downloads use: ``/{owner}/{repo}/resolve/{revision}/{file}``."""
 
     repos: dict = {}
-    asked: list = []
+    requested: list = []
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -42,9 +42,9 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
 
     def answer(self, body):
-        if self.path == "/":  # is anybody there?
+        if self.path == "/":  # the probe of hub_answers
             return self.refuse(404, "")
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         parts = self.path.strip("/").split("/")
         repo = "/".join(parts[:2])
         if repo == "owner/gated":
@@ -78,7 +78,7 @@ def server():
         "owner/no-weights": {name: files[name] for name in ("config.json", "tokenizer.json")},
         "owner/no-tokenizer": {name: files[name] for name in ("config.json", "model.safetensors")},
     }
-    Hub.asked = []
+    Hub.requested = []
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}"
@@ -95,32 +95,32 @@ except Exception as error:
 """
 
 
-def ask(name, cache, endpoint="http://127.0.0.1:9", **environment):
-    """What opening a name gives in a fresh process: a folder, or an error's name and text. And its stderr."""
+def open_in_process(name, cache, endpoint="http://127.0.0.1:9", **environment):
+    """Open a checkpoint in a new process. Returns (its folder, or the error's class and message; stderr)."""
     env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", **environment}
     run = subprocess.run([sys.executable, "-c", SCRIPT, name], env=env, capture_output=True, text=True, check=True)
     return run.stdout.strip(), run.stderr
 
 
 def test_download_then_cache_then_offline(server, tmp_path):
-    folder, progress = ask("owner/tiny", tmp_path, server, TQDM_POSITION="-1")  # as on a terminal
+    folder, progress = open_in_process("owner/tiny", tmp_path, server, TQDM_POSITION="-1")  # as on a terminal
     assert folder.endswith(f"snapshots/{COMMIT['main']}")
     assert "model.safetensors" in progress  # a progress bar
     assert "100%" in progress
-    fetched = [path for path in Hub.asked if path.endswith("/model.safetensors")]
-    assert ask("owner/tiny", tmp_path, server)[0] == folder
-    again = [path for path in Hub.asked if path.endswith("/model.safetensors")]
-    assert len(again) == len(fetched) + 1  # asked whether it is still the same, not downloaded again
-    assert ask("owner/tiny", tmp_path, HF_HUB_OFFLINE="1")[0] == folder
+    fetched = [path for path in Hub.requested if path.endswith("/model.safetensors")]
+    assert open_in_process("owner/tiny", tmp_path, server)[0] == folder
+    again = [path for path in Hub.requested if path.endswith("/model.safetensors")]
+    assert len(again) == len(fetched) + 1  # one HEAD request, no download
+    assert open_in_process("owner/tiny", tmp_path, HF_HUB_OFFLINE="1")[0] == folder
     started = time.monotonic()
-    assert ask("owner/tiny", tmp_path)[0] == folder  # the hub is gone, and nobody has said so
+    assert open_in_process("owner/tiny", tmp_path)[0] == folder  # no hub, and HF_HUB_OFFLINE is not set
     assert time.monotonic() - started < 15
 
 
 def test_a_revision_is_pinned(server, tmp_path):
-    folder, _ = ask("owner/tiny@v2", tmp_path, server)
+    folder, _ = open_in_process("owner/tiny@v2", tmp_path, server)
     assert folder.endswith(f"snapshots/{COMMIT['v2']}")
-    assert all("/v2/" in path or COMMIT["v2"] in path for path in Hub.asked)
+    assert all("/v2/" in path or COMMIT["v2"] in path for path in Hub.requested)
 
 
 CASES = {
@@ -134,8 +134,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_refusals_say_what_to_do(server, tmp_path, name):
-    answer, _ = ask(name, tmp_path, server)
+def test_errors_say_what_to_do(server, tmp_path, name):
+    answer, _ = open_in_process(name, tmp_path, server)
     assert answer.startswith("UnavailableError")
     for words in CASES[name]:
         assert words in answer
@@ -143,13 +143,13 @@ def test_refusals_say_what_to_do(server, tmp_path, name):
 
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_no_network(tmp_path, offline):
-    answer, _ = ask("owner/tiny", tmp_path, HF_HUB_OFFLINE=offline)
+    answer, _ = open_in_process("owner/tiny", tmp_path, HF_HUB_OFFLINE=offline)
     assert answer.startswith("UnavailableError")
     assert "cannot be reached" in answer
     assert "--model tiny" in answer
 
 
-# As Python says it, and as hf_xet does.
+# As raised by Python and by hf_xet.
 FULL_DISK = [
     OSError(errno.ENOSPC, "No space left on device"),
     RuntimeError("Data processing error: IO Error: No space left on device (os error 28)"),
@@ -175,7 +175,7 @@ def test_a_broken_download(monkeypatch):
         hub.fetch("owner/tiny", "model.safetensors", None)
 
 
-def test_an_index_names_the_shards_to_fetch(server, tmp_path):
+def test_the_shards_of_an_index_are_downloaded(server, tmp_path):
     index = tmp_path / "index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
     Hub.repos["owner/tiny"] = {
@@ -184,5 +184,5 @@ def test_an_index_names_the_shards_to_fetch(server, tmp_path):
         "transformers.safetensors.index.json": index,
         "model-00001-of-00001.safetensors": TINY / "model.safetensors",
     }
-    folder, _ = ask("owner/tiny", tmp_path / "cache", server)
+    folder, _ = open_in_process("owner/tiny", tmp_path / "cache", server)
     assert folder.endswith(COMMIT["main"])

@@ -1,4 +1,4 @@
-"""Every op's reference against the same formula in float64, over dtypes and odd shapes."""
+"""Every op's reference against its formula in float64, over dtypes and odd shapes."""
 
 import math
 
@@ -70,19 +70,19 @@ class TestCacheOps:
         angle = position[..., None] * 0.1 ** torch.arange(head_dim // 2, dtype=torch.float64)
         poison = torch.full((batch, num_kv_heads, context, head_dim), math.nan, dtype=dtype)
         k_cache, v_cache = poison.clone(), poison.clone()
-        turn = torch.stack((angle.cos(), angle.sin()), dim=-1)
-        turn = turn if dtype == torch.float64 else turn.float()
-        q = rope_cache(qkv, turn, k_cache, v_cache, torch.arange(batch)[:, None], position)
+        rope = torch.stack((angle.cos(), angle.sin()), dim=-1)
+        rope = rope if dtype == torch.float64 else rope.float()
+        q = rope_cache(qkv, rope, k_cache, v_cache, torch.arange(batch)[:, None], position)
 
-        def turned(x):
+        def rotated(x):
             even, odd = x.double()[..., 0::2], x.double()[..., 1::2]
             cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
             return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
         parts = qkv.view(batch, rows, -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=2)
-        close(q, turned(parts[0]), dtype)
+        close(q, rotated(parts[0]), dtype)
         for b in range(batch):
-            close(k_cache[b][:, position[b]], turned(parts[1])[b].transpose(0, 1), dtype)
+            close(k_cache[b][:, position[b]], rotated(parts[1])[b].transpose(0, 1), dtype)
             assert torch.equal(v_cache[b][:, position[b]], parts[2][b].transpose(0, 1))
         written = torch.zeros(batch, context, dtype=torch.bool).scatter(1, position, True)
         untouched = k_cache.transpose(1, 2)[~written], v_cache.transpose(1, 2)[~written]
@@ -94,14 +94,14 @@ class TestCacheOps:
         k = randn(batch, num_kv_heads, context + 3, head_dim, dtype=dtype, seed=1)
         v = randn(batch, num_kv_heads, context + 3, head_dim, dtype=dtype, seed=2)
         position = torch.randint(context, (batch, rows), generator=torch.Generator().manual_seed(rows))
-        hidden = torch.arange(context) > position[..., None]
-        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -math.inf)
-        k[:, :, context:], v[:, :, context:] = 1e4, 1e4  # beyond the context: must not be looked at
-        mixed = attention(q, k, v, bias, position)
+        masked = torch.arange(context) > position[..., None]
+        bias = torch.zeros(masked.shape, dtype=dtype).masked_fill(masked, -math.inf)
+        k[:, :, context:], v[:, :, context:] = 1e4, 1e4  # beyond the context: must not be read
+        attended = attention(q, k, v, bias, position)
         for b in range(batch):
             for t in range(rows):
                 for h in range(num_heads):
                     length, g = int(position[b, t]) + 1, h // (num_heads // num_kv_heads)
                     keys, values = k[b, g, :length].double(), v[b, g, :length].double()
                     weights = (keys @ q[b, t, h].double() / math.sqrt(head_dim)).softmax(0)
-                    close(mixed[b, t].view(num_heads, head_dim)[h], weights @ values, dtype)
+                    close(attended[b, t].view(num_heads, head_dim)[h], weights @ values, dtype)

@@ -1,4 +1,4 @@
-"""The cached model against a few lines of uncached mathematics, and Sesame's layout against HF's."""
+"""The cached model against the uncached mathematics of ``naive.py``, and Sesame's layout against HF's."""
 
 import json
 
@@ -29,7 +29,7 @@ SIZES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cached_model_equals_naive_mathematics(sesame_folder, sesame_state, dtype):
-    """Text, a turn of audio, text: then eight greedy frames, each from a full re-computation."""
+    """A prompt of text, audio and text, then eight greedy frames, each recomputed in full by ``next_frame``."""
     ours = Generator.from_pretrained(sesame_folder, device="cpu", dtype=dtype)
     weights = {name: tensor.double() for name, tensor in sesame_state.items()}
     codes = torch.randint(256, (7, 8), generator=torch.Generator().manual_seed(1))
@@ -62,7 +62,7 @@ def test_rope_scaling_in_sesames_form(config):
 
 
 def hf_names(weights, config):
-    """Sesame's state dict under HF's names, by the rules in the design and the usual permutation of q and k."""
+    """Sesame's state dict under HF's names, with the rows of q and k permuted for rotate-half."""
     result = {}
     heads = {
         "backbone": (config.backbone.num_heads, config.backbone.num_kv_heads),

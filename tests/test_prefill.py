@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from csm.cache import PrefixCache
 from csm.frame import FrameState, decode_frame
 from csm.graph import Pool
 from csm.model import CSM
 from csm.prefill import CHUNK_SIZES, Prefill
+from csm.prefix_cache import PrefixCache
 from csm.prompt import text_rows
 from csm.sampling import SamplingParams
 
@@ -78,7 +78,7 @@ def test_the_previous_prompt_has_no_influence(noisy, chunk_sizes):
 
 @pytest.mark.parametrize("chunk_sizes", CHUNKINGS, ids=str)
 def test_a_copied_prefix_equals_a_computed_one(noisy, chunk_sizes):
-    prefill, rows = Prefill(noisy.model, PrefixCache(4096), chunk_sizes), prompt(600)
+    prefill, rows = Prefill(noisy.model, PrefixCache(1 << 24), chunk_sizes), prompt(600)
     turn_ends = (130, 433)
     new = start(prefill, rows, turn_ends=turn_ends)
     prefill.cache.k_LBGSd.fill_(1e4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from csm import AudioError, CheckpointError, PromptError, PromptTooLongError, RoomWarning, Segment
+from csm import AudioError, CheckpointError, PromptError, PromptTooLongError, RoomWarning, Segment, SpeechRequest
 from csm.config import CSM_1B
 from csm.prompt import TextTokenizer, build_prompt
 from csm.weights.recipe.shape import byte_tokenizer
@@ -17,7 +17,7 @@ from csm.weights.recipe.shape import byte_tokenizer
 def test_rows_of_a_conversation(noisy):
     """The row layout of the reference implementation."""
     codes = torch.arange(24).view(3, 8)
-    prompt = noisy._request("Hi", 1, [Segment(0, "Yo", codes=codes)])
+    prompt = noisy._request(SpeechRequest("Hi", 1, [Segment(0, "Yo", codes=codes)])).prompt
     ids = byte_tokenizer().encode
     first = [256, *ids("[0]Yo", add_special_tokens=False).ids, 257]
     last = [256, *ids("[1]Hi", add_special_tokens=False).ids, 257]
@@ -33,21 +33,21 @@ def test_a_prompt_that_just_fits_generates_one_frame(noisy):
     limit = noisy.config.backbone.max_positions
     room = limit - len("[0]") - 2
     with pytest.warns(RoomWarning, match=r"room for 0\.08 s of audio, of the 90 s"):
-        assert noisy._request("x" * room, 0).max_frames == 1
+        assert noisy._request(SpeechRequest("x" * room, 0)).max_frames == 1
     with pytest.raises(PromptTooLongError, match=f"takes {limit + 1} positions.*has {limit}"):
-        noisy._request("x" * (room + 1), 0)
+        noisy._request(SpeechRequest("x" * (room + 1), 0))
 
 
 def test_context_counts_towards_the_limit(noisy):
     codes = torch.zeros(2030, 8, dtype=torch.int64)
     with pytest.raises(PromptTooLongError, match="takes 2049 positions.*has 2048"):
-        noisy._request("Hello", 0, [Segment(0, "abc", codes=codes)])
+        noisy._request(SpeechRequest("Hello", 0, [Segment(0, "abc", codes=codes)]))
 
 
 def test_context_audio_that_does_not_fit_is_rejected_before_encoding(noisy, monkeypatch):
     monkeypatch.setattr(type(noisy.codec), "encode", lambda *_: pytest.fail("encoded the audio"))
     with pytest.raises(PromptTooLongError, match="takes 2250 positions.*has 2048"):
-        noisy._request("Hello", 0, [Segment(0, "abc", torch.zeros(2250 * 1920))])
+        noisy._request(SpeechRequest("Hello", 0, [Segment(0, "abc", torch.zeros(2250 * 1920))]))
 
 
 BAD_CODES = {
@@ -193,6 +193,19 @@ def test_a_tokenizer_larger_than_the_embedding_is_rejected(tmp_path):
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match=r"no token <\|end_of_text\|> with an id below 257"):
         TextTokenizer(tmp_path / "tokenizer.json", 257)
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_model(tmp_path):
+    """Only an id that the model has no embedding of is an error."""
+    larger = byte_tokenizer()
+    larger.add_special_tokens(["<|pad|>"])
+    larger.add_tokens(["hmm"])
+    larger.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = TextTokenizer(tmp_path / "tokenizer.json", 258)
+    plain = [256, *byte_tokenizer().encode("[0]Hi <|pad|>", add_special_tokens=False).ids, 257]
+    assert tokenizer.encode(0, "Hi <|pad|>") == plain
+    with pytest.raises(PromptError, match=r"tokenizer\.json.*token 'hmm' with id 259.*only 258 text embeddings"):
+        tokenizer.encode(0, "Well, hmm.")
 
 
 def test_an_invalid_tokenizer_file_is_rejected(tmp_path):

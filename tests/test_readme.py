@@ -1,10 +1,11 @@
-"""What the README and the examples show runs, with the embedded checkpoint in the place of CSM-1B."""
+"""The docs: examples run, with the embedded checkpoint in place of CSM-1B; commands, links and the glossary hold."""
 
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,28 +22,33 @@ from csm.weights.recipe import recordings
 from micro import write_data
 
 ROOT = Path(generate.__file__).parent
-DOCS = [path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md")]
-README = (ROOT / "README.md").read_text()
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "weights/tiny/README.md"),
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")),
+]
+TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+README = TEXT["README.md"]
 HUB_NAME = re.compile(r"(sesame|unsloth)/csm-1b")
+FOREIGN = ("hf", "pip")  # programs of other packages that the docs call
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, page="README.md"):
+    return re.findall(rf"```{language}\n(.*?)```", TEXT[page], flags=re.DOTALL)
 
 
 @pytest.fixture
 def short(monkeypatch, tiny):
-    """A quarter of a second whatever was asked for, from the embedded checkpoint."""
+    """Limits every request to a quarter of a second, from the embedded checkpoint."""
     whole = csm.Generator._request
 
-    def shortened(self, text, speaker=0, context=(), max_audio_length_ms=0, *rest, **options):
-        return whole(self, text, speaker, context, 240, *rest, **options)
+    def shortened(self, speech, audio=True):
+        return whole(self, replace(speech, max_audio_length_ms=240), audio)
 
     monkeypatch.setattr(csm.Generator, "_request", shortened)
 
 
 def test_python(short, tmp_path, monkeypatch):
-    """The blocks follow on one another, as a reader takes them."""
+    """The blocks run one after another, with the same variables."""
     monkeypatch.chdir(tmp_path)
     names = {}
     assert len(blocks("python")) == 2
@@ -68,7 +74,7 @@ def test_generate_lines(line, short, tmp_path, monkeypatch, capsys):
 
 
 def test_training_and_measuring_lines(short, one_thread, tmp_path, monkeypatch, capsys):
-    """In their order, on recordings of noise, for two steps."""
+    """In order, on recordings of noise, for two training steps."""
     monkeypatch.chdir(tmp_path)
     write_data(Path("voice"))
     lines = [line for line in shell_lines() if " -m csm " in line]
@@ -84,16 +90,133 @@ def test_training_and_measuring_lines(short, one_thread, tmp_path, monkeypatch, 
     assert "| recordings | 2 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["README.md", "weights/tiny/README.md", *sorted(p.as_posix() for p in DOCS)])
-def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / page).read_text()):
+@pytest.mark.parametrize("page", PAGES)
+def test_links_resolve(page):
+    for link in re.findall(r"\]\((?!https?://)([^)#]+)", TEXT[page]):
         assert (ROOT / page).parent.joinpath(link).exists(), link
 
 
-def test_every_make_target_that_is_named_exists():
+@pytest.mark.parametrize("page", PAGES)
+def test_no_line_is_longer_than_120_columns(page):
+    long = [f"{n}: {line}" for n, line in enumerate(TEXT[page].splitlines(), start=1) if len(line) > 120]
+    assert not long, "\n".join(long)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_named_make_target_exists(page):
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    named = re.findall(r"(?:`|^)make ([a-z]+)", README, flags=re.MULTILINE)
-    assert {"demo", "test"} <= set(named) <= set(targets)
+    named = re.findall(r"(?:`|^)make ([a-z]+)", TEXT[page], flags=re.MULTILINE)
+    assert set(named) <= set(targets)
+    assert page != "README.md" or {"demo", "test"} <= set(named)
+
+
+# Paths that docs name without a link. The log records commands and files of its day.
+NAMED = re.compile(r"`((?:csm|kernels|weights|tests|docs)/[a-z0-9_./]*)`")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/log.md"])
+def test_every_named_file_exists(page):
+    for path in NAMED.findall(TEXT[page]):
+        assert (ROOT / path).exists(), path
+
+
+def documented_commands():
+    """(page, command) for every line of every sh block, and every command in running text; the log's are history."""
+    for page in PAGES:
+        lines = "".join(blocks("sh", page)).replace("\\\n", " ").splitlines()
+        prose = "" if page == "docs/log.md" else re.sub(r"```.*?```", "", TEXT[page], flags=re.DOTALL)
+        inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
+        commands = [re.split(r"\s+#\s", line)[0].strip() for line in lines]
+        commands += [
+            code for code in inline if re.match(r"(\.venv/bin/)?python3? |torchrun |generate\.py -|bench\.py -", code)
+        ]
+        yield from ((page, command) for command in commands if command)
+
+
+@pytest.fixture(scope="module")
+def bench_options():
+    run = subprocess.run([sys.executable, ROOT / "bench.py", "--help"], capture_output=True, text=True, check=True)
+    return set(re.findall(r"--[a-z][a-z-]+", run.stdout))
+
+
+@pytest.mark.parametrize(("page", "command"), sorted(set(documented_commands())))
+def test_documented_commands_parse(page, command, bench_options):
+    """No command is run: its program exists and takes the options shown."""
+    program, rest = split_command(command)
+    if program == "make":
+        assert rest
+    elif program.startswith("csm."):
+        assert find_spec(program), program
+    elif program == "bench.py":
+        assert {word for word in rest if word.startswith("--")} <= bench_options
+    elif program in ("generate.py", "csm"):
+        if rest and "--help" not in rest:
+            parse = generate.parse_arguments if program == "generate.py" else parse_arguments
+            assert parse(rest + missing_arguments(program, rest))
+    else:
+        assert program in (*FOREIGN, "pytest", "venv", "docs/examples/two_speakers.py"), program
+
+
+def split_command(command):
+    """The program or module of a command line, and its arguments."""
+    words = [word for word in shlex.split(command) if word not in ("...", "COMMAND", "EXPRESSION")]
+    program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
+    if "-m" in rest and program in ("python", "python3", "torchrun"):
+        at = rest.index("-m")
+        return rest[at + 1], rest[at + 2 :]
+    if program in ("python", "python3"):
+        return rest[0], rest[1:]
+    return program, rest
+
+
+def missing_arguments(program, words):
+    """Required arguments of a command that is shown for one option only."""
+    needed = {
+        "generate.py": [["--text", "--file"]],
+        "finetune": [["--data"], ["--out"]],
+        "eval": [["--data", "--sentences"]],
+    }
+    command = program if program == "generate.py" else words[0]
+    return [word for options in needed.get(command, []) if not {*options} & {*words} for word in (options[0], "x")]
+
+
+def test_every_expression_selects_gpu_tests():
+    """The table of what no GPU has confirmed selects tests by name."""
+    page = TEXT["docs/unconfirmed.md"]
+    expressions = re.findall(r"\| `([a-z_ ]+)` \|$", page[: page.index("## Speed")], flags=re.MULTILINE)
+    names = re.findall(r"^def (test_\w+)", (ROOT / "tests" / "test_cuda.py").read_text(), flags=re.MULTILINE)
+    assert len(expressions) >= 1
+    for expression in expressions:
+        assert any(word in name for word in expression.split(" or ") for name in names), expression
+
+
+ENTRY = re.compile(r"^- \*\*(.+?)\*\*:(.+)\(`([^`]+)` in `([^`]+)`\)$")
+
+
+def glossary():
+    section = TEXT["docs/design.md"].split("## Glossary")[1].split("\n## ")[0]
+    return re.split(r"\n(?=- )", section.strip())
+
+
+@pytest.mark.parametrize("entry", glossary())
+def test_every_term_of_the_glossary_is_used_where_it_points(entry):
+    term, meaning, name, path = ENTRY.match(" ".join(entry.split())).groups()
+    assert len(meaning.split()) >= 5, term
+    assert re.search(rf"\b{re.escape(name)}\b", (ROOT / path).read_text()), f"{term}: no {name} in {path}"
+
+
+def test_the_glossary_is_complete():
+    terms = [ENTRY.match(" ".join(entry.split()))[1] for entry in glossary()]
+    assert len(terms) == len(set(terms)) >= 20
+
+
+def test_every_test_file_holds_a_claim():
+    """CONTRIBUTING.md maps claims to tests: every test file has a line, and every test that is named exists."""
+    page = TEXT["CONTRIBUTING.md"].split("## Which test holds which claim")[1].split("\n## ")[0]
+    files = {path.name: path for path in (ROOT / "tests").glob("test_*.py")}
+    assert set(files) <= set(re.findall(r"`tests/(test_\w+\.py)`", page))
+    for test, file in re.findall(r"`(test_\w+)` \| `tests/(test_\w+\.py)`", page):
+        assert f"def {test}(" in files[file].read_text(), test
 
 
 def test_the_first_two_commands():
@@ -101,7 +224,7 @@ def test_the_first_two_commands():
 
 
 def test_two_speakers(short, noisy, tmp_path, monkeypatch):
-    """Code for the reference implementation, with only its import changed."""
+    """Code for the reference implementation runs with only its import changed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(csm, "load_csm_1b", lambda device: noisy)
     for name in ("a.wav", "b.wav"):
@@ -121,18 +244,6 @@ def test_help_names_every_option(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         recordings.main()
     known = run.stdout + capsys.readouterr().out
-    for document in (README, (ROOT / "docs" / "finetune.md").read_text()):
+    for document in (README, TEXT["docs/finetune.md"]):
         for option in re.findall(r"--[a-z][a-z-]+", document):
             assert option in known or option == "--nproc-per-node", option
-
-
-def test_the_guide_to_training_shows_options_that_exist():
-    """Its commands parse, whatever stands for the data."""
-    guide = (ROOT / "docs" / "finetune.md").read_text()
-    blocks = re.findall(r"```sh\n(.*?)```", guide, flags=re.DOTALL)
-    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if " -m csm " in line]
-    assert len(commands) == 9
-    for line in commands:
-        words = shlex.split(line)
-        arguments = [word for word in words[words.index("csm") + 1 :] if word != "..."]
-        assert parse_arguments(arguments).run

@@ -16,7 +16,7 @@ from csm import FallbackWarning
 from csm.config import CSMConfig, TransformerConfig
 from csm.frame import FrameState, decode_frame
 from csm.graph import Graph
-from csm.kernels.launch import enable_kernels, kernels_run, launches
+from csm.kernels.launch import enable_kernels, launches, use_kernels
 from csm.model import CSM
 from csm.opchecks import op_checks, relative_error
 from csm.prefill import Prefill
@@ -181,7 +181,7 @@ def test_a_capture_that_fails_with_kernels_only(model, expected, kernels, captur
     stand_in = csm.graph.capture
 
     def capture(step, device, pool):
-        if kernels_run(model.codebook0_head, 1):
+        if use_kernels(model.codebook0_head, 1):
             raise RuntimeError("no kernels here")
         return stand_in(step, device, pool)
 
@@ -267,7 +267,7 @@ def test_checks_can_be_skipped(model, wrong_kernel, captures, monkeypatch):
 def test_falling_back_later(model, kernels):
     with pytest.warns(FallbackWarning, match=r"no memory\. Frames on cpu are computed by PyTorch ops in a CUDA graph"):
         assert fall_back(CPU, KERNELS, "no memory") == OPS
-    assert not kernels_run(model.codebook0_head, 1)
+    assert not use_kernels(model.codebook0_head, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The house rules that a machine can hold: what imports what, how long things get, what a plain import costs."""
+"""House rules that a test can enforce: import order, sizes of functions and files, docstrings, cost of an import."""
 
 import ast
 import subprocess
@@ -11,21 +11,23 @@ import csm
 
 ROOT = Path(csm.__file__).parent.parent
 
-# A module may import those of the lines above its own (and of its own line where it is listed twice).
+# A module may import modules of earlier lines only, and its own package.
 LAYERS = [
     {"csm.errors"},
     {"csm.config"},
     {"csm.audio", "csm.graph", "csm.kernels", "csm.weights"},
     {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt"},
+    {"csm.prefix_cache", "csm.request"},
     {"csm.model"},
     {"csm.lora"},
     {"csm.frame"},
     {"csm.prefill", "csm.opchecks"},
-    {"csm.selfcheck"},
+    {"csm.selfcheck", "csm.runner"},
     {"csm.engine"},
+    {"csm.worker"},
     {"csm.generator"},
     {"csm.finetune"},
-    {"csm.evaluate"},
+    {"csm.bench", "csm.evaluate"},
     {"csm"},
     {"csm.__main__"},
     {"csm.weights.recipe"},
@@ -42,6 +44,7 @@ def package_of(name):
 
 FOLDERS = {
     "csm": "csm",
+    "csm/bench": "csm.bench",
     "csm/evaluate": "csm.evaluate",
     "csm/finetune": "csm.finetune",
     "kernels": "csm.kernels",
@@ -70,7 +73,8 @@ def test_imports_run_one_way(path, module):
     own = package_of(module)
     for name in imports(path):
         if not name.startswith("csm"):
-            assert name.split(".")[0] not in ("transformers", "kernels", "weights"), name
+            peer = module == "csm.bench.peers" and name.startswith("transformers")  # what it is compared with
+            assert peer or name.split(".")[0] not in ("transformers", "kernels", "weights"), name
             continue
         other = package_of(name)
         if other != own:
@@ -96,7 +100,7 @@ def test_no_function_is_longer_than_forty_lines():
         assert lines <= 40, f"{path.name}: {node.name} has {lines} lines"
 
 
-def test_the_model_is_two_screens_long():
+def test_the_model_has_at_most_300_lines():
     assert len((ROOT / "csm" / "model.py").read_text().splitlines()) <= 300
 
 
@@ -105,7 +109,7 @@ def test_public_functions_are_documented():
     for path in [path for path, _ in modules()]:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                bare = isinstance(node, ast.ClassDef) and path.name == "model.py"  # modules that speak for themselves
+                bare = isinstance(node, ast.ClassDef) and path.name == "model.py"  # its layers need no docstring
                 if not ast.get_docstring(node) and not bare and node.name != "main":
                     missing.append(f"{path.name}: {node.name}")
     assert missing == []

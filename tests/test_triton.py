@@ -1,6 +1,6 @@
-"""Every Triton kernel against its op in float64: dtypes, few and many rows, odd shapes, poisoned outputs.
+"""Every Triton kernel against its op in float64: dtypes, few and many rows, odd shapes, outputs filled with NaN.
 
-On a machine without a GPU the kernels run in Triton's interpreter; on one with a GPU (``make gpu``) as they are.
+Without a GPU the kernels run in Triton's interpreter; with one (``make gpu``) they are compiled.
 """
 
 import math
@@ -21,15 +21,15 @@ from csm.kernels import (
     rope_cache,
     sample,
 )
-from csm.kernels.launch import MAX_ROWS, kernels_run, launches
-from csm.kernels.sample import Noise, draw, gumbel_noise, tempered
+from csm.kernels.launch import MAX_ROWS, launches, use_kernels
+from csm.kernels.sample import Noise, apply_temperature, draw_ids, gumbel_noise
 from csm.prefill import Prefill
 from csm.prompt import text_rows
 from csm.sampling import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DTYPES = DTYPES[:2] if DEVICE.type == "cuda" else DTYPES  # there each kernel is compiled for each case
+DTYPES = DTYPES[:2] if DEVICE.type == "cuda" else DTYPES  # on a GPU each case compiles its kernels
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 ROWS = [(1, 1), (1, 2), (3, 1), (4, 2), (17, 1)]  # slots, rows of each: 1, 2, 3, 8, 17 in all
 SHAPES = [(33, 20), (64, 96), (130, 66)]  # inputs, outputs
@@ -39,11 +39,11 @@ pytestmark = [pytest.mark.cuda] if torch.cuda.is_available() else []
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """Kernels and nothing else, in few programs (the interpreter runs one by one); what they do not write is NaN."""
+    """Force the kernels; few programs (the interpreter runs one at a time); unwritten outputs are NaN."""
     monkeypatch.setenv("CSM_OPS", "triton")
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(launch_config, "LEAST_PROGRAMS", 3)
-        monkeypatch.setattr(launch_config, "TILE_BYTES", 1 << 18)
+        monkeypatch.setattr(launch_config, "MIN_PROGRAMS", 3)
+        monkeypatch.setattr(launch_config, "PROGRAM_WEIGHT_BYTES", 1 << 18)
         launch_config._launch_config.cache_clear()
     empty = torch.Tensor.new_empty
 
@@ -67,8 +67,8 @@ def names(seen):
     return [launch.name for launch in seen]
 
 
-def way(rows):
-    return "rows" if math.prod(rows) <= launch_config.MAX_GEMV_ROWS else "matmul"
+def kernel_for(op, rows):
+    return f"{op}_rows" if math.prod(rows) <= launch_config.MAX_GEMV_ROWS else f"{op}_matmul"
 
 
 def close(actual, expected, dtype):
@@ -86,9 +86,7 @@ class TestProducts:
         with launches() as seen:
             result = norm_linear(x, norm, weight, 1e-5)
         close(result, norm_linear(*wide(x, norm, weight), 1e-5), dtype)
-        assert [launch.name for launch in seen] == [
-            "norm_linear_rows" if math.prod(rows) <= launch_config.MAX_GEMV_ROWS else "norm_linear_matmul"
-        ]
+        assert names(seen) == [kernel_for("norm_linear", rows)]
 
     def test_norm_swiglu(self, dtype, rows, shape):
         x, norm = randn(*rows, shape[0], dtype=dtype), randn(shape[0], dtype=dtype, seed=1)
@@ -96,9 +94,7 @@ class TestProducts:
         with launches() as seen:
             result = norm_swiglu(x, norm, gate_up, 1e-5)
         close(result, norm_swiglu(*wide(x, norm, gate_up), 1e-5), dtype)
-        assert [launch.name for launch in seen] == [
-            "norm_swiglu_rows" if math.prod(rows) <= launch_config.MAX_GEMV_ROWS else "norm_swiglu_matmul"
-        ]
+        assert names(seen) == [kernel_for("norm_swiglu", rows)]
 
     def test_linear_add(self, dtype, rows, shape):
         x, residual = randn(*rows, shape[0], dtype=dtype), randn(*rows, shape[1], dtype=dtype, seed=1)
@@ -106,12 +102,10 @@ class TestProducts:
         with launches() as seen:
             result = linear_add(x, weight, residual)
         close(result, linear_add(*wide(x, weight, residual)), dtype)
-        assert [launch.name for launch in seen] == [
-            "linear_add_rows" if math.prod(rows) <= launch_config.MAX_GEMV_ROWS else "linear_add_matmul"
-        ]
+        assert names(seen) == [kernel_for("linear_add", rows)]
 
-    def test_rows_that_stand_apart(self, dtype, rows, shape):
-        """The last row of each slot's, as the heads read it."""
+    def test_strided_rows(self, dtype, rows, shape):
+        """The last row of each slot, as the heads read it."""
         x, norm = randn(rows[0], 3, shape[0], dtype=dtype)[:, -1:], randn(shape[0], dtype=dtype, seed=1)
         weight = randn(shape[1], shape[0], dtype=dtype, seed=2) / math.sqrt(shape[0])
         close(norm_linear(x, norm, weight, 1e-5), norm_linear(*wide(x, norm, weight), 1e-5), dtype)
@@ -136,22 +130,22 @@ def test_a_row_does_not_depend_on_its_batch(op, dtype):
 
 HEADS = [(1, 1, 4), (3, 1, 8), (4, 2, 16), (5, 5, 6), (12, 3, 10)]  # query heads, key heads, head dim
 
-QUERIES, SPANS = [(1, 1), (1, 2), (3, 2), (17, 1)], [2, 32, 65, 200]  # slots and rows of each; positions
-CASES = [(heads, rows, SPANS[(i + j) % 4]) for i, heads in enumerate(HEADS) for j, rows in enumerate(QUERIES)]
+QUERIES, CONTEXTS = [(1, 1), (1, 2), (3, 2), (17, 1)], [2, 32, 65, 200]  # slots and rows of each; cache positions
+CASES = [(heads, rows, CONTEXTS[(i + j) % 4]) for i, heads in enumerate(HEADS) for j, rows in enumerate(QUERIES)]
 CASES += [(heads, (1, 1), context) for heads in HEADS for context in (7, 31)]
 CASES = CASES[::3] if DEVICE.type == "cuda" else CASES
 
 
 def attention_metadata(batch, rows, context, head_dim):
-    """Positions of each slot's rows, in ascending order, the last possible among them; and their turns."""
+    """Ascending positions of each slot's rows (the last position is among them), their RoPE rows, and the bias."""
     generator = torch.Generator().manual_seed(context + batch)
     position = torch.stack([torch.randperm(context, generator=generator)[:rows].sort().values for _ in range(batch)])
     position[0, -1] = context - 1
     angle = position[..., None] * 0.1 ** torch.arange(head_dim // 2, dtype=torch.float64)
-    turn = torch.stack((angle.cos(), angle.sin()), dim=-1).float()
-    hidden = torch.arange(context) > position[..., None]
-    bias = torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, -math.inf)
-    return position.to(DEVICE), turn.to(DEVICE), bias.to(DEVICE)
+    rope = torch.stack((angle.cos(), angle.sin()), dim=-1).float()
+    masked = torch.arange(context) > position[..., None]
+    bias = torch.zeros(masked.shape, dtype=torch.float64).masked_fill(masked, -math.inf)
+    return position.to(DEVICE), rope.to(DEVICE), bias.to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -160,7 +154,7 @@ class TestCacheOps:
     @pytest.mark.parametrize("fused", [True, False])
     def test_rope_cache(self, dtype, heads, rows, context, fused):
         (num_heads, num_kv_heads, head_dim), (batch, num_rows) = heads, rows
-        position, turn, _ = attention_metadata(batch, num_rows, context, head_dim)
+        position, rope, _ = attention_metadata(batch, num_rows, context, head_dim)
         caches = torch.full((2, batch + 1, num_kv_heads, context, head_dim), math.nan, dtype=dtype, device=DEVICE)
         expected = caches.double()
         slot = torch.arange(batch, device=DEVICE)[:, None]
@@ -168,20 +162,20 @@ class TestCacheOps:
         if fused:
             x, norm = randn(*rows, 24, dtype=dtype), randn(24, dtype=dtype, seed=1)
             weight = randn(num_out, 24, dtype=dtype, seed=2) / math.sqrt(24)
-            q = norm_rope_cache(x, norm, weight, 1e-5, turn, *caches[:, :batch], slot, position)
+            q = norm_rope_cache(x, norm, weight, 1e-5, rope, *caches[:, :batch], slot, position)
             inputs = (*wide(x, norm, weight), 1e-5)
-            expected_q = norm_rope_cache(*inputs, turn.double(), *expected[:, :batch], slot, position)
+            expected_q = norm_rope_cache(*inputs, rope.double(), *expected[:, :batch], slot, position)
         else:
             qkv = randn(*rows, num_out, dtype=dtype)
-            q = rope_cache(qkv, turn, *caches[:, :batch], slot, position)
-            expected_q = rope_cache(qkv.double(), turn.double(), *expected[:, :batch], slot, position)
+            q = rope_cache(qkv, rope, *caches[:, :batch], slot, position)
+            expected_q = rope_cache(qkv.double(), rope.double(), *expected[:, :batch], slot, position)
         close(q, expected_q, dtype)
         written = ~expected.isnan()
         assert torch.equal(~caches.isnan(), written)
         close(caches[written], expected[written], dtype)
 
     def test_attention(self, dtype, heads, rows, context):
-        """Alone, and with its output projection and residual: in one kernel where the context is short."""
+        """Alone, and with output projection and residual: one kernel for a single row and a short context."""
         (num_heads, num_kv_heads, head_dim), (batch, num_rows) = heads, rows
         position, _, bias = attention_metadata(batch, num_rows, context, head_dim)
         q = randn(*rows, num_heads, head_dim, dtype=dtype)
@@ -189,7 +183,7 @@ class TestCacheOps:
         ahead = torch.arange(context + 3, device=DEVICE) > position[:, -1:]
         beyond = ahead[:, None, :, None].expand_as(k)
         expected = attention(*wide(q, k, v), bias, position)
-        k[beyond], v[beyond] = math.nan, math.nan  # must not be looked at
+        k[beyond], v[beyond] = math.nan, math.nan  # must not be read
         close(attention(q, k, v, bias, position), expected, dtype)
         weight = randn(20, num_heads * head_dim, dtype=dtype, seed=3) / math.sqrt(num_heads * head_dim)
         residual = randn(*rows, 20, dtype=dtype, seed=4)
@@ -200,7 +194,7 @@ class TestCacheOps:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_does_not_depend_on_the_span(dtype):
+def test_attention_does_not_depend_on_the_context(dtype):
     """Nor on the batch: bit for bit."""
     q, k, v = (randn(3, heads, rows, 16, dtype=dtype) for heads, rows in ((1, 4), (2, 300), (2, 300)))
     position = torch.tensor([[63], [64], [130]], device=DEVICE)
@@ -218,7 +212,7 @@ def test_embed_rows(dtype, batch, codebooks, dim):
     mask = (torch.rand(batch, 1, codebooks + 1, generator=generator) < 0.6).to(DEVICE)
     audio, text = randn(codebooks * 11, dim, dtype=dtype), randn(11, dim, dtype=dtype, seed=1)
     offset = torch.arange(codebooks, device=DEVICE) * 11
-    row = torch.where(mask, row, 10**6 * (torch.arange(codebooks + 1, device=DEVICE) == codebooks))  # not to be read
+    row = torch.where(mask, row, 10**6 * (torch.arange(codebooks + 1, device=DEVICE) == codebooks))  # must not be read
     expected = embed_rows(torch.where(mask, row, 0), mask, offset, *wide(audio, text))
     close(embed_rows(row, mask, offset, audio, text), expected, dtype)
 
@@ -226,7 +220,7 @@ def test_embed_rows(dtype, batch, codebooks, dim):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [5, 12, 256, 2048])
 def test_sample(dtype, size):
-    """The very ids that PyTorch draws from the same logits, and their rows of the table."""
+    """The same ids as the reference draws from the same logits, and their rows of the table."""
     batch, codebooks = 24, 3
     logits = 3 * randn(batch, size, dtype=dtype)
     logits[::5] = logits[::5].round()  # ties
@@ -236,18 +230,18 @@ def test_sample(dtype, size):
     temperature = torch.tensor([0.0, 0.5, 0.9, 2.0] * 6, device=DEVICE)
     top_k = torch.tensor([1, 2, 3, 5, size, 50] * 4, device=DEVICE).clamp(max=size)
     table = randn(size + 3, 20, dtype=dtype)
-    noise_BKV, divisor_B1 = tempered(gumbel_noise(seed, frame, codebooks, size), temperature)
+    noise_BKV, divisor_B1 = apply_temperature(gumbel_noise(seed, frame, codebooks, size), temperature)
     codes = torch.full((batch, codebooks), -1, device=DEVICE)
     noise = Noise(seed, frame, temperature, top_k, None, None)
     for codebook in range(codebooks):
-        expected = draw(logits, noise_BKV[:, codebook], divisor_B1, top_k)
+        expected = draw_ids(logits, noise_BKV[:, codebook], divisor_B1, top_k)
         rows = sample(logits, codebook, noise, codes, table if codebook else None)
         assert codes[:, codebook].tolist() == expected.tolist()
         assert rows is None if codebook == 0 else torch.equal(rows, table[expected])
         assert (codes[:, codebook + 1 :] == -1).all()
 
 
-def test_sample_ends_where_logits_are_not_numbers():
+def test_sample_terminates_on_nan_and_infinite_logits():
     noise = Noise(*(torch.ones(1, dtype=torch.int64, device=DEVICE) for _ in range(4)), None, None)
     noise = noise._replace(temperature_B=torch.ones(1, device=DEVICE))
     codes = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
@@ -256,9 +250,9 @@ def test_sample_ends_where_logits_are_not_numbers():
         assert 0 <= codes.item() < 8
 
 
-def test_where_kernels_run(monkeypatch):
+def test_use_kernels(monkeypatch):
     def run(x, rows=1):
-        return kernels_run(x, rows)
+        return use_kernels(x, rows)
 
     x = torch.zeros(1, device=DEVICE)
     assert run(x) and run(x, MAX_ROWS)
@@ -273,8 +267,8 @@ def test_where_kernels_run(monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_step_speaks_the_references_codes(noisy, monkeypatch, batch):
-    """A whole frame of the noisy checkpoint, float32, at several temperatures."""
+def test_a_frame_with_kernels_equals_the_reference(noisy, monkeypatch, batch):
+    """One frame of the random checkpoint, float32, at several temperatures."""
     model = noisy.model.to(DEVICE)
     codes = []
     for ops in ("reference", "triton"):

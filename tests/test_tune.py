@@ -1,18 +1,20 @@
-"""Tuning: which products a frame has, what is tried, what is kept. The clock is the test's own."""
+"""Tuning: the products of a frame, the candidates, and the entry that is kept. Timings come from the test."""
 
 import math
 
 import pytest
 import torch
 
-import bench
+from csm.bench import tune
+from csm.bench.command import main
+from csm.bench.launches import frame_launches
 from csm.config import CSM_1B
-from csm.kernels import launch_config, tune
+from csm.kernels import launch_config
 from csm.kernels.launch import launches
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted here")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter, which is off with a GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -25,15 +27,8 @@ def empty_table(monkeypatch):
     launch_config._launch_config.cache_clear()
 
 
-def launches_of(config, *batches):
-    with launches() as seen:
-        for batch in batches:
-            bench.shadow_step(config, batch, torch.bfloat16)()
-    return seen
-
-
-def products_of(config, batch):
-    return tune.products(launches_of(config, batch))
+def products_of(config, *batches):
+    return tune.products([launch for batch in batches for launch in frame_launches(config, batch, torch.bfloat16)])
 
 
 def test_products_of_a_frame():
@@ -47,13 +42,13 @@ def test_products_of_a_frame():
         "attention_linear_add 1024x1024 bfloat16 rows",
         "norm_linear 2048x1024 bfloat16 rows",
     } <= set(keys)
-    assert tune.products(launches_of(CSM_1B, 1, 8))[0].rows == (1, 1)
+    assert products_of(CSM_1B, 1, 8)[0].rows == (1, 1)
     assert "norm_swiglu 16384x2048 bfloat16 matmul 32" in {product.key for product in products_of(CSM_1B, 32)}
 
 
 @pytest.mark.parametrize("batch", [1, 12])
-def test_the_best_of_what_was_tried_is_kept(noisy, batch):
-    """And the calls that are timed run, in the interpreter, with the shape that won."""
+def test_the_fastest_candidate_is_kept(noisy, batch):
+    """The timed calls run in the interpreter with the configuration that won."""
     for product in products_of(noisy.config, batch):
         entries = [{}, *tune.candidates(product)]
         wanted = entries[-1]
@@ -63,10 +58,10 @@ def test_the_best_of_what_was_tried_is_kept(noisy, batch):
 
         best = tune.tune([product], CPU, seconds, quiet=True)
         assert best == {product.key: (wanted, 0.0, 0.5)}  # of each of two calls
-        shape = launch_config.launch_config(
+        config = launch_config.launch_config(
             product.op, torch.empty(product.n, product.k, dtype=product.dtype), math.prod(product.rows)
         )
-        assert shape.options.items() >= wanted.items()
+        assert config.options.items() >= wanted.items()
         with launches() as seen:
             step, count = tune.calls(product, CPU)
             step()
@@ -74,7 +69,7 @@ def test_the_best_of_what_was_tried_is_kept(noisy, batch):
         assert {launch.constants["BLOCK_N"] for launch in seen if "BLOCK_N" in launch.constants} >= {wanted["BLOCK_N"]}
 
 
-def test_the_fallback_may_win():
+def test_the_fallback_can_win():
     weight = torch.empty(64, 64)
     launch_config.tuned_configs().setdefault("cpu", {})[launch_config.key("linear_add", 64, 64, "float32", 0)] = {
         "fallback": 1
@@ -84,8 +79,8 @@ def test_the_fallback_may_win():
     assert launch_config.launch_config("linear_add", weight, 9) is not None
 
 
-def test_without_a_gpu_nothing_is_tuned(capsys):
+def test_tuning_needs_a_gpu(capsys):
     before = launch_config.TABLE.read_bytes()
-    assert bench.main(["--tune", "--quiet"]) == 2
+    assert main(["--tune", "--quiet"]) == 2
     assert "GPU" in capsys.readouterr().err
     assert launch_config.TABLE.read_bytes() == before

@@ -37,7 +37,7 @@ def hear():
     from csm.evaluate.listen import Recogniser
 
     recogniser = Recogniser()
-    return lambda sound: recogniser.hear(sound, 24_000)
+    return lambda sound: recogniser.transcribe(sound, 24_000)
 
 
 def error_rate(texts, heard):

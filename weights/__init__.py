@@ -1,6 +1,6 @@
-"""Checkpoints: where they are, how their tensors are called, and how they become the model's own state dict.
+"""Checkpoints: find or download them, check their tensors, and convert them to the model's state dict.
 
-Installed as ``csm.weights``. Knows shapes (``csm.config``) and files; knows no model.
+Installed as ``csm.weights``. Depends on shapes (``csm.config``) and files, never on the model.
 """
 
 from csm.weights.checkpoint import Checkpoint, open_checkpoint, read_codec, read_model

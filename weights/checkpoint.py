@@ -1,4 +1,4 @@
-"""A checkpoint: found, described, and read into the model's own state dict."""
+"""Find a checkpoint, check its tensors against config.json, and read it into the model's state dict."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MIMI_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known of a checkpoint before its weights are read: shapes, and the file that holds each tensor."""
+    """A checkpoint's metadata, known before any weight is read: the config, and the file and shape of each tensor."""
 
     folder: Path
     config: CSMConfig
@@ -36,20 +36,20 @@ class Checkpoint:
     def tokenizer_path(self) -> Path:
         path = self.folder / "tokenizer.json"
         if not path.is_file():
-            raise CheckpointError(f"{path}: no such file; copy it from unsloth/csm-1b")
+            raise CheckpointError(f"{path}: no such file; copy tokenizer.json from unsloth/csm-1b into this folder")
         return path
 
     @property
     def has_codec(self) -> bool:
-        """Whether the codec's weights stand beside the model's (HF layout)."""
+        """Whether the checkpoint contains the codec (HF layout)."""
         return any(name.startswith("codec_model.") for name in self.file_of)
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:
-    """Find a checkpoint and check that it is whole, without reading its weights.
+    """Find a checkpoint and check its tensors' names and shapes, without reading the weights.
 
-    ``name`` is "tiny", a folder, or a hub name with an optional ``@revision``. Raises CheckpointError, naming the file
-    and the tensor, or UnavailableError, saying what to do.
+    ``name`` is "tiny", a folder, or a hub name with an optional ``@revision``. Raises CheckpointError, which names the
+    file and the tensor, or UnavailableError, which says what to do.
     """
     folder = _find(str(name))
     config, codec_config = read_config(folder / "config.json")
@@ -59,7 +59,9 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
     for path in files:
         for tensor, shape in tensor_shapes(path).items():
             if tensor in file_of:
-                raise CheckpointError(f"{path}: tensor {tensor} stands in {file_of[tensor].name} too")
+                raise CheckpointError(
+                    f"{path}: duplicate tensor {tensor}, also in {file_of[tensor].name}; remove one file"
+                )
             file_of[tensor], shape_of[tensor] = path, shape
     codec_table = mimi_table(codec_config)
     if "text_embeddings.weight" in file_of:
@@ -68,7 +70,10 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
         table = hf_table(config)
         extra = codec_table if any(entry.source in file_of for entry in codec_table) else []
     else:
-        raise CheckpointError(f"{_listed(files)}: no text embedding in it, under Sesame's name or HF's")
+        raise CheckpointError(
+            f"{_listed(files)}: missing tensor text_embeddings.weight (Sesame layout) or embed_text_tokens.weight (HF "
+            f"layout); these are not the weights of a CSM model"
+        )
     checkpoint = Checkpoint(folder, config, codec_config, table, file_of, shape_of)
     _check(checkpoint, table + extra)
     return checkpoint
@@ -77,15 +82,15 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
 def read_model(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: bool = False
 ) -> dict[str, Tensor]:
-    """The model's own state dict on ``device``: each tensor is mapped, copied to its place, and let go."""
+    """The model's state dict on ``device``. Tensors are memory-mapped one at a time, so peak memory stays low."""
     return _read(checkpoint, checkpoint.table, device, dtype, progress)
 
 
 def read_codec(checkpoint: Checkpoint, codec: str | Path | None, device: torch.device) -> dict[str, Tensor]:
-    """State dict of the codec, in moshi's names and float32.
+    """The codec's state dict: moshi's names, float32.
 
-    Read from the file ``codec``; else from the checkpoint itself; else from Kyutai's file, looked for in the
-    checkpoint's folder and then on the hub.
+    The first source that exists is read: the file ``codec``, the checkpoint, Kyutai's file in the checkpoint's folder,
+    Kyutai's file on the hub.
     """
     if codec is None and checkpoint.has_codec:
         return _read(checkpoint, mimi_table(checkpoint.codec_config), device, torch.float32)
@@ -105,38 +110,42 @@ def _find(name: str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(f"{path} is a file; give the folder that holds it, its config.json and tokenizer.json")
+        raise CheckpointError(f"{path} is a file; pass the folder with the weights, config.json and tokenizer.json")
     repo, _, revision = name.partition("@")
     if repo.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"no folder {name!r}, and no name on the hub either: that is owner/model or owner/model@revision"
+            f"no folder {name!r}, and not a hub name either; pass a folder, owner/model or owner/model@revision"
         )
     return hub.fetch_checkpoint(repo, revision or None)
 
 
 def _check(checkpoint: Checkpoint, table: Table) -> None:
-    """Raise CheckpointError at the first tensor that is missing, mis-shaped or left over."""
+    """Raise CheckpointError at the first missing tensor, wrong shape or unexpected tensor."""
     known: set[str] = set()
     for entry in table:
         names = [name for name in entry.names if name in checkpoint.file_of]
         if not names:
             files = sorted(set(checkpoint.file_of.values()))
-            raise CheckpointError(f"{_listed(files)}: tensor {entry.source} is missing")
+            raise CheckpointError(
+                f"{_listed(files)}: missing tensor {entry.source}; is the file complete, and config.json of this model?"
+            )
         for name in names:
             if checkpoint.shape_of[name] != entry.shape:
                 shape, path = checkpoint.shape_of[name], checkpoint.file_of[name]
-                raise CheckpointError(f"{path}: tensor {name} has shape {shape}; config.json asks for {entry.shape}")
+                raise CheckpointError(
+                    f"{path}: tensor {name}: expected shape {entry.shape}, got {shape}; is config.json of this model?"
+                )
         known.update(names)
     for name, path in checkpoint.file_of.items():
         if name not in known:
-            raise CheckpointError(f"{path}: tensor {name} is left over: no part of this model")
+            raise CheckpointError(f"{path}: unexpected tensor {name}; this model has no such part")
 
 
 def _read(
     checkpoint: Checkpoint, table: Table, device: torch.device, dtype: torch.dtype, progress: bool = False
 ) -> dict[str, Tensor]:
     state = empty_state(table, device, dtype)
-    # The largest first: what a tensor's map takes meanwhile is then never on top of a nearly full model.
+    # Largest first: the mapped source of a large tensor then never adds to a nearly complete model.
     entries = sorted(table, key=lambda entry: -torch.Size(entry.shape).numel())
     for entry in tqdm(entries, desc="loading weights", delay=1, leave=False, disable=None if progress else True):
         names = [name for name in entry.names if name in checkpoint.file_of]
@@ -144,7 +153,10 @@ def _read(
         for tied in names[1:]:
             if not torch.equal(tensor, read_tensor(checkpoint.file_of[tied], tied)):
                 path = checkpoint.file_of[tied]
-                raise CheckpointError(f"{path}: tensor {tied} differs from {names[0]}: untied embeddings do not fit")
+                raise CheckpointError(
+                    f"{path}: tensor {tied} differs from {names[0]}; these must be equal: untied audio embeddings are "
+                    f"not supported"
+                )
         rows = state[entry.target][entry.first : entry.first + entry.target_shape[0]]
         rows.copy_(entry.to_target(tensor))
     return state

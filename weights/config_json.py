@@ -1,24 +1,26 @@
-"""``config.json``, in HF Transformers' form and in Sesame's older one, to ``CSMConfig`` and ``CodecConfig``.
+"""Read ``config.json``, in HF Transformers' form or Sesame's older form, into ``CSMConfig`` and ``CodecConfig``.
 
-Every key must be known: it is read, or it must have the one value that this model can express, or it is known to have
-no bearing on speech. Keys that a file leaves out have the defaults of HF Transformers' configuration classes.
+A key is read, or it must have the one value that this model supports, or it is known not to affect generation. An
+unknown key with a number, a string or a boolean is ignored with a warning; any other unknown key is an error. Missing
+keys have the defaults of HF Transformers' configuration classes.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from csm.config import LLAMA_1B, LLAMA_100M, MIMI, CodecConfig, CSMConfig, RopeScaling, TransformerConfig
-from csm.errors import CheckpointError
+from csm.errors import CheckpointError, CheckpointWarning
 
 FLAVORS = {"llama-1B": LLAMA_1B, "llama-100M": LLAMA_100M}
 
-# What HF Transformers (4.52 to 5), Unsloth and Sesame's own class write beside the shapes.
+# Keys that HF Transformers (4.52 to 5), Unsloth and Sesame's class write and that do not affect generation.
 IGNORED = frozenset(
     """
     architectures attn_implementation transformers_weights attention_dropout audio_token_id audio_eos_token_id
@@ -31,7 +33,7 @@ IGNORED = frozenset(
     top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
     bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
     remove_invalid_values suppress_tokens exponential_decay_length_penalty begin_suppress_tokens num_beam_groups
-    diversity_penalty tf_legacy_loss use_bfloat16
+    diversity_penalty tf_legacy_loss use_bfloat16 auto_map
     """.split()
 )
 LLAMA_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
@@ -54,7 +56,7 @@ MIMI_FIXED = {
     "model_type": "mimi",
     "normalize": False,
 }
-MIMI_KEYS = {  # HF's name to ours
+MIMI_KEYS = {  # HF's name: ours
     "sampling_rate": "sample_rate",
     "hidden_size": "dim",
     "num_filters": "num_filters",
@@ -78,29 +80,42 @@ ROPE_KEYS = frozenset(
 
 
 def read_config(path: Path) -> tuple[CSMConfig, CodecConfig]:
-    """Shapes of the model and of its codec. Raises CheckpointError, naming the file and the key."""
+    """Shapes of the model and of its codec.
+
+    Raises CheckpointError, which names the file and the key. Unknown scalar keys give one CheckpointWarning.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file, and nothing else tells the shapes of a model") from None
+        raise CheckpointError(
+            f"{path}: no such file; copy the config.json of this checkpoint into the folder"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON that can be read: {error}") from error
+        raise CheckpointError(f"{path}: invalid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    unknown: list[str] = []
     try:
         if "depth_decoder_config" in values:
-            return _hf_config(values)
-        if "backbone_flavor" in values:
-            return _sesame_config(values), MIMI
-        raise CheckpointError("neither depth_decoder_config (HF layout) nor backbone_flavor (Sesame's) is in it")
+            configs = _hf_config(values, unknown)
+        elif "backbone_flavor" in values:
+            configs = _sesame_config(values, unknown), MIMI
+        else:
+            raise CheckpointError(
+                "no key depth_decoder_config (HF form) or backbone_flavor (Sesame's form); this is not a CSM model"
+            )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"{path}: a value of the wrong type: {error!r}") from error
+        raise CheckpointError(f"{path}: value of the wrong type: {error!r}") from error
+    if unknown:
+        message = f"{path}: unknown keys {', '.join(unknown)} are ignored; if the speech is wrong, look there first"
+        warnings.warn(message, CheckpointWarning, stacklevel=2)
+    return configs
 
 
 def write_hf_config(config: CSMConfig, codec: CodecConfig) -> dict[str, Any]:
-    """The inverse of ``read_config``: what HF Transformers' CsmForConditionalGeneration reads as the same shapes."""
+    """The inverse of ``read_config``: the values of a config.json that HF Transformers reads as the same shapes."""
     codec_values: dict[str, Any] = {theirs: getattr(codec, ours) for theirs, ours in MIMI_KEYS.items()}
     codec_values |= {
         **MIMI_FIXED,
@@ -154,18 +169,18 @@ def _llama_values(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _sesame_config(values: Mapping[str, Any]) -> CSMConfig:
+def _sesame_config(values: Mapping[str, Any], unknown: list[str]) -> CSMConfig:
     keys = {"backbone_flavor", "decoder_flavor", "text_vocab_size", "audio_vocab_size", "audio_num_codebooks"}
-    _check_keys("", values, keys, {})
+    unknown += _check_keys("", values, keys, {})
     missing = keys - values.keys()
     if missing:
         raise CheckpointError(f"missing key {sorted(missing)[0]!r}")
-    num_codebooks = _whole(values, "audio_num_codebooks")
+    num_codebooks = _integer(values, "audio_num_codebooks")
     return CSMConfig(
         backbone=_flavor(values["backbone_flavor"]),
         depth_decoder=replace(_flavor(values["decoder_flavor"]), max_positions=num_codebooks),
-        text_vocab_size=_whole(values, "text_vocab_size"),
-        audio_vocab_size=_whole(values, "audio_vocab_size"),
+        text_vocab_size=_integer(values, "text_vocab_size"),
+        audio_vocab_size=_integer(values, "audio_vocab_size"),
         num_codebooks=num_codebooks,
         codebook_size=MIMI.codebook_size,
     )
@@ -173,25 +188,26 @@ def _sesame_config(values: Mapping[str, Any]) -> CSMConfig:
 
 def _flavor(name: object) -> TransformerConfig:
     if name not in FLAVORS:
-        raise CheckpointError(f"unknown flavor {name!r}; known are {', '.join(FLAVORS)}")
+        raise CheckpointError(f"unknown flavor {name!r}; expected one of {', '.join(FLAVORS)}")
     return FLAVORS[str(name)]
 
 
-def _hf_config(values: Mapping[str, Any]) -> tuple[CSMConfig, CodecConfig]:
+def _hf_config(values: Mapping[str, Any], unknown: list[str]) -> tuple[CSMConfig, CodecConfig]:
     shapes = {"num_codebooks", "vocab_size", "text_vocab_size", "depth_decoder_config", "codec_config"}
-    legacy = {"backbone_flavor", "decoder_flavor", "audio_vocab_size", "audio_num_codebooks"}  # the hub's file has both
+    # The published file has the keys of both forms.
+    legacy = {"backbone_flavor", "decoder_flavor", "audio_vocab_size", "audio_num_codebooks"}
     fixed = {**LLAMA_FIXED, "tie_codebooks_embeddings": True, "codebook_eos_token_id": 0}
-    _check_keys("", values, shapes | legacy | LLAMA_KEYS, fixed)
+    unknown += _check_keys("", values, shapes | legacy | LLAMA_KEYS, fixed)
     depth, codec = values["depth_decoder_config"], values.get("codec_config", {})
     depth_keys = LLAMA_KEYS | {"num_codebooks", "vocab_size", "backbone_hidden_size"}
-    _check_keys("depth_decoder_config.", depth, depth_keys, LLAMA_FIXED)
+    unknown += _check_keys("depth_decoder_config.", depth, depth_keys, LLAMA_FIXED)
 
-    num_codebooks, vocab = _whole(values, "num_codebooks", 32), _whole(values, "vocab_size", 2051)
-    codec_config = _mimi_config(codec)
+    num_codebooks, vocab = _integer(values, "num_codebooks", 32), _integer(values, "vocab_size", 2051)
+    codec_config = _mimi_config(codec, unknown)
     config = CSMConfig(
-        backbone=_llama(values, LLAMA_1B, _whole(values, "max_position_embeddings", 2048)),
+        backbone=_llama(values, LLAMA_1B, _integer(values, "max_position_embeddings", 2048)),
         depth_decoder=_llama(depth, LLAMA_100M, num_codebooks),
-        text_vocab_size=_whole(values, "text_vocab_size", 128_256),
+        text_vocab_size=_integer(values, "text_vocab_size", 128_256),
         audio_vocab_size=vocab,
         num_codebooks=num_codebooks,
         codebook_size=codec_config.codebook_size,
@@ -202,28 +218,30 @@ def _hf_config(values: Mapping[str, Any]) -> tuple[CSMConfig, CodecConfig]:
         ("backbone_hidden_size", 2048, config.backbone.dim),
     ):
         if depth.get(key, defaulted) != expected:
-            raise CheckpointError(f"depth_decoder_config.{key} is {depth.get(key, defaulted)}, the model's {expected}")
+            raise CheckpointError(f"depth_decoder_config.{key}: expected {expected}, got {depth.get(key, defaulted)}")
     if codec_config.num_codebooks < num_codebooks:
-        raise CheckpointError(f"codec_config.num_quantizers is {codec_config.num_codebooks}, of {num_codebooks} needed")
+        raise CheckpointError(
+            f"codec_config.num_quantizers: expected at least {num_codebooks}, got {codec_config.num_codebooks}"
+        )
     return config, codec_config
 
 
 def _llama(values: Mapping[str, Any], default: TransformerConfig, max_positions: int) -> TransformerConfig:
-    dim = _whole(values, "hidden_size", default.dim)
-    num_heads = _whole(values, "num_attention_heads", default.num_heads)
+    dim = _integer(values, "hidden_size", default.dim)
+    num_heads = _integer(values, "num_attention_heads", default.num_heads)
     scaling = values.get("rope_parameters") or values.get("rope_scaling")
     rope = values.get("rope_parameters") or values
     _check_mapping("rope_parameters", rope)
     return TransformerConfig(
-        num_layers=_whole(values, "num_hidden_layers", default.num_layers),
+        num_layers=_integer(values, "num_hidden_layers", default.num_layers),
         dim=dim,
         num_heads=num_heads,
-        num_kv_heads=_whole(values, "num_key_value_heads", num_heads),
-        head_dim=_whole(values, "head_dim", dim // max(num_heads, 1)),
-        hidden_dim=_whole(values, "intermediate_size", default.hidden_dim),
+        num_kv_heads=_integer(values, "num_key_value_heads", num_heads),
+        head_dim=_integer(values, "head_dim", dim // max(num_heads, 1)),
+        hidden_dim=_integer(values, "intermediate_size", default.hidden_dim),
         max_positions=max_positions,
-        norm_eps=_real(values, "rms_norm_eps", default.norm_eps),
-        rope_theta=_real(rope, "rope_theta", default.rope_theta),
+        norm_eps=_number(values, "rms_norm_eps", default.norm_eps),
+        rope_theta=_number(rope, "rope_theta", default.rope_theta),
         rope_scaling=_rope_scaling(scaling),
     )
 
@@ -231,23 +249,25 @@ def _llama(values: Mapping[str, Any], default: TransformerConfig, max_positions:
 def _rope_scaling(values: Mapping[str, Any] | None) -> RopeScaling | None:
     if not values:
         return None
-    _check_keys("rope_scaling.", values, ROPE_KEYS, {})
+    unknown = _check_keys("rope_scaling.", values, ROPE_KEYS, {})
+    if unknown:
+        raise CheckpointError(f"unknown key {unknown[0]}; this scaling of RoPE is not supported")
     kind = values.get("rope_type", values.get("type", "default"))
     if kind == "default":
         return None
     if kind != "llama3":
-        raise CheckpointError(f"rope_scaling.rope_type must be 'llama3' or 'default', not {kind!r}")
+        raise CheckpointError(f"rope_scaling.rope_type: expected 'llama3' or 'default', got {kind!r}")
     return RopeScaling(
-        factor=_real(values, "factor"),
-        low_freq_factor=_real(values, "low_freq_factor"),
-        high_freq_factor=_real(values, "high_freq_factor"),
-        original_max_positions=_whole(values, "original_max_position_embeddings"),
+        factor=_number(values, "factor"),
+        low_freq_factor=_number(values, "low_freq_factor"),
+        high_freq_factor=_number(values, "high_freq_factor"),
+        original_max_positions=_integer(values, "original_max_position_embeddings"),
     )
 
 
-def _mimi_config(values: Mapping[str, Any]) -> CodecConfig:
+def _mimi_config(values: Mapping[str, Any], unknown: list[str]) -> CodecConfig:
     _check_mapping("codec_config", values)
-    fields = {ours: _whole(values, theirs, getattr(MIMI, ours)) for theirs, ours in MIMI_KEYS.items()}
+    fields = {ours: _integer(values, theirs, getattr(MIMI, ours)) for theirs, ours in MIMI_KEYS.items()}
     dim, num_heads = fields["dim"], fields["num_heads"]
     fixed = {
         **MIMI_FIXED,
@@ -258,49 +278,61 @@ def _mimi_config(values: Mapping[str, Any]) -> CodecConfig:
         "num_codebooks": fields["num_codebooks"],
     }
     shapes = MIMI_KEYS.keys() | {"upsampling_ratios", "rope_theta", "rope_parameters", "frame_rate", "_frame_rate"}
-    _check_keys("codec_config.", values, shapes, fixed)
+    unknown += _check_keys("codec_config.", values, shapes, fixed)
     rope = values.get("rope_parameters") or values
     frame_rate = values.get("_frame_rate") or values.get("frame_rate") or MIMI.frame_rate
     return CodecConfig(
         **fields,
         ratios=tuple(values.get("upsampling_ratios") or MIMI.ratios),
-        rope_theta=_real(rope, "rope_theta", MIMI.rope_theta),
-        frame_rate=_real({"frame_rate": frame_rate}, "frame_rate"),
+        rope_theta=_number(rope, "rope_theta", MIMI.rope_theta),
+        frame_rate=_number({"frame_rate": frame_rate}, "frame_rate"),
     )
 
 
-def _check_keys(where: str, values: Mapping[str, Any], read: set[str] | frozenset[str], fixed: dict[str, Any]) -> None:
-    """Raise CheckpointError at the first key that is not known, or not of the one value that is supported.
+def _check_keys(
+    where: str, values: Mapping[str, Any], read: set[str] | frozenset[str], fixed: dict[str, Any]
+) -> list[str]:
+    """The unknown keys whose values are scalars, quoted, as they stand in the file.
 
-    Keys that are null, and Transformers' own notes to itself (``_attn_implementation_autoset``...), say nothing.
+    Null values and Transformers' private keys (``_attn_implementation_autoset``...) are ignored. Raises CheckpointError
+    at a key of ``fixed`` with another value, and at an unknown key that cannot be ignored: an object, a list, a bias
+    or a quantization.
     """
     _check_mapping(where.rstrip("."), values)
+    unknown = []
     for key, value in values.items():
         if key in fixed:
             if value is not None and value != fixed[key]:
-                raise CheckpointError(f"{where}{key} must be {fixed[key]!r}, not {value!r}")
+                raise CheckpointError(f"{where}{key}: expected {fixed[key]!r}, got {value!r}; not supported")
         elif key not in read and key not in IGNORED and value is not None and not key.startswith("_"):
-            raise CheckpointError(f"unknown key {where + key!r}")
+            if "quantization" in key:
+                raise CheckpointError(f"{where}{key}: quantized weights are not supported; use the original checkpoint")
+            if not isinstance(value, (bool, int, float, str)):
+                raise CheckpointError(f"unknown key {where + key!r}; remove it if it does not change the model")
+            if "bias" in key and value is not False:
+                raise CheckpointError(f"{where}{key}: expected False, got {value!r}; biases are not supported")
+            unknown.append(repr(where + key))
+    return unknown
 
 
 def _check_mapping(where: str, values: object) -> None:
     if not isinstance(values, Mapping):
-        raise CheckpointError(f"{where} must be an object, not {values!r}")
+        raise CheckpointError(f"{where}: expected an object, got {values!r}")
 
 
-def _whole(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A whole number; ``default`` where the key is missing or null."""
+def _integer(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """An integer; ``default`` where the key is missing or null."""
     value = values.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int):
-        raise CheckpointError(f"{key} must be a whole number, not {value!r}")
+        raise CheckpointError(f"{key}: expected an integer, got {value!r}")
     return value
 
 
-def _real(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """A finite number; ``default`` where the key is missing or null."""
     value = values.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise CheckpointError(f"{key} must be a finite number, not {value!r}")
+        raise CheckpointError(f"{key}: expected a finite number, got {value!r}")
     return float(value)

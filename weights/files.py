@@ -1,7 +1,7 @@
-"""Tensors in files: which there are, and one at a time.
+"""List and read the tensors of .safetensors and .pt files.
 
-A tensor is read through a memory map of its own, which is gone with the tensor: pages of what has been copied do not
-pile up in the process.
+Each tensor is read through its own memory map, which is released with the tensor. Pages that were already copied do
+not accumulate in the process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64}
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a .safetensors or .pt file. Raises CheckpointError, naming the file."""
+    """Name and shape of every tensor of a .safetensors or .pt file. Raises CheckpointError, which names the file."""
     if path.suffix == ".pt":
         return {name: tuple(tensor.shape) for name, tensor in _load_pt(path).items()}
     try:
@@ -30,7 +30,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor, mapped from its file. Raises CheckpointError, naming both, if it is unreadable or not of floats."""
+    """One memory-mapped tensor. Raises CheckpointError, which names both, if it is unreadable or not floating point."""
     try:
         if path.suffix == ".pt":
             tensor = _load_pt(path)[name]
@@ -40,7 +40,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: tensor {name}: {_reason(path, error)}") from error
     if tensor.dtype not in FLOATS:
-        raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}; weights must be of floats")
+        raise CheckpointError(f"{path}: tensor {name}: expected a floating-point dtype, got {tensor.dtype}")
     return tensor
 
 
@@ -48,20 +48,22 @@ def _load_pt(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: holds more than tensors (code in a pickle is never run): {error}") from error
+        raise CheckpointError(
+            f"{path}: contains objects other than tensors; code in a pickle is never run: {error}"
+        ) from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path}: {_reason(path, error)}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a state dict but a {type(content).__name__}")
+        raise CheckpointError(f"{path}: expected a state dict, got {type(content).__name__}")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {name!r} is no tensor but a {type(value).__name__}")
+            raise CheckpointError(f"{path}: entry {name!r}: expected a tensor, got {type(value).__name__}")
     return content
 
 
 def _reason(path: Path, error: Exception) -> str:
     if path.is_dir():
-        return "is a folder, not a file"
+        return "expected a file, got a folder"
     if not path.exists():
         return "no such file"
-    return f"truncated or corrupt ({error})"
+    return f"truncated or corrupt; download it again ({error})"

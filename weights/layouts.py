@@ -1,7 +1,7 @@
-"""Name tables: which tensor of a file fills which rows of which parameter, for the layouts that people have.
+"""Name tables of the supported layouts: which tensor of a file fills which rows of which parameter.
 
-A table is a list of ``Entry``, complete in both directions: every tensor that a layout has, every row of every
-parameter. ``export`` runs a table backwards, from the model's own names to the file's.
+A table is a list of ``Entry`` and is complete in both directions: it lists every tensor of the layout and fills every
+row of every parameter. ``export`` applies a table in reverse, from the model's names to the file's.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from csm.config import CodecConfig, CSMConfig, TransformerConfig
 
 
 class Change(Enum):
-    """What happens to a tensor's values on the way from the file to the parameter."""
+    """How a file's tensor is rearranged into the parameter."""
 
-    NONE = "as it is"
+    NONE = "unchanged"
     PAIRS = "rows of each head from rotate-half order (HF) to interleaved pairs (Sesame, moshi)"
-    TRANSPOSE = "last two dimensions swapped"
+    TRANSPOSE = "last two dimensions transposed"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Tensor ``source`` of the file, of ``shape``, fills ``target[first : first + shape[0]]``.
+    """Tensor ``source`` of the file, of shape ``shape``, fills ``target[first : first + target_shape[0]]``.
 
-    ``alias`` is another name under which the same (tied) tensor may stand in the file, beside or instead of ``source``.
+    ``alias`` is a second name of the same (tied) tensor. A file may contain either name or both.
     """
 
     source: str
@@ -40,7 +40,7 @@ class Entry:
     alias: str | None = None
 
     def to_target(self, tensor: Tensor) -> Tensor:
-        """The file's tensor as a view in the parameter's order."""
+        """The file's tensor in the parameter's order. May be a view."""
         if self.change is Change.TRANSPOSE:
             return tensor.transpose(-1, -2)
         if self.change is Change.PAIRS:
@@ -57,7 +57,7 @@ class Entry:
 
     @property
     def names(self) -> list[str]:
-        """Names under which the tensor may stand in a file."""
+        """The names that the tensor may have in a file."""
         return [self.source] if self.alias is None else [self.source, self.alias]
 
     @property
@@ -85,7 +85,7 @@ def target_shapes(table: Table) -> dict[str, tuple[int, ...]]:
 
 
 def export(state: dict[str, Tensor], table: Table) -> Iterator[tuple[str, Tensor]]:
-    """(file's name, contiguous tensor) of every tensor of a layout, tied copies too."""
+    """(name in the file, contiguous tensor) for every tensor of a layout, tied copies included."""
     for entry in table:
         rows = state[entry.target][entry.first : entry.first + entry.target_shape[0]]
         for name in entry.names:
@@ -109,7 +109,7 @@ def sesame_table(config: CSMConfig) -> Table:
 
 
 def hf_table(config: CSMConfig) -> Table:
-    """HF Transformers' CsmForConditionalGeneration, without its ``codec_model``."""
+    """HF Transformers' CsmForConditionalGeneration without ``codec_model``."""
     table = [
         *_hf_transformer("backbone_model", "backbone", config.backbone),
         *_hf_transformer("depth_decoder.model", "depth_decoder", config.depth_decoder),
@@ -125,7 +125,7 @@ def hf_table(config: CSMConfig) -> Table:
 
 
 def _shared_entries(config: CSMConfig, names: dict[str, str], tied_audio: str | None = None) -> Table:
-    """What the two layouts hold alike: embeddings, projection and heads."""
+    """Tensors that both layouts have: embeddings, projection and heads."""
     backbone_dim, depth_dim, vocab = config.backbone.dim, config.depth_decoder.dim, config.audio_vocab_size
     audio_shape = (config.num_codebooks * vocab, backbone_dim)
     heads_shape = (config.num_codebooks - 1, depth_dim, vocab)
@@ -195,7 +195,7 @@ def _blocks(source: str, target: str, config: TransformerConfig, names: dict[str
 
 
 def mimi_table(config: CodecConfig, prefix: str = "codec_model.") -> Table:
-    """HF Transformers' MimiModel to moshi's."""
+    """HF Transformers' MimiModel, as moshi's parameters."""
     kernel = int(2 * config.sample_rate / config.frame_rate / _hop(config))
     return [
         *_seanet(config, prefix),
@@ -216,19 +216,19 @@ def _hop(config: CodecConfig) -> int:
 
 
 def _seanet(config: CodecConfig, prefix: str) -> Table:
-    """Convolutions of the encoder and the decoder: a stage is residual blocks, an activation and a strided one."""
+    """Convolutions of the encoder and the decoder. A stage: residual blocks, an activation, a strided convolution."""
     table: Table = []
     width, stage = config.num_filters, 1
 
-    def conv(side: str, place: str, shape: tuple[int, ...], bias: int, kind: str = "conv") -> None:
-        source, target = f"{prefix}{side}.layers.{place}.conv", f"{side}.model.{place}.{kind}.{kind}"
+    def conv(side: str, layer: str, shape: tuple[int, ...], bias: int, kind: str = "conv") -> None:
+        source, target = f"{prefix}{side}.layers.{layer}.conv", f"{side}.model.{layer}.{kind}.{kind}"
         table.append(Entry(f"{source}.weight", f"{target}.weight", shape))
         table.append(Entry(f"{source}.bias", f"{target}.bias", (bias,)))
 
-    def residual(side: str, place: int, width: int) -> None:
+    def residual(side: str, layer: int, width: int) -> None:
         inner = width // config.compress
-        conv(side, f"{place}.block.1", (inner, width, config.residual_kernel_size), inner)
-        conv(side, f"{place}.block.3", (width, inner, 1), width)
+        conv(side, f"{layer}.block.1", (inner, width, config.residual_kernel_size), inner)
+        conv(side, f"{layer}.block.3", (width, inner, 1), width)
 
     conv("encoder", "0", (width, 1, config.kernel_size), width)
     for ratio in reversed(config.ratios):

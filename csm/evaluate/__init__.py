@@ -1,5 +1,5 @@
-"""Measuring speech: ``python -m csm eval``.
+"""Evaluation of generated speech: ``python -m csm eval``.
 
-``words`` counts wrong words, ``listen`` hears them and knows voices, ``measure`` puts speech before both, ``report``
-says what came of it.
+``words`` counts word errors, ``listen`` has the speech recogniser and the speaker encoder, ``measure`` applies both to
+recordings and generated speech, ``report`` summarises the results, and ``command`` is the command line.
 """

@@ -1,4 +1,4 @@
-"""``python -m csm eval``: sentences to speech, speech to words and voices, and how far off these are."""
+"""``python -m csm eval``: word error rate, voice similarity and duration of recordings and generated speech."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from pathlib import Path
 from csm.audio import read_audio
 from csm.errors import CSMError
 from csm.evaluate import report
-from csm.evaluate.measure import Ears, Heard, Sentence, Speaking, recordings, speech, through_codec
+from csm.evaluate.measure import (
+    Evaluator,
+    GenerationSettings,
+    Sentence,
+    Utterance,
+    evaluate_codec,
+    evaluate_recordings,
+    evaluate_speech,
+)
 from csm.evaluate.words import normalise
 from csm.finetune.manifest import check_clips, check_recording, read_manifest
 from csm.generator import Generator
@@ -16,63 +24,67 @@ from csm.prompt import Segment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the command's options to ``parser``."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--sentences", type=Path, help="a text file, one sentence a line")
+    source.add_argument("--sentences", type=Path, help="a text file with one sentence per line")
     source.add_argument("--data", type=Path, help="manifest.jsonl, its folder, or an LJSpeech folder")
-    parser.add_argument("--model", help="hub name, folder, or tiny: have it say the sentences")
+    parser.add_argument("--model", help="hub name, folder, or tiny: generate the sentences and evaluate them")
     parser.add_argument("--lora", type=Path, help="folder of an adapter for the model")
-    parser.add_argument("--recordings", action="store_true", help="measure the recordings of --data: the floor")
-    parser.add_argument("--codec", action="store_true", help="measure the recordings through the codec of --model")
-    parser.add_argument("--no-speech", action="store_true", help="with --codec: the model need not speak")
+    parser.add_argument("--recordings", action="store_true", help="evaluate the recordings of --data")
+    parser.add_argument("--codec", action="store_true", help="evaluate the recordings through the codec of --model")
+    parser.add_argument("--no-speech", action="store_true", help="do not generate speech (with --codec)")
     parser.add_argument("--codec-weights", type=Path, help="Mimi weights in Kyutai's layout (default: the model's own)")
-    parser.add_argument("--ref", type=Path, help="a recording of the voice that it should be")
-    parser.add_argument("--ref-text", help="what is said in --ref, which then is continued")
-    parser.add_argument("--speaker", type=int, default=0, help="who says --sentences (default: 0)")
-    parser.add_argument("--seeds", type=int, default=1, help="times each sentence is said (default: 1)")
+    parser.add_argument("--ref", type=Path, help="a recording of the voice to compare with")
+    parser.add_argument("--ref-text", help="transcript of --ref, which is then used as context")
+    parser.add_argument("--speaker", type=int, default=0, help="speaker of --sentences (default: 0)")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="generations per sentence, with seeds 0, 1, ... (default: 1)"
+    )
     parser.add_argument("--temperature", type=float, default=0.9, help="0 is greedy (default: 0.9)")
-    parser.add_argument("--top-k", type=int, default=50, help="draw among this many best codes (default: 50)")
-    parser.add_argument("--max-seconds", type=float, default=20.0, help="most audio a sentence (default: 20)")
-    parser.add_argument("--batch", type=int, default=4, help="sentences at once (default: 4)")
-    parser.add_argument("--limit", type=int, help="only the first so many sentences")
+    parser.add_argument("--top-k", type=int, default=50, help="sample among the k most likely codes (default: 50)")
+    parser.add_argument("--max-seconds", type=float, default=20.0, help="maximum audio per sentence (default: 20)")
+    parser.add_argument("--batch", type=int, default=4, help="sentences generated at once (default: 4)")
+    parser.add_argument("--limit", type=int, help="use only the first sentences, up to this number")
     parser.add_argument("--out", type=Path, default=Path("eval"), help="folder for the report (default: eval)")
-    parser.add_argument("--keep-audio", action="store_true", help="keep the speech in --out too")
+    parser.add_argument("--keep-audio", action="store_true", help="write the generated audio to --out/speech")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def run(args: argparse.Namespace) -> str:
-    """Measure what was asked for; return the table."""
+    """Evaluate the requested sources; return the report's table."""
     _check(args)
     sentences = read_sentences(args)
-    ears = Ears(args.ref, sentences)
-    kinds: dict[str, list[Heard]] = {}
+    evaluator = Evaluator(args.ref, sentences)
+    progress = not args.quiet
+    sources: dict[str, list[Utterance]] = {}
     if args.recordings:
-        kinds["recordings"] = recordings(ears, sentences, not args.quiet)
+        sources["recordings"] = evaluate_recordings(evaluator, sentences, progress)
     if args.model is not None:
         device = None if args.device == "auto" else args.device
         generator = Generator.from_pretrained(
-            args.model, device, codec=args.codec_weights, progress=not args.quiet, lora=args.lora
+            args.model, device, codec=args.codec_weights, progress=progress, lora=args.lora
         )
         if args.codec:
-            kinds["codec"] = through_codec(ears, generator, sentences, not args.quiet)
+            sources["codec"] = evaluate_codec(evaluator, generator, sentences, progress)
         if not args.no_speech:
             keep = args.out / "speech" if args.keep_audio else None
-            kinds["speech"] = speech(ears, generator, sentences, _speaking(args, generator), keep, not args.quiet)
-    told = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, float, type(None)))}
-    told |= {name: str(value) for name, value in vars(args).items() if isinstance(value, Path)}
-    return report.write(args.out, told, kinds)
+            settings = _generation_settings(args, generator)
+            sources["speech"] = evaluate_speech(evaluator, generator, sentences, settings, keep, progress)
+    options = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, float, type(None)))}
+    options |= {name: str(value) for name, value in vars(args).items() if isinstance(value, Path)}
+    return report.write(args.out, options, sources)
 
 
 def _check(args: argparse.Namespace) -> None:
     if (args.recordings or args.codec) and args.data is None:
-        raise CSMError("--recordings and --codec measure a manifest's own audio: give it as --data")
+        raise CSMError("--recordings and --codec need recordings: give a manifest with --data")
     if args.codec and args.model is None:
-        raise CSMError("--codec measures the codec of a model: give it as --model")
+        raise CSMError("--codec needs a model's codec: give the model with --model")
     if args.model is None and not args.recordings:
-        raise CSMError("there is nothing to measure: give --model, or --data and --recordings")
+        raise CSMError("nothing to evaluate: give --model, or --data with --recordings")
     if args.ref_text is not None and args.ref is None:
-        raise CSMError("--ref-text says what is said in --ref: give both")
+        raise CSMError("--ref-text is the transcript of --ref: give --ref too")
     for name in ("seeds", "batch", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -80,7 +92,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def read_sentences(args: argparse.Namespace) -> list[Sentence]:
-    """The sentences of the file or of the manifest; those without a word in them are an error that names the line."""
+    """The sentences of the text file or the manifest. Raises CSMError for a sentence without words."""
     if args.data is not None:
         manifest = read_manifest(args.data)
         check_clips(manifest, lambda clip: _check_clip(clip.audio, clip.text), not args.quiet)
@@ -88,12 +100,16 @@ def read_sentences(args: argparse.Namespace) -> list[Sentence]:
     try:
         lines = args.sentences.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CSMError(f"{args.sentences}: cannot be read as text: {error}") from error
-    sentences = [Sentence(line.strip(), args.speaker) for line in lines if line.strip()]
-    for sentence in sentences:
-        _check_words(sentence.text)
+        raise CSMError(
+            f"{args.sentences}: cannot be read as UTF-8 text ({error}); check the path and the encoding"
+        ) from error
+    sentences = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            _check_words(line.strip(), f"{args.sentences}:{number}: ")
+            sentences.append(Sentence(line.strip(), args.speaker))
     if not sentences:
-        raise CSMError(f"{args.sentences}: there is no sentence in it")
+        raise CSMError(f"{args.sentences}: the file has no sentences; give one per line")
     return sentences[: args.limit]
 
 
@@ -102,14 +118,14 @@ def _check_clip(audio: Path, text: str) -> None:
     _check_words(text)
 
 
-def _check_words(text: str) -> None:
+def _check_words(text: str, where: str = "") -> None:
     if not normalise(text):
-        raise CSMError(f"no word to recognise in {text!r}")
+        raise CSMError(f"{where}no word to recognise in {text!r}; remove this text")
 
 
-def _speaking(args: argparse.Namespace, generator: Generator) -> Speaking:
+def _generation_settings(args: argparse.Namespace, generator: Generator) -> GenerationSettings:
     context: tuple[Segment, ...] = ()
     if args.ref_text is not None:
         audio, rate = read_audio(args.ref)
         context = (generator.prepare(Segment(args.speaker, args.ref_text, audio, sample_rate=rate)),)
-    return Speaking(args.seeds, args.temperature, args.top_k, args.max_seconds, args.batch, context)
+    return GenerationSettings(args.seeds, args.temperature, args.top_k, args.max_seconds, args.batch, context)

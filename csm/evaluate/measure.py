@@ -1,4 +1,4 @@
-"""Speech before the recogniser: a manifest's recordings, the same through the codec, and what a model says."""
+"""Evaluation of speech from three sources: recordings, the same through the codec, and a model's generated audio."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from csm.evaluate.words import word_errors
 from csm.generator import Generator
 from csm.prompt import Segment
 
-VOICE_RECORDINGS = 20  # of a speaker, by which the voice is known
+SPEAKER_RECORDINGS = 20  # recordings averaged into a speaker's reference voice
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """What is to be said, by whom, and the recording of it, where there is one."""
+    """A text to evaluate, its speaker id, and its recording, if there is one."""
 
     text: str
     speaker: int = 0
@@ -32,11 +32,12 @@ class Sentence:
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What came of one sentence.
+class Utterance:
+    """The evaluation of one sentence's audio. Values that do not apply are None.
 
-    ``length_ratio`` is against its recording, ``similar`` the likeness to its voice or the reference's, ``right_voice``
-    whether no other speaker of the recordings sounds more like it than its own.
+    ``heard`` is the recogniser's text. ``ended`` says whether the audio is shorter than the limit. ``length_ratio`` is
+    the duration divided by the recording's. ``similar`` is the cosine similarity to the voice of the recording or of
+    the reference. ``right_voice`` says whether the sentence's own speaker is the most similar of all speakers.
     """
 
     text: str
@@ -53,8 +54,8 @@ class Heard:
 
 
 @dataclass(frozen=True)
-class Speaking:
-    """How a model is made to speak. ``context`` is heard before every sentence."""
+class GenerationSettings:
+    """How a model generates the sentences. ``context`` precedes every sentence; ``batch`` are generated at once."""
 
     seeds: int = 1
     temperature: float = 0.9
@@ -64,20 +65,21 @@ class Speaking:
     context: tuple[Segment, ...] = ()
 
 
-class Ears:
-    """Recogniser and speaker encoder, the voices of recordings heard before, and each speaker's voice among them.
+class Evaluator:
+    """The recogniser, the speaker encoder, and the voices that audio is compared with.
 
-    ``sentences`` are those whose recordings tell what the speakers sound like, if there are several.
+    ``reference`` is a recording whose voice replaces each sentence's own as the target of the comparison. The
+    recordings of ``sentences`` define the voices of the speakers, if there are several.
     """
 
     def __init__(self, reference: Path | None = None, sentences: Sequence[Sentence] = ()):
         self._recogniser, self._encoder = Recogniser(), SpeakerEncoder()
         self._reference = reference
         self._voices: dict[Path, np.ndarray | None] = {}
-        self._speakers = self._speakers_of(sentences)
+        self._speakers = self._speaker_voices(sentences)
 
-    def _speakers_of(self, sentences: Sequence[Sentence]) -> dict[int, np.ndarray]:
-        """The mean voice of up to VOICE_RECORDINGS recordings of each speaker; nothing of one speaker alone."""
+    def _speaker_voices(self, sentences: Sequence[Sentence]) -> dict[int, np.ndarray]:
+        """Each speaker's mean voice over up to SPEAKER_RECORDINGS recordings; empty for a single speaker."""
         paths: dict[int, list[Path]] = {}
         for sentence in sentences:
             if sentence.audio is not None:
@@ -86,13 +88,13 @@ class Ears:
             return {}
         speakers = {}
         for speaker, own in paths.items():
-            voices = [voice for path in own[:VOICE_RECORDINGS] if (voice := self._voice(path)) is not None]
+            voices = [voice for path in own[:SPEAKER_RECORDINGS] if (voice := self._voice(path)) is not None]
             if voices:
                 speakers[speaker] = np.mean(voices, axis=0)
                 speakers[speaker] /= np.linalg.norm(speakers[speaker])
         return speakers
 
-    def hear(
+    def evaluate(
         self,
         sentence: Sentence,
         audio: Tensor,
@@ -100,25 +102,30 @@ class Ears:
         seed: int | None = None,
         ended: bool | None = None,
         compare: bool = True,
-    ) -> Heard:
-        """A sentence as it sounded. Its voice and length are compared with its recording, or the reference, if any."""
-        heard = self._recogniser.hear(audio, sample_rate)
+    ) -> Utterance:
+        """Evaluate audio (samples,) or (channels, samples) of a sentence.
+
+        ``compare`` compares voice and duration with the sentence's recording, or the voice with the reference.
+        """
+        heard = self._recogniser.transcribe(audio, sample_rate)
         errors, words = word_errors(sentence.text, heard)
         seconds = audio.shape[-1] / sample_rate
         ratio = similar = right = None
         if compare and sentence.audio is not None:
             recorded, rate = read_audio(sentence.audio)
             ratio = seconds / (recorded.shape[-1] / rate)
-        voice_of = self._reference or sentence.audio
+        target = self._reference or sentence.audio
         known = sentence.speaker in self._speakers
-        voice = self._encoder.embed(audio, sample_rate) if known or (compare and voice_of is not None) else None
-        if compare and voice_of is not None:
-            similar = similarity(voice, self._voice(voice_of))
+        voice = self._encoder.embed(audio, sample_rate) if known or (compare and target is not None) else None
+        if compare and target is not None:
+            similar = similarity(voice, self._voice(target))
         if known:
-            right = voice is not None and self._nearest(voice) == sentence.speaker
-        return Heard(sentence.text, heard, errors, words, seconds, seed, ended, ratio, similar, sentence.speaker, right)
+            right = voice is not None and self._most_similar_speaker(voice) == sentence.speaker
+        return Utterance(
+            sentence.text, heard, errors, words, seconds, seed, ended, ratio, similar, sentence.speaker, right
+        )
 
-    def _nearest(self, voice: np.ndarray) -> int:
+    def _most_similar_speaker(self, voice: np.ndarray) -> int:
         return max(self._speakers, key=lambda speaker: float(voice @ self._speakers[speaker]))
 
     def _voice(self, path: Path) -> np.ndarray | None:
@@ -127,77 +134,83 @@ class Ears:
         return self._voices[path]
 
 
-def recordings(ears: Ears, sentences: Sequence[Sentence], progress: bool = True) -> list[Heard]:
-    """The recogniser's floor: the recordings themselves, some of which are among those that voices are known by."""
+def evaluate_recordings(evaluator: Evaluator, sentences: Sequence[Sentence], progress: bool = True) -> list[Utterance]:
+    """Evaluate the recordings themselves: the recogniser's own error rate.
 
-    def one(sentence: Sentence) -> Heard:
+    Some of them may also define the speakers' voices.
+    """
+
+    def one(sentence: Sentence) -> Utterance:
         assert sentence.audio is not None
         audio, rate = read_audio(sentence.audio)
-        return ears.hear(sentence, audio, rate, compare=False)
+        return evaluator.evaluate(sentence, audio, rate, compare=False)
 
     return [one(sentence) for sentence in _bar(sentences, "recordings", progress)]
 
 
-def through_codec(
-    ears: Ears, generator: Generator, sentences: Sequence[Sentence], progress: bool = True
-) -> list[Heard]:
-    """The codec's floor: the recordings, encoded and decoded."""
+def evaluate_codec(
+    evaluator: Evaluator, generator: Generator, sentences: Sequence[Sentence], progress: bool = True
+) -> list[Utterance]:
+    """Evaluate the recordings after encoding and decoding: the codec's limit."""
 
-    def one(sentence: Sentence) -> Heard:
+    def one(sentence: Sentence) -> Utterance:
         assert sentence.audio is not None
         audio = generator.decode(generator.encode(*read_audio(sentence.audio)))
-        return ears.hear(sentence, audio, generator.sample_rate)
+        return evaluator.evaluate(sentence, audio, generator.sample_rate)
 
     return [one(sentence) for sentence in _bar(sentences, "codec", progress)]
 
 
-def speech(
-    ears: Ears,
+def evaluate_speech(
+    evaluator: Evaluator,
     generator: Generator,
     sentences: Sequence[Sentence],
-    how: Speaking,
+    settings: GenerationSettings,
     keep: Path | None = None,
     progress: bool = True,
-) -> list[Heard]:
-    """Every sentence from every seed, in batches; ``keep`` is a folder for what was said."""
-    jobs = [(sentence, seed) for seed in range(how.seeds) for sentence in sentences]
-    chunks = [jobs[first : first + how.batch] for first in range(0, len(jobs), how.batch)]
-    found: list[Heard] = []
-    for chunk in _bar(chunks, "speech", progress):
-        for (sentence, seed), (audio, ended) in zip(chunk, _speak(generator, chunk, how), strict=True):
+) -> list[Utterance]:
+    """Generate and evaluate every sentence with every seed, in batches. ``keep`` is a folder for the audio."""
+    jobs = [(sentence, seed) for seed in range(settings.seeds) for sentence in sentences]
+    batches = [jobs[first : first + settings.batch] for first in range(0, len(jobs), settings.batch)]
+    utterances: list[Utterance] = []
+    for batch in _bar(batches, "speech", progress):
+        for (sentence, seed), (audio, ended) in zip(batch, _generate(generator, batch, settings), strict=True):
             if keep is not None:
-                _write(keep / f"{len(found):04d}-seed{seed}.wav", audio, generator.sample_rate)
-            found.append(ears.hear(sentence, audio, generator.sample_rate, seed, ended))
-    return found
+                _write_wav(keep / f"{len(utterances):04d}-seed{seed}.wav", audio, generator.sample_rate)
+            utterances.append(evaluator.evaluate(sentence, audio, generator.sample_rate, seed, ended))
+    return utterances
 
 
-def _speak(generator: Generator, jobs: Sequence[tuple[Sentence, int]], how: Speaking) -> Iterator[tuple[Tensor, bool]]:
-    """Samples of each job, and whether the speech ended by itself."""
+def _generate(
+    generator: Generator, jobs: Sequence[tuple[Sentence, int]], settings: GenerationSettings
+) -> Iterator[tuple[Tensor, bool]]:
+    """The audio (samples,) of each job, and whether it ended before the limit."""
     requests = [
         {
             "text": sentence.text,
             "speaker": sentence.speaker,
-            "context": how.context,
-            "max_audio_length_ms": how.max_seconds * 1000,
-            "temperature": how.temperature,
-            "topk": how.top_k,
+            "context": settings.context,
+            "max_audio_length_ms": settings.max_seconds * 1000,
+            "temperature": settings.temperature,
+            "topk": settings.top_k,
             "seed": seed,
         }
         for sentence, seed in jobs
     ]
     frame_seconds = generator.codec.frame_size / generator.sample_rate
     with warnings.catch_warnings():
-        warnings.simplefilter("error", RoomWarning)  # what ends for want of positions has not ended by itself
+        # Audio that ends because positions run out would be counted as ended before the limit.
+        warnings.simplefilter("error", RoomWarning)
         try:
-            spoken = generator.generate_codes_batch(requests)
+            generated = generator.generate_codes_batch(requests)
         except RoomWarning as warning:
             raise CSMError(f"{warning}: give a smaller --max-seconds") from warning
-    for codes_TK in spoken:
-        ended = (codes_TK.shape[0] + 1) * frame_seconds <= how.max_seconds + 1e-6
+    for codes_TK in generated:
+        ended = (codes_TK.shape[0] + 1) * frame_seconds <= settings.max_seconds + 1e-6
         yield (generator.decode(codes_TK) if len(codes_TK) else torch.zeros(0)), ended
 
 
-def _write(path: Path, audio: Tensor, sample_rate: int) -> None:
+def _write_wav(path: Path, audio: Tensor, sample_rate: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with WavWriter(path) as wav:
         wav.begin(sample_rate)

@@ -1,4 +1,4 @@
-"""Word error rate: words that are wrong, missing or too many, over the words there are, however they are spelt."""
+"""Word errors: substitutions, deletions and insertions, after both texts are normalised."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 
 from csm.errors import CSMError
 
-SPELT = {
+SPELLINGS = {
     "mr": "mister",
     "mrs": "missus",
     "dr": "doctor",
@@ -26,33 +26,33 @@ SPELT = {
 SIGNS = {"&": " and ", "%": " percent ", "+": " plus ", "@": " at "}
 COINS = {"$": "dollars", "£": "pounds", "€": "euros"}
 MONEY = re.compile(r"([$£€])\s*(\d[\d,]*(?:\.\d+)?)")
-# One word that is heard as two; and the other way round, in SPELT.
+# Words that a recogniser may write as two; SPELLINGS has the reverse case.
 SPLIT = re.compile(r"\b(to[ -](day|night|morrow)|(every|some|any|no)[ -]body|(every|some|any)[ -](thing|where))\b")
 READINGS = ("cardinal", "pairs", "digits")
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:st|nd|rd|th)?")
 
 
 def normalise(text: str, reading: str = "cardinal") -> str:
-    """English as it is said: lower case, no punctuation or accents, numbers and a few abbreviations in words.
+    """Normalise English text: lower case, no punctuation or accents, numbers and some abbreviations spelled out.
 
-    One text for what may be written in two ways: "to day" is "today", "hundred and five" is "hundred five". ``reading``
-    is of numbers: 745 is seven hundred forty five, in "pairs", as of a clock or a year, seven forty five, and in
-    "digits" seven four five.
+    Variant spellings become one: "to day" is "today", "hundred and five" is "hundred five". ``reading`` says how
+    numbers are read: 745 is "seven hundred forty five" as "cardinal", "seven forty five" in "pairs" (as in times and
+    years), and "seven four five" in "digits".
     """
     text = unicodedata.normalize("NFKD", text).lower()
     text = "".join(char for char in text if not unicodedata.combining(char))
     text = SPLIT.sub(lambda match: re.sub("[ -]", "", match[0]), text)
     text = MONEY.sub(lambda match: f"{match[2]} {COINS[match[1]]}", text)
-    text = NUMBER.sub(lambda match: f" {_said(match[0].replace(',', ''), reading)} ", text)
+    text = NUMBER.sub(lambda match: f" {_spell_number(match[0].replace(',', ''), reading)} ", text)
     for sign, word in SIGNS.items():
         text = text.replace(sign, word)
     text = re.sub(r"[’'`]", "", text)
     words = re.sub(r"[^a-z0-9]+", " ", text).split()
-    text = " ".join(SPELT.get(word, word) for word in words)
+    text = " ".join(SPELLINGS.get(word, word) for word in words)
     return re.sub(r"\b(hundred|thousand) and\b", r"\1", text)
 
 
-def _said(number: str, reading: str) -> str:
+def _spell_number(number: str, reading: str) -> str:
     from num2words import num2words
 
     if number[-1].isalpha():
@@ -67,19 +67,19 @@ def _said(number: str, reading: str) -> str:
     return num2words(float(number) if "." in number else int(number))
 
 
-def word_errors(said: str, heard: str) -> tuple[int, int]:
-    """Words of ``heard`` that are wrong, missing or too many, and the words of ``said``, both normalised here.
+def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
+    """The number of word errors in ``hypothesis`` and of words in ``reference``; both are normalised first.
 
-    A recogniser writes 745 for what may be said in several ways: of the readings, the same for both texts, the one with
-    the fewest errors counts.
+    A recogniser may write 745 for several spoken forms. Each reading of numbers is applied to both texts, and the one
+    with the fewest errors counts. Raises CSMError where the reference has no words.
     """
     import jiwer
 
     counts = []
     for reading in READINGS:
-        reference, hypothesis = normalise(said, reading), normalise(heard, reading)
-        if not reference:
-            raise CSMError(f"no word to recognise in {said!r}")
-        found = jiwer.process_words(reference, hypothesis)
-        counts.append((found.substitutions + found.deletions + found.insertions, len(reference.split())))
+        expected, found = normalise(reference, reading), normalise(hypothesis, reading)
+        if not expected:
+            raise CSMError(f"no word to recognise in {reference!r}; remove this text")
+        aligned = jiwer.process_words(expected, found)
+        counts.append((aligned.substitutions + aligned.deletions + aligned.insertions, len(expected.split())))
     return min(counts, key=lambda count: count[0])

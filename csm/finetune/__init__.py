@@ -1,6 +1,6 @@
 """Training: ``python -m csm finetune``.
 
-``forward`` and ``loss`` are the mathematics, ``batches`` what they read; ``manifest``, ``codes`` and ``data`` make
-sequences of recordings; ``train`` is the loop, over ``options``, ``optimise``, ``checkpoint``, ``processes`` and
-``logs``; ``export`` writes what was learned.
+``manifest``, ``codes`` and ``data`` turn recordings into examples, ``batches`` turns these into batches; ``forward``,
+``loss`` and ``initial`` are the mathematics; ``train`` is the loop, with ``options``, ``optimizer``, ``distributed``,
+``checkpoint`` and ``monitor``; ``export`` writes the trained model, and ``command`` is the command line.
 """

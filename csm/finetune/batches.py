@@ -1,12 +1,11 @@
-"""Turns to examples, examples to batches: what a sequence holds, which go together, and which frames are drawn.
+"""Turns to examples, examples to batches.
 
-A batch holds rows by kind, text tokens and audio frames, each with the place it has among the positions of the padded
-batch: no row carries 33 columns of which one or 32 say nothing, and nothing is computed for padding before the first
-block. Everything random is drawn from (seed, epoch, example), so that neither resuming nor the number of processes
-changes it.
+A batch stores text tokens and audio frames in separate tensors, each with its position in the padded batch. No mostly
+masked 33-column rows are built, and padding is not embedded. Every random number is derived from the seed, the epoch
+and the example, so neither resuming nor the number of processes changes a batch.
 
-Shapes: B sequences, T positions, K codebooks, M text tokens, A audio frames (with the frame of zeros that ends a turn),
-N frames that are trained, S frames that the depth decoder is trained on.
+Shapes: B sequences, T positions, K codebooks, M text tokens, A audio frames (including each turn's end frame of zeros),
+N trained frames, S frames that the depth decoder is trained on.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-POOL = 64  # batches whose sequences are sorted by length together: long enough for little padding, short enough to mix
+POOL_BATCHES = 64  # batches sorted by length together: large enough for little padding, small enough to shuffle well
 
 
 class Turn(NamedTuple):
-    """Text ids with begin and end, and codes (frames, K) of what was said; (0, K) is silence."""
+    """Text ids with begin and end tokens, and the codes (frames, K) of the audio; (0, K) is silence."""
 
     text_ids: list[int]
     codes_TK: Tensor
@@ -35,7 +34,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One sequence: turns, of which those from ``first_trained`` on count in the loss."""
+    """One sequence of turns. The loss covers the turns from index ``first_trained`` on."""
 
     turns: tuple[Turn, ...]
     first_trained: int = 0
@@ -46,10 +45,10 @@ class Example:
 
 
 def conversation_examples(turns: Sequence[Turn], context: int, mask_context: bool, max_positions: int) -> list[Example]:
-    """Sequences of up to ``context`` turns and one more, in order, each within ``max_positions``.
+    """Sequences of up to ``context`` + 1 turns in order, each of at most ``max_positions`` positions.
 
-    With ``mask_context`` every turn is the last of one sequence, and alone counts there. Without, all turns of a
-    sequence count, and every turn stands in one sequence.
+    With ``mask_context`` there is one sequence for every turn, which ends with it; the loss covers that turn only.
+    Without it, every turn is in exactly one sequence, and the loss covers all turns.
     """
     examples: list[Example] = []
     if mask_context:
@@ -71,24 +70,25 @@ def conversation_examples(turns: Sequence[Turn], context: int, mask_context: boo
 
 
 class Batch(NamedTuple):
-    """Sequences side by side. ``*_at`` are places b * T + t; ``target_N`` indexes A, ``frame_S`` indexes N.
+    """Sequences padded to equal length.
 
-    ``read_AK`` is what the backbone reads, ``code_AK`` what was said and is to be predicted: the same without noise.
-    ``weight_S`` is how many trained frames each drawn one stands for: their sum is N, in expectation and in fact.
-    ``counts`` says whether the batch counts in the loss at all: a process without a share computes one that does not.
+    ``token_position_M`` and ``code_position_A`` are positions b * T + t in the flattened batch. ``target_N`` indexes A,
+    ``frame_S`` indexes N. ``input_code_AK`` is the backbone's input, ``code_AK`` the prediction target; they differ by
+    the code noise only. Each sampled frame is weighted (``weight_S``) by num_frames / num_sampled of its sequence; the
+    weights sum to N. ``has_loss`` is False for the dummy batch of a rank without data: its loss is multiplied by zero.
     """
 
     num_sequences: int
     num_positions: int
     token_M: Tensor
-    token_at_M: Tensor
+    token_position_M: Tensor
     code_AK: Tensor
-    read_AK: Tensor
-    code_at_A: Tensor
+    input_code_AK: Tensor
+    code_position_A: Tensor
     target_N: Tensor
     frame_S: Tensor
     weight_S: Tensor
-    counts: bool = True
+    has_loss: bool = True
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``."""
@@ -96,19 +96,19 @@ class Batch(NamedTuple):
         return Batch(*moved)
 
 
-def draw_frames(num_frames: int, share: float, key: str) -> tuple[list[int], float]:
-    """A random ``share`` of the frames, at least one, in order; and how many each of them stands for.
+def sample_frames(num_frames: int, share: float, key: str) -> tuple[list[int], float]:
+    """Sorted indices of a random ``share`` of the frames, at least one, and the weight of each.
 
-    Every frame is drawn with the same probability n / num_frames and stands for num_frames / n: the weighted sum over
-    the drawn frames has the sum over all as its expectation (Horvitz and Thompson, 1952), for any rounding of n.
+    Every frame is sampled with the same probability n / num_frames and weighted by num_frames / n. The weighted sum is
+    therefore an unbiased estimate of the sum over all frames (Horvitz and Thompson, 1952), however n is rounded.
     """
     count = num_frames if share >= 1 else max(1, round(share * num_frames))
-    chosen = range(num_frames) if count == num_frames else random.Random(key).sample(range(num_frames), count)
-    return sorted(chosen), num_frames / count
+    sampled = range(num_frames) if count == num_frames else random.Random(key).sample(range(num_frames), count)
+    return sorted(sampled), num_frames / count
 
 
-def swap_frames(codes_TK: Tensor, share: float, key: str) -> Tensor:
-    """The codes with a random ``share`` of the frames, each on its own, in the place of which stands another one."""
+def add_code_noise(codes_TK: Tensor, share: float, key: str) -> Tensor:
+    """A copy of the codes (T, K) in which each frame, with probability ``share``, is replaced by a random frame."""
     num_frames = codes_TK.shape[0]
     if share == 0 or num_frames == 0:
         return codes_TK
@@ -117,60 +117,69 @@ def swap_frames(codes_TK: Tensor, share: float, key: str) -> Tensor:
 
 
 def collate(
-    examples: Sequence[Example], keys: Sequence[str], depth_share: float, counts: bool = True, code_noise: float = 0.0
+    examples: Sequence[Example], keys: Sequence[str], depth_share: float, has_loss: bool = True, code_noise: float = 0.0
 ) -> Batch:
     """A batch of examples.
 
-    ``keys`` seed what is drawn in each: ``depth_share`` of its trained frames, and ``code_noise`` of the frames of a
-    turn, which are read as another frame of that turn.
+    ``keys`` seed the random choices for each example: a share ``depth_share`` of its trained frames for the depth
+    decoder, and a share ``code_noise`` of each turn's input frames, which are replaced by other frames of the turn.
     """
     num_positions = max(example.num_positions for example in examples)
     tokens: list[int] = []
-    token_at: list[Tensor] = []
-    codes, read, code_at, targets, frames, weights = [], [], [], [], [], []
+    token_positions, codes, inputs, code_positions, targets, frames, weights = [], [], [], [], [], [], []
     num_codes = num_targets = 0
     for index, (example, key) in enumerate(zip(examples, keys, strict=True)):
-        place, trained = index * num_positions, num_targets
-        for order, turn in enumerate(example.turns):
-            ids, codes_TK = turn
+        position, trained = index * num_positions, num_targets
+        for order, (ids, codes_TK) in enumerate(example.turns):
             tokens += ids
-            token_at.append(torch.arange(place, place + len(ids)))
-            place += len(ids)
+            token_positions.append(torch.arange(position, position + len(ids)))
+            position += len(ids)
             num_rows = codes_TK.shape[0] + 1
             end_1K = codes_TK.new_zeros(1, codes_TK.shape[1], dtype=torch.int64)
             codes += [codes_TK.long(), end_1K]
-            read += [swap_frames(codes_TK, code_noise, f"{key}/{order}").long(), end_1K]
-            code_at.append(torch.arange(place, place + num_rows))
-            place += num_rows
+            inputs += [add_code_noise(codes_TK, code_noise, f"{key}/{order}").long(), end_1K]
+            code_positions.append(torch.arange(position, position + num_rows))
+            position += num_rows
             if order >= example.first_trained:
                 targets.append(torch.arange(num_codes, num_codes + num_rows))
                 num_targets += num_rows
             num_codes += num_rows
-        chosen, weight = draw_frames(num_targets - trained, depth_share, key)
-        frames.append(torch.tensor(chosen) + trained)
-        weights.append(torch.full((len(chosen),), weight))
-    rows = (torch.tensor(tokens), torch.cat(token_at), torch.cat(codes), torch.cat(read), torch.cat(code_at))
-    return Batch(len(examples), num_positions, *rows, torch.cat(targets), torch.cat(frames), torch.cat(weights), counts)
+        sampled, weight = sample_frames(num_targets - trained, depth_share, key)
+        frames.append(torch.tensor(sampled) + trained)
+        weights.append(torch.full((len(sampled),), weight))
+    return Batch(
+        num_sequences=len(examples),
+        num_positions=num_positions,
+        token_M=torch.tensor(tokens),
+        token_position_M=torch.cat(token_positions),
+        code_AK=torch.cat(codes),
+        input_code_AK=torch.cat(inputs),
+        code_position_A=torch.cat(code_positions),
+        target_N=torch.cat(targets),
+        frame_S=torch.cat(frames),
+        weight_S=torch.cat(weights),
+        has_loss=has_loss,
+    )
 
 
 def plan_epoch(lengths: Sequence[int], batch_size: int, batch_rows: int, seed: int, epoch: int) -> list[list[int]]:
-    """Indices of every example once, in batches of like length, in random order.
+    """Batches of example indices in random order; each example is in one batch, with others of similar length.
 
-    A batch has at most ``batch_size`` sequences, and unless it is of one, at most ``batch_rows`` positions, padded.
+    A batch has at most ``batch_size`` sequences and ``batch_rows`` padded positions. A single sequence may have more.
     """
     rng = random.Random(f"order/{seed}/{epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)
     batches: list[list[int]] = []
-    for first in range(0, len(order), POOL * batch_size):
-        pool = sorted(order[first : first + POOL * batch_size], key=lambda index: lengths[index])
-        batches += cut(pool, lengths, batch_size, batch_rows)
+    for first in range(0, len(order), POOL_BATCHES * batch_size):
+        pool = sorted(order[first : first + POOL_BATCHES * batch_size], key=lambda index: lengths[index])
+        batches += split_batches(pool, lengths, batch_size, batch_rows)
     rng.shuffle(batches)
     return batches
 
 
-def cut(order: Sequence[int], lengths: Sequence[int], batch_size: int, batch_rows: int) -> list[list[int]]:
-    """Batches of what stands in ``order``, shortest first, within the limits of ``plan_epoch``."""
+def split_batches(order: Sequence[int], lengths: Sequence[int], batch_size: int, batch_rows: int) -> list[list[int]]:
+    """Split ``order``, sorted by length, shortest first, into batches within the limits of ``plan_epoch``."""
     batches: list[list[int]] = [[]]
     for index in order:
         full = len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * lengths[index] > batch_rows

@@ -1,7 +1,8 @@
-"""Recordings to Mimi codes, once: sharded safetensors that later runs read, and that a killed run resumes.
+"""A store of Mimi codes, so that recordings are encoded once: safetensors shards in a folder.
 
-A shard holds some recordings' codes (T, K), each under a hash of its clip's key, so that a recording which changed is
-encoded again. Shards appear whole or not at all. A codec of other weights has other shards.
+A shard holds the codes (T, K) of up to SHARD_CLIPS recordings. A tensor's name is a hash of its clip's key (path, size
+and time of change), so a changed recording is encoded again. Shards are written atomically, so an interrupted run keeps
+the finished ones. The folder's name includes a hash of the codec's weights.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SHARD_CLIPS = 128
 
 @dataclass(frozen=True)
 class CodecSource:
-    """Whose codec: what a process of its own needs to load it."""
+    """What a worker process needs to load the codec."""
 
     checkpoint: Checkpoint
     file: Path | None
@@ -39,11 +40,11 @@ class CodecSource:
     device: str = "cpu"
 
     def load(self) -> Codec:
-        """The codec."""
+        """The codec, on ``device``."""
         return Codec(self.checkpoint.codec_config, self.num_codebooks, self._state(), torch.device(self.device))
 
     def fingerprint(self) -> str:
-        """A hash of its weights and shape: codes of one codec mean nothing to another."""
+        """A hash of the codec's weights and shape; codes are valid only for the codec that produced them."""
         digest = hashlib.sha256(repr((self.num_codebooks, self.checkpoint.codec_config)).encode())
         for name, tensor in sorted(self._state().items()):
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -72,29 +73,31 @@ class CodeStore:
                 for name in file.keys():  # noqa: SIM118
                     self._file_of[name], self._frames_of[name] = path, file.get_slice(name).get_shape()[0]
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a shard that can be read ({error}); remove it") from error
+            raise CheckpointError(
+                f"{path}: cannot read this shard of codes ({error}); delete it to encode its recordings again"
+            ) from error
 
     def num_frames(self, clip: Clip) -> int | None:
-        """How many frames of codes there are of a clip; None without any, or without its recording."""
-        return self._frames_of.get(name_of(clip)) if clip.audio.is_file() else None
+        """The number of frames stored for a clip; None if it has no codes or its recording is missing."""
+        return self._frames_of.get(tensor_name(clip)) if clip.audio.is_file() else None
 
     def missing(self, clips: Sequence[Clip]) -> list[Clip]:
-        """The clips without codes, one of each recording."""
-        by_name = {name_of(clip): clip for clip in clips}
+        """The clips without codes, one for each recording."""
+        by_name = {tensor_name(clip): clip for clip in clips}
         return [clip for name, clip in by_name.items() if name not in self._file_of]
 
     def add_shard(self, codes: dict[str, Tensor]) -> None:
-        """Write a shard under a name of its own."""
+        """Write a shard, named by a hash of its clips."""
         name = hashlib.sha256("".join(sorted(codes)).encode()).hexdigest()[:12]
         path = self.folder / f"codes-{name}.safetensors"
-        aside = path.with_suffix(f".part-{os.getpid()}")
-        save_file(codes, aside)
-        os.replace(aside, path)
+        temporary = path.with_suffix(f".part-{os.getpid()}")
+        save_file(codes, temporary)
+        os.replace(temporary, path)
         self._add(path)
 
     def read(self, clips: Sequence[Clip]) -> list[Tensor]:
-        """Codes (T, K) int16 of each clip, in order; each shard is opened once."""
-        names = [name_of(clip) for clip in clips]
+        """The codes (T, K) of each clip, in order, int16 or (codebooks above 2**15) int32. Opens each shard once."""
+        names = [tensor_name(clip) for clip in clips]
         wanted: dict[Path, list[str]] = {}
         for name in dict.fromkeys(names):
             wanted.setdefault(self._file_of[name], []).append(name)
@@ -105,14 +108,14 @@ class CodeStore:
         return [found[name] for name in names]
 
 
-def name_of(clip: Clip) -> str:
-    """The name of a clip's tensor: a hash of its key."""
+def tensor_name(clip: Clip) -> str:
+    """The name of a clip's tensor in its shard: a hash of its key."""
     return hashlib.sha256(clip.key.encode()).hexdigest()[:24]
 
 
 def encode_missing(store: CodeStore, clips: Sequence[Clip], jobs: int, progress: bool) -> None:
-    """Encode what the store has not, ``jobs`` processes at a time; a shard is kept as soon as it is done."""
-    # Of like length one after the other: on a CPU a new length costs the making of its kernels.
+    """Encode the clips that have no codes yet, in ``jobs`` processes; each finished shard is stored at once."""
+    # Sorted by size, because on a CPU every new length compiles its kernels.
     missing = sorted(store.missing(clips), key=lambda clip: clip.audio.stat().st_size)
     size = min(SHARD_CLIPS, max(1, len(missing) // (4 * jobs)))
     shards = [missing[first : first + size] for first in range(0, len(missing), size)]
@@ -129,23 +132,23 @@ def _encode_shards(source: CodecSource, shards: list[list[Clip]], jobs: int) -> 
             codec = source.load()
             yield from (_encode(codec, shard) for shard in shards)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would share the threads and the GPU of this process
+    context = multiprocessing.get_context("spawn")  # forked workers would share this process's threads and GPU context
     threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(source, threads)) as pool:
-        for done in as_completed([pool.submit(_encode_here, shard) for shard in shards]):
+    with ProcessPoolExecutor(jobs, context, initializer=_init_worker, initargs=(source, threads)) as pool:
+        for done in as_completed([pool.submit(_encode_in_worker, shard) for shard in shards]):
             yield done.result()
 
 
-_codec: Codec | None = None  # of a process that encodes
+_codec: Codec | None = None  # set in worker processes only
 
 
-def _start(source: CodecSource, threads: int) -> None:
+def _init_worker(source: CodecSource, threads: int) -> None:
     global _codec
     torch.set_num_threads(threads)
     _codec = source.load()
 
 
-def _encode_here(shard: list[Clip]) -> dict[str, Tensor]:
+def _encode_in_worker(shard: list[Clip]) -> dict[str, Tensor]:
     assert _codec is not None
     return _encode(_codec, shard)
 
@@ -155,5 +158,5 @@ def _encode(codec: Codec, shard: Sequence[Clip]) -> dict[str, Tensor]:
     for clip in shard:
         codes_TK = codec.encode(*read_audio(clip.audio))
         narrow = torch.int16 if codec.config.codebook_size <= 2**15 else torch.int32
-        codes[name_of(clip)] = codes_TK.to(narrow).contiguous()
+        codes[tensor_name(clip)] = codes_TK.to(narrow).contiguous()
     return codes

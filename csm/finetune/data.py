@@ -1,4 +1,4 @@
-"""From a path that the user names to examples: manifest, checks, codes, turns.
+"""From a data set's path to training examples: manifest, checks, codes, turns.
 
 Shapes: T frames, K codebooks.
 """
@@ -20,7 +20,7 @@ from csm.prompt import TextTokenizer
 
 @dataclass(frozen=True)
 class Corpus:
-    """Examples that are trained on, examples held out, and the texts of some of what is held out."""
+    """Training examples, held-out examples, and (speaker, text) pairs for samples."""
 
     train: list[Example]
     valid: list[Example]
@@ -29,7 +29,10 @@ class Corpus:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where the data is and how it is cut. ``valid`` is a second manifest, ``valid_share`` a share of the first."""
+    """Where the data is and how it is split.
+
+    Held-out data is the manifest ``valid``, or else a share ``valid_share`` of the conversations in ``data``.
+    """
 
     data: Path
     codes: Path
@@ -41,15 +44,17 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.valid_share < 1:
-            raise DataError(f"the share that is held out must be at least 0 and below 1, not {self.valid_share}")
-        if self.context < 0 or self.jobs < 1:
-            raise DataError(f"context must be at least 0, jobs at least 1, not {self.context} and {self.jobs}")
+            raise DataError(f"--valid-share must be at least 0 and below 1, not {self.valid_share}")
+        if self.context < 0:
+            raise DataError(f"--context must be at least 0, not {self.context}")
+        if self.jobs < 1:
+            raise DataError(f"--jobs must be at least 1, not {self.jobs}")
 
 
 def load_corpus(
     options: DataOptions, source: CodecSource, tokenizer: TextTokenizer, config: CSMConfig, progress: bool = True
 ) -> Corpus:
-    """Examples of all the data, validated and encoded. Raises DataError, which names every bad line."""
+    """Check and encode the data, and split it into examples. Raises DataError, which names every bad line."""
     manifests = [read_manifest(path) for path in (options.data, options.valid) if path is not None]
     store = CodeStore(options.codes, source)
     for manifest in manifests:
@@ -64,7 +69,7 @@ def load_corpus(
 
 
 def check(manifest: Manifest, store: CodeStore, tokenizer: TextTokenizer, config: CSMConfig, progress: bool) -> None:
-    """Check every text, and every recording that has no codes yet, against the model. Raises DataError."""
+    """Check every line's length against the model, and every recording that has no codes yet. Raises DataError."""
     limit, frame_rate = config.backbone.max_positions, store.frame_rate
 
     def examine(clip: Clip) -> None:
@@ -72,13 +77,13 @@ def check(manifest: Manifest, store: CodeStore, tokenizer: TextTokenizer, config
         num_frames = math.ceil(check_recording(clip.audio) * frame_rate) if known is None else known
         needed = len(tokenizer.encode(clip.speaker, clip.text)) + num_frames + 1
         if needed > limit:
-            raise DataError(f"text and audio take {needed} positions, and the model has {limit}")
+            raise DataError(f"text and audio take {needed} positions, the model has {limit}; split the recording")
 
     check_clips(manifest, examine, progress)
 
 
 def conversations(clips: Sequence[Clip]) -> list[list[Clip]]:
-    """The clips of each conversation in its order; a clip that belongs to none is one of its own."""
+    """The clips of each conversation, in order. A clip without a conversation is a conversation by itself."""
     grouped: dict[str, list[Clip]] = {}
     for clip in clips:
         grouped.setdefault(clip.conversation, []).append(clip)
@@ -86,7 +91,10 @@ def conversations(clips: Sequence[Clip]) -> list[list[Clip]]:
 
 
 def hold_out(train: list[list[Clip]], share: float) -> list[list[Clip]]:
-    """Take a share of the conversations out of ``train``, the same ones for the same data; none from a single one."""
+    """Remove a share of the conversations from ``train`` and return them; nothing is removed from a single one.
+
+    The choice depends only on the number of conversations.
+    """
     count = min(len(train) - 1, max(1, round(share * len(train)))) if share > 0 else 0
     chosen = sorted(random.Random(f"valid/{len(train)}").sample(range(len(train)), count), reverse=True)
     return [train.pop(index) for index in chosen]

@@ -1,4 +1,4 @@
-"""What was learned, as a folder that ``Generator`` and HF Transformers load: weights, codec, tokenizer."""
+"""Export of a trained model: a folder with weights, codec and tokenizer that ``Generator`` and HF Transformers load."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ TOKEN_KEYS = ("audio_token_id", "audio_eos_token_id", "bos_token_id", "eos_token
 def save_model(
     model: CSM, folder: Path, source: Checkpoint, codec: Path | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Write ``model`` in HF's layout, in ``dtype`` (None: as it is), with the codec and tokenizer of ``source``.
+    """Write ``model`` in HF's layout, in ``dtype`` (None keeps the model's), with codec and tokenizer of ``source``.
 
-    ``codec`` is a file of Mimi weights in the place of the source's. Raises CheckpointError where they lack a tensor.
+    ``codec`` is a file of Mimi weights that replace the source's. Raises CheckpointError where a tensor is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -52,26 +52,28 @@ def save_model(
 
 
 def codec_tensors(source: Checkpoint, codec: Path | None) -> dict[str, Tensor]:
-    """The codec of ``source``, or of the file ``codec``, under HF's names."""
+    """The weights of the codec of ``source``, or of the file ``codec``, under HF's names."""
     table = mimi_table(source.codec_config)
     state = read_codec(source, codec, torch.device("cpu"))
     for name, shape in target_shapes(table).items():
         if name not in state or tuple(state[name].shape) != shape:
-            raise CheckpointError(f"{codec or source.folder}: the codec has no tensor {name} of shape {shape}")
+            raise CheckpointError(
+                f"{codec or source.folder}: missing codec tensor {name} of shape {shape}; give another --codec"
+            )
     return dict(export(state, table))
 
 
 def _write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
-    """One file, or several and their index where one would be beyond 4 GB. Files appear whole."""
+    """Write one file, or several with an index above SHARD_BYTES. Each file is written atomically."""
     shards: list[dict[str, Tensor]] = [{}]
-    room = SHARD_BYTES
+    available = SHARD_BYTES
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
-        if shards[-1] and size > room:
+        if shards[-1] and size > available:
             shards.append({})
-            room = SHARD_BYTES
+            available = SHARD_BYTES
         shards[-1][name] = tensor
-        room -= size
+        available -= size
     index = "model.safetensors.index.json"
     for stale in (*folder.glob("model*.safetensors"), folder / index):
         stale.unlink(missing_ok=True)
@@ -86,6 +88,6 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def _token_ids(config: Path) -> dict[str, int]:
-    """What HF's processor needs and this package does not."""
+    """Token ids that HF's processor reads from config.json and this package does not use."""
     values = json.loads(config.read_text(encoding="utf-8"))
     return {key: values[key] for key in TOKEN_KEYS if isinstance(values.get(key), int)}

@@ -1,4 +1,4 @@
-"""Two speakers, each continuing a recording: code written for the reference implementation, its import changed.
+"""Two speakers continue two recordings. Written for the reference implementation: only the import differs.
 
 ``python docs/examples/two_speakers.py a.wav "What a says." b.wav "What b says."`` writes conversation.wav.
 """

@@ -1,15 +1,23 @@
-"""Measure launch shapes on the GPU that is here, for ``tuned.json``: ``python bench.py --tune``."""
+"""Measure launch configurations on the GPU that is here, for ``tuned.json``: ``python bench.py --tune``."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from csm.bench.launches import frame_launches
+from csm.bench.model_setup import forced_ops, milliseconds
+from csm.bench.report import table
+from csm.config import CSMConfig
+from csm.errors import CSMError
+from csm.graph import Graph, graphs_enabled
 from csm.kernels import launch_config
 from csm.kernels.attention_linear_add import attention_linear_add
 from csm.kernels.launch import COMPILE_ERRORS, Launch, gpu_arch
@@ -170,3 +178,29 @@ CALLS = {
     "norm_rope_cache": _cached,
     "attention_linear_add": _attended,
 }
+
+
+def graph_seconds(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds of a step, captured: the median of several replays."""
+    captured = Graph(step, dict, device)
+    times = [milliseconds(captured.replay, device) for _ in range(12)]
+    return statistics.median(times[2:]) / 1000
+
+
+def tune_report(
+    config: CSMConfig, batches: Sequence[int], dtype: torch.dtype, quiet: bool
+) -> tuple[str, dict[str, Any]]:
+    """Measure launch configurations for this GPU and write them into the table that the kernels read."""
+    device = torch.device("cuda")
+    if not graphs_enabled(device) or not torch.cuda.is_available():
+        raise CSMError("--tune measures on an NVIDIA GPU, and PyTorch finds none")
+    seen = [launch for batch in sorted(batches) for launch in frame_launches(config, batch, dtype)]
+    with torch.inference_mode(), forced_ops("triton"):
+        best = tune(products(seen), device, graph_seconds, quiet)
+    entries = launch_config.tuned_configs()
+    launch_config.TABLE.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    rows = [
+        {"product": key, "shape": str(entry), "microseconds": 1e6 * least, "by_rule": 1e6 * rule}
+        for key, (entry, least, rule) in best.items()
+    ]
+    return table(rows), {"tuned": rows}

@@ -1,4 +1,4 @@
-"""One process or many: what ``torchrun`` says, and sums over all processes."""
+"""Data-parallel training: the process group that ``torchrun`` sets up, or a single process."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-TIMEOUT = datetime.timedelta(hours=2)  # the first process encodes a data set while the others wait
+TIMEOUT = datetime.timedelta(hours=2)  # the main process encodes the data set while the others wait
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among ``count``, and where it computes."""
+    """This process's rank among ``world_size`` processes, and its device."""
 
     rank: int
-    count: int
+    world_size: int
     device: torch.device
 
     @classmethod
     def start(cls, device: torch.device) -> Processes:
-        """Join the others if ``torchrun`` started this process; with GPUs, each takes its own."""
+        """Join the process group if ``torchrun`` started this process. With CUDA, each process takes its own GPU."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls(0, 1, device)
         if device.type == "cuda":
@@ -36,37 +36,37 @@ class Processes:
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def stop(self) -> None:
-        """Leave the others."""
+        """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that writes."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only process that writes files."""
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.count > 1:
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
             dist.barrier()
 
-    def total(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """The sum of each value over all processes."""
-        if self.count == 1:
+        if self.world_size == 1:
             return list(values)
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(summed)
         return summed.tolist()
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module, its gradients averaged over the processes in the backward pass."""
-        if self.count == 1:
+        """The module, wrapped so that the backward pass averages gradients over the processes."""
+        if self.world_size == 1:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def last_of(self, module: nn.Module, last: bool) -> AbstractContextManager[object]:
-        """Around a batch of a step: gradients are exchanged in its last one alone."""
-        if isinstance(module, DistributedDataParallel) and not last:
+    def gradient_sync(self, module: nn.Module, last_batch: bool) -> AbstractContextManager[object]:
+        """The context for one batch of a step: gradients are exchanged in the step's last batch only."""
+        if isinstance(module, DistributedDataParallel) and not last_batch:
             return module.no_sync()
         return nullcontext()

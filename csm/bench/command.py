@@ -1,0 +1,132 @@
+"""``python bench.py``: measure frames a second on this machine, or look at the kernels without a GPU.
+
+Prints Markdown tables and, last, one line of JSON. A configuration is timed only after it has generated the eager
+step's greedy codes on a small float32 model. With random weights (the default) only time is measured: it does not
+depend on their values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from csm.bench import end_to_end, machine_code, predict, report, tune
+from csm.bench.launches import count_report, profile
+from csm.bench.model_setup import DTYPES, Setup, load
+from csm.bench.rows import SKIPPED_FRAMES, NotTimed, Row, copy_bandwidth, measured_rows
+from csm.bench.stepping import MAX_FRAMES
+from csm.config import CSM_1B
+from csm.errors import CSMError
+from csm.generator import DEFAULT_MODEL, Generator
+from csm.weights import open_checkpoint
+
+
+def rows_section(setup: Setup, args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+    """The table of timed configurations."""
+    bandwidth = copy_bandwidth(setup.device)
+    here = report.machine(setup.device) | {"copy_gb_s": round(bandwidth / 1e9, 1), "dtype": str(setup.dtype)}
+
+    def keep(rows: Sequence[Row | NotTimed]) -> None:
+        if args.out:
+            report.write(args.out, "rows.json", json.dumps([asdict(row) for row in rows]))
+
+    rows = measured_rows(setup, args.rows, args.batch, args.frames, bandwidth, keep, args.quiet)
+    lines = [f"{setup.label}; " + ", ".join(f"{k} {v}" for k, v in here.items()), ""]
+    lines += [report.table([asdict(row) for row in rows]), ""]
+    timed = [asdict(row) for row in rows if isinstance(row, Row)]
+    if args.out and timed:
+        report.plot(timed, args.out / "bench.png")
+    not_timed = [asdict(row) for row in rows if isinstance(row, NotTimed)]
+    return lines, {"machine": here, "model": setup.label, "rows": timed, "not_timed": not_timed}
+
+
+def first_audio_section(setup: Setup) -> tuple[list[str], dict[str, Any]]:
+    """The table of the time to first audio, or why there is none."""
+    try:
+        result = end_to_end.first_audio(setup)
+    except CSMError as error:
+        return [f"First audio: not measured, because {error}", ""], {}
+    title = f"First audio, after {end_to_end.CONTEXT_ROWS} rows of context:"
+    return [title, "", report.table([result]), ""], {"first_audio": result}
+
+
+def benchmark(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Everything that is timed: Markdown, and the same for JSON."""
+    setup = load(args.model, args.device, args.dtype)
+    lines, result = rows_section(setup, args)
+    more, first_audio = first_audio_section(setup)
+    lines, result = lines + more, result | first_audio
+    if args.profile:
+        for ops in ("reference", "triton") if setup.device.type == "cuda" else ("reference",):
+            result[f"profile_{ops}"] = profile(setup, ops)
+            lines += [f"One frame, {ops} ops:", "", report.table(result[f"profile_{ops}"]), ""]
+    if args.model:
+        generator = Generator.from_pretrained(args.model, setup.device, setup.dtype, progress=not args.quiet)
+        result["sentences"] = end_to_end.sentences(generator, args.max_seconds)
+        lines += [report.table(result["sentences"]), ""]
+    return "\n".join(lines), result
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of ``bench.py``."""
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", help=f"tiny, a folder or a hub name ({DEFAULT_MODEL}); default: random weights")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes (default: 1)")
+    parser.add_argument("--frames", type=int, default=20, help="frames to time in each row (default: 20)")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these configurations")
+    parser.add_argument("--max-seconds", type=float, default=4.0, help="most audio of each of the ten sentences")
+    parser.add_argument("--count", action="store_true", help="count what a frame launches, and stop")
+    parser.add_argument("--kernels", action="store_true", help="compile a frame's kernels for several GPUs, and stop")
+    parser.add_argument(
+        "--predict",
+        choices=predict.GPUS,
+        metavar="GPU",
+        help=f"predict a frame's time, and stop: {', '.join(predict.GPUS)}",
+    )
+    parser.add_argument("--tune", action="store_true", help="measure launch configurations for this GPU, and stop")
+    parser.add_argument("--profile", action="store_true", help="add a table of the ops of a frame")
+    parser.add_argument("--out", type=Path, help="a folder for bench.md, bench.json and bench.png")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args(argv)
+    if not 1 <= args.frames <= MAX_FRAMES - SKIPPED_FRAMES or min(args.batch) < 1:
+        parser.error(f"--frames must be within 1 and {MAX_FRAMES - SKIPPED_FRAMES}, --batch at least 1")
+    return args
+
+
+def run(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
+    """What the options ask for: Markdown, the same for JSON, and the exit code."""
+    if not (args.count or args.kernels or args.predict or args.tune):
+        return *benchmark(args), 0
+    config = open_checkpoint(args.model).config if args.model else CSM_1B
+    dtype = DTYPES[args.dtype or "bfloat16"]
+    if args.count:
+        return *count_report(config), 0
+    if args.predict:
+        return *predict.predict_report(config, args.batch[0], dtype, args.predict, args.quiet), 0
+    if args.tune:
+        return *tune.tune_report(config, args.batch, dtype, args.quiet), 0
+    text, result = machine_code.kernels_report(config, args.batch, dtype, args.quiet)
+    return text, result, 1 if result["spilled"] else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0; 1 if a kernel spills registers; 2 with a message on stderr for what the user can mend."""
+    args = parse_arguments(argv)
+    try:
+        text, result, code = run(args)
+    except (CSMError, OSError) as error:
+        print(f"bench.py: error: {error}", file=sys.stderr)
+        return 2
+    line = json.dumps(result)
+    print(text, line, sep="\n")
+    if args.out:
+        report.write(args.out, "bench.md", text)
+        report.write(args.out, "bench.json", line)
+    return code

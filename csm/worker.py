@@ -1,0 +1,101 @@
+"""The thread that steps an engine while it has work.
+
+It starts with the first request and ends after some idle seconds, so that an unused generator can be freed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from csm.engine import Engine, Frame, Request, Ticket
+
+LINGER_SECONDS = 10.0  # a new thread costs a new pool of compute threads
+
+
+class Worker:
+    """Runs one engine; any number of threads may submit and read."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._work = threading.Condition()
+        self._changed = False
+        self._thread: threading.Thread | None = None
+        self._num_threads = torch.get_num_threads()
+
+    def submit(
+        self, request: Request, max_unread: int | None = None, notify: Callable[[], None] | None = None
+    ) -> Ticket:
+        """``Engine.submit``, and see to it that somebody steps the engine."""
+        with self._work:
+            ticket = self.engine.submit(request, max_unread, notify)
+            self._num_threads = torch.get_num_threads()  # PyTorch keeps this per thread; the caller's counts
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="csm-engine", daemon=True)
+                self._thread.start()
+        self.wake()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """``Engine.cancel``, at once."""
+        self.engine.cancel(ticket)
+        self.wake()
+
+    def wake(self) -> None:
+        """Tell the thread that there may be work: a request, a cancellation, or a reader that has caught up."""
+        with self._work:
+            self._changed = True
+            self._work.notify()
+
+    def frames(self, requests: Sequence[Request], max_unread: int | None = None) -> Iterator[tuple[int, Frame]]:
+        """Frames of all requests as they arrive, each with the index of its request. Closing it cancels them.
+
+        Raises the exception of the first request that failed.
+        """
+        arrived = threading.Semaphore(0)
+        tickets: list[Ticket] = []
+        try:
+            for request in requests:
+                tickets.append(self.submit(request, max_unread, arrived.release))
+            pending = dict(enumerate(tickets))
+            while pending:
+                arrived.acquire()
+                for index, ticket in list(pending.items()):
+                    finished = ticket.finished  # before the last look for frames
+                    while (frame := ticket.take()) is not None:
+                        if max_unread is not None and ticket.num_unread == max_unread - 1:
+                            self.wake()
+                        yield index, frame
+                    if finished:
+                        del pending[index]
+                        if ticket.error is not None:
+                            raise ticket.error
+        finally:
+            for ticket in tickets:
+                if not ticket.finished:
+                    self.cancel(ticket)
+
+    def _run(self) -> None:
+        try:
+            while self._step_or_wait():
+                pass
+        except BaseException as error:
+            self.engine.abort(error)  # readers must not wait for a thread that is gone
+            with self._work:
+                self._thread = None
+            raise
+
+    def _step_or_wait(self) -> bool:
+        """One step, or a wait for work if there was nothing to do. False after ``LINGER_SECONDS`` without work."""
+        if torch.get_num_threads() != self._num_threads:
+            torch.set_num_threads(self._num_threads)
+        if self.engine.step():
+            return True
+        with self._work:
+            if not self._work.wait_for(lambda: self._changed, LINGER_SECONDS) and self.engine.idle:
+                self._thread = None
+                return False
+            self._changed = False
+        return True
