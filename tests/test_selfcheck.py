@@ -35,6 +35,7 @@ def isolated(monkeypatch, tmp_path, one_thread):
     """No result of another test, kernels on, and a cache folder of its own."""
     monkeypatch.setenv("CSM_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(csm.selfcheck, "_chosen", {})
+    monkeypatch.setattr(csm.selfcheck, "_without_graphs", set())
     yield
     enable_kernels(CPU, True)
 
@@ -206,8 +207,16 @@ def test_a_replay_that_computes_something_else_falls_back(model, expected, captu
 def test_the_result_is_kept_for_the_process(model, wrong_kernel, captures, monkeypatch):
     assert warned(model)[0] == OPS
     monkeypatch.setattr("csm.selfcheck._check", lambda *_: pytest.fail("checked again"))
+    assert warned(model) == (OPS, [])
     enable_kernels(CPU, True)
     assert warned(model) == (OPS, [])
+
+
+def test_a_failed_capture_is_not_tried_again(model, captures, monkeypatch):
+    monkeypatch.setattr("csm.graph.capture", lambda *_: 1 / 0)
+    assert len(warned(model)[1]) == 1
+    assert warned(model) == (EAGER, [])
+    assert warned(model, (1, 2)) == (EAGER, [])
 
 
 def test_a_passed_check_is_kept_in_a_file(model, captures, monkeypatch):
