@@ -4,6 +4,7 @@ Without a GPU the kernels run in Triton's interpreter; with one (``make gpu``) t
 """
 
 import math
+import subprocess
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from csm.kernels import (
     rope_cache,
     sample,
 )
+from csm.kernels import launch as launch_module
 from csm.kernels.launch import MAX_ROWS, launches, use_kernels
 from csm.kernels.sample import Noise, draw_ids, gumbel_noise
 from csm.prefill import Prefill
@@ -264,6 +266,69 @@ def test_use_kernels(monkeypatch):
     monkeypatch.setenv("CSM_OPS", "fast")
     with pytest.raises(ValueError, match="CSM_OPS"):
         run(x)
+
+
+GPU = torch.device("cuda", 7)
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """A pretended GPU of capability 9.0 whose probe succeeds; no cached answers."""
+    cached = (launch_module.kernels_unavailable, launch_module.supports_pdl)
+    monkeypatch.setattr(launch_module, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch_module, "_probe", lambda device: None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for function in cached:
+        function.cache_clear()
+    yield monkeypatch
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler"),
+        subprocess.CalledProcessError(1, ["gcc"]),
+        FileNotFoundError("ptxas"),
+        OSError("libcuda.so cannot be found"),
+    ],
+    ids=str,
+)
+def test_kernels_are_unavailable_if_the_probe_fails(fresh, error):
+    def fail(device):
+        raise error
+
+    assert launch_module.kernels_unavailable(GPU) is None
+    launch_module.kernels_unavailable.cache_clear()
+    fresh.setattr(launch_module, "_probe", fail)
+    reason = launch_module.kernels_unavailable(GPU)
+    assert "C compiler" in reason and str(error) in reason
+
+
+def test_kernels_are_unavailable_below_ampere(fresh):
+    fresh.setattr(launch_module, "_capability", lambda device: (7, 5))
+    assert "compute capability 7.5" in launch_module.kernels_unavailable(GPU)
+    assert "cpu" in launch_module.kernels_unavailable(torch.device("cpu"))
+
+
+def test_kernels_are_unavailable_without_triton_or_with_rocm(fresh):
+    fresh.setattr(torch.version, "hip", "6.4")
+    assert "ROCm" in launch_module.kernels_unavailable(GPU)
+    launch_module.kernels_unavailable.cache_clear()
+    fresh.setattr(launch_module, "triton", None)
+    assert "not installed" in launch_module.kernels_unavailable(GPU)
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "expected"),
+    [((9, 0), 12030, True), ((12, 0), 13000, True), ((9, 0), 12020, False), ((8, 9), 12080, False)],
+)
+def test_pdl_needs_hopper_and_a_driver_of_cuda_12_3(fresh, capability, driver, expected):
+    fresh.setattr(launch_module, "_capability", lambda device: capability)
+    fresh.setattr(launch_module, "driver_version", lambda: driver)
+    assert launch_module.supports_pdl(GPU) is expected
+    assert not launch_module.supports_pdl(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
