@@ -154,7 +154,9 @@ def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = Non
     projected_BD = model.enter_depth(hidden_B1D).squeeze(1)
 
     # Depth positions: 0 reads the backbone's hidden state, i >= 1 reads code i - 1 and predicts code i.
-    depth_meta = model.depth_decoder.attention_metadata(state.depth_position_BK, context_bucket=num_codebooks)
+    depth_meta = model.depth_decoder.attention_metadata(
+        state.depth_position_BK, context_bucket=num_codebooks, max_rows=2
+    )
     code_BD = sample_code(0, hidden_B1D)
     assert code_BD is not None
     x_BTD = torch.stack((projected_BD, code_BD), dim=1)

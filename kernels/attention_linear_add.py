@@ -13,7 +13,7 @@ import math
 
 from torch import Tensor
 
-from csm.kernels.attention import MIN_DOT, attention, softmax_dot
+from csm.kernels.attention import MIN_DOT, attention, covered_positions, softmax_dot
 from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
 from csm.kernels.launch_config import launch_config
 from csm.kernels.linear_add import linear_add
@@ -111,18 +111,19 @@ def attention_linear_add(
     q_BTHd: Tensor,
     k_cache_BGSd: Tensor,
     v_cache_BGSd: Tensor,
-    bias_BTS: Tensor,
+    bias_BTS: Tensor | None,
     position_BT: Tensor,
     weight_DE: Tensor,
     residual_BTD: Tensor,
+    context: int | None = None,
 ) -> Tensor:
     """``linear_add(attention(q, ...), weight, residual)``: (B, T, H, d), (B, T, D) -> (B, T, D)."""
     (B, T, H, d), G = q_BTHd.shape, k_cache_BGSd.shape[1]
-    context = bias_BTS.shape[-1]
+    context = covered_positions(bias_BTS, context)
     fused = B * T == 1 and context <= MAX_FUSED_CONTEXT and use_kernels(q_BTHd, 1)
     config = launch_config("attention_linear_add", weight_DE, 1) if fused else None
     if config is None:
-        attended_BTE = attention(q_BTHd, k_cache_BGSd, v_cache_BGSd, bias_BTS, position_BT)
+        attended_BTE = attention(q_BTHd, k_cache_BGSd, v_cache_BGSd, bias_BTS, position_BT, context)
         return linear_add(attended_BTE, weight_DE, residual_BTD)
     assert q_BTHd.is_contiguous() and k_cache_BGSd.stride() == v_cache_BGSd.stride()
     out_BTD = q_BTHd.new_empty(residual_BTD.shape)

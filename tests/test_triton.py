@@ -190,7 +190,7 @@ class TestCacheOps:
         weight = randn(20, num_heads * head_dim, dtype=dtype, seed=3) / math.sqrt(num_heads * head_dim)
         residual = randn(*rows, 20, dtype=dtype, seed=4)
         with launches() as seen:
-            result = attention_linear_add(q, k, v, bias, position, weight, residual)
+            result = attention_linear_add(q, k, v, None, position, weight, residual, context=context)
         close(result, linear_add(expected, *wide(weight, residual)), dtype)
         assert (names(seen) == ["attention_linear_add_row"]) == (context <= 32 and rows == (1, 1))
 
