@@ -43,21 +43,23 @@ gpu: $(if $(GPU_PYTHON),,.venv/installed-bench)
 	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m cuda -rs | tee results/tests.txt; test $${PIPESTATUS[0]} -eq 0
 	$(or $(GPU_PYTHON),$(BIN)/python) bench.py --batch 1 2 4 8 16 32 64 --profile --out results
 
-# Trains the embedded voice from nothing: recordings by four voices of flite (apt install flite), a codec, a model, and
-# their word error rates. Takes hours on two cores and resumes where it stopped. It has not been run from start to end
-# in one go; weights/tiny/README.md says how the weights there were made.
+# Trains the embedded voice from nothing: recordings by four voices of flite, a codec, a model, and their word error
+# rates. Needs Debian's flite, wordnet-base and wamerican. Takes hours on two cores and resumes where it stopped. It has
+# not been run from start to end in one go; weights/tiny/README.md says how the weights there were made.
 TINY ?= tiny
 RECIPE := $(BIN)/python -m csm.weights.recipe
 FINETUNE := $(BIN)/python -m csm finetune --resume --device cpu --codes $(TINY)/codes --jobs 2 --valid $(TINY)/valid.jsonl \
 	--depth-share 0.5 --precision bfloat16 --weight-decay 0.05 --ema 0.999
 tiny: .venv/installed-eval
-	$(RECIPE).recordings $(TINY) --split train --count 32000
-	$(RECIPE).recordings $(TINY) --split valid --count 100
-	$(RECIPE).recordings $(TINY) --split test --count 150
+	$(RECIPE).recordings $(TINY) --text open --split train --count 60000
+	$(RECIPE).recordings $(TINY) --text open --split valid --count 100
+	$(RECIPE).recordings $(TINY)/templates --text templates --split test --count 150
+	$(RECIPE).recordings $(TINY)/everyday --text everyday --split test --count 150
+	$(RECIPE).pronunciation $(TINY)/pronunciation.json.gz
 	$(RECIPE).conversations $(TINY)/train.jsonl $(TINY)/talks.jsonl
 	$(RECIPE).codec $(TINY)/train.jsonl $(TINY)/codec
 	$(RECIPE).export codec $(TINY)/codec/checkpoint.pt $(TINY)/codes.safetensors
-	$(RECIPE).export start $(TINY)/codes.safetensors $(TINY)/start
+	$(RECIPE).export start $(TINY)/codes.safetensors $(TINY)/start --pronunciation $(TINY)/pronunciation.json.gz
 	$(FINETUNE) --data $(TINY)/train.jsonl --model $(TINY)/start --config $(TINY)/start/config.json --out $(TINY)/turns \
 		--steps 3000 --batch-size 16 --learning-rate 1.5e-3 --warmup 300 --min-lr-ratio 0.8
 	$(FINETUNE) --data $(TINY)/talks.jsonl --model $(TINY)/turns/model --out $(TINY)/talks --context 2 --code-noise 0.15 \
@@ -67,7 +69,10 @@ tiny: .venv/installed-eval
 		--steps 4000
 	$(RECIPE).export codec $(TINY)/decoder/checkpoint.pt $(TINY)/codec.safetensors
 	$(RECIPE).export model $(TINY)/talks/model $(TINY)/model --codec $(TINY)/codec.safetensors
-	$(BIN)/python -m csm eval --data $(TINY)/test.jsonl --recordings --codec --model $(TINY)/model --seeds 3 --out $(TINY)/eval
+	$(BIN)/python -m csm eval --data $(TINY)/templates/test.jsonl --recordings --codec --model $(TINY)/model --seeds 3 \
+		--out $(TINY)/eval-templates
+	$(BIN)/python -m csm eval --data $(TINY)/everyday/test.jsonl --recordings --codec --model $(TINY)/model --seeds 3 \
+		--out $(TINY)/eval-everyday
 
 clean:
 	rm -rf .venv .typecheck build csm.egg-info

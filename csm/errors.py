@@ -29,6 +29,10 @@ class RoomWarning(UserWarning):
     """The prompt leaves fewer positions than the requested audio length, so the audio may be cut short."""
 
 
+class FallbackWarning(UserWarning):
+    """A fast path failed its self-check on this device, so a slower one is used."""
+
+
 class SamplingError(CSMError):
     """A sampling parameter is out of range."""
 

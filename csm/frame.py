@@ -18,7 +18,7 @@ from torch import Tensor
 
 from csm.cache import KVCache
 from csm.config import CSMConfig, TransformerConfig
-from csm.kernels import draw_noise, sample
+from csm.kernels import advance_frame, draw_noise, sample
 from csm.model import CSM
 
 STEP_OUTPUTS = ("pending_row_BC", "pending_mask_BC", "position_B", "frame_B", "codes_BK")  # what the step changes
@@ -45,8 +45,15 @@ class FrameState:
     depth_cache: KVCache
 
     @classmethod
-    def allocate(cls, config: CSMConfig, batch: int, device: torch.device, dtype: torch.dtype) -> FrameState:
-        """Allocate ``batch`` slots, with caches for all positions of the backbone."""
+    def allocate(
+        cls,
+        config: CSMConfig,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_positions: int | None = None,
+    ) -> FrameState:
+        """Allocate ``batch`` slots of at most ``max_positions`` (None: all positions of the backbone)."""
         num_codebooks = config.num_codebooks
 
         def integers(*shape: int) -> Tensor:
@@ -65,7 +72,7 @@ class FrameState:
             temperature_B=torch.zeros(batch, device=device),
             top_k_B=torch.ones(batch, device=device, dtype=torch.int64),
             depth_position_BK=torch.arange(num_codebooks, device=device).repeat(batch, 1),
-            backbone_cache=cache(config.backbone, config.backbone.max_positions),
+            backbone_cache=cache(config.backbone, max_positions or config.backbone.max_positions),
             depth_cache=cache(config.depth_decoder, num_codebooks),
         )
 
@@ -166,15 +173,12 @@ def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = Non
         code_BD = sample_code(codebook, hidden_BTD)
         x_BTD = x_BTD if code_BD is None else code_BD.unsqueeze(1)
 
-    _advance(state)
-
-
-def _advance(state: FrameState) -> None:
-    """Make the generated frame the pending row of the next position."""
-    state.pending_row_BC[:, :-1] = state.codes_BK
-    state.pending_row_BC[:, -1] = 0
-    state.pending_mask_BC[:, :-1] = True
-    state.pending_mask_BC[:, -1] = False
-    state.frame_B.add_(1)
-    # A finished slot keeps stepping with its batch, so its position must stay within the cache.
-    state.position_B.add_(1).clamp_(max=state.backbone_cache.max_positions - 1)
+    advance_frame(
+        codes_BK=state.codes_BK,
+        pending_row_BC=state.pending_row_BC,
+        pending_mask_BC=state.pending_mask_BC,
+        position_B=state.position_B,
+        frame_B=state.frame_B,
+        max_position=state.backbone_cache.max_positions - 1,
+        head_VD=model.codebook0_head,
+    )

@@ -27,7 +27,8 @@ from csm.prefix_cache import PrefixCache
 from csm.prompt import Segment, TextTokenizer, build_prompt, check_length
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
-from csm.weights import Checkpoint, open_checkpoint, read_codec, read_model
+from csm.selfcheck import default_dtype
+from csm.weights import Checkpoint, open_checkpoint, read_codec, read_generation_defaults, read_model
 from csm.worker import Worker
 
 DEFAULT_MODEL = "sesame/csm-1b"
@@ -47,16 +48,19 @@ class Generator:
         codec_file: str | Path | None = None,
         graphs: bool = True,
         max_streams: int = MAX_STREAMS,
+        progress: bool = False,
     ):
         self.config: CSMConfig = model.config
         self.model = model
         self.sample_rate = checkpoint.codec_config.sample_rate
+        self.defaults = read_generation_defaults(checkpoint.folder)
         self._checkpoint = checkpoint
         self._codec_file = codec_file
         self._tokenizer = TextTokenizer(checkpoint.tokenizer_path, model.config.text_vocab_size)
         self._codec: Codec | None = None
         self._max_streams = max_streams
         self._graphs = graphs
+        self._progress = progress
         self._worker: Worker | None = None
         self._prefix_cache = PrefixCache(PREFIX_POSITIONS * kv_bytes_per_position(model.config.backbone, model.dtype))
         self._lock = threading.RLock()
@@ -79,7 +83,8 @@ class Generator:
             name: a hub name (``sesame/csm-1b``, ``unsloth/csm-1b``, with an optional ``@revision``), a folder in
                 Sesame's or HF Transformers' layout, or "tiny", the embedded checkpoint (a demonstration voice).
             device: where to run; None is a GPU if there is one.
-            dtype: of the weights; None is bfloat16 on a GPU and float32 on a CPU.
+            dtype: of the weights; None is bfloat16 on a GPU (float16 if it has no bfloat16) and float32 on
+                a CPU.
             codec: a file of Mimi weights in Kyutai's layout; None is the checkpoint's own, else Kyutai's from the hub.
             progress: show a bar where loading takes more than a second.
             lora: the folder of an adapter (``python -m csm finetune --lora``), which is merged into the weights.
@@ -94,12 +99,12 @@ class Generator:
         where = find_device(device)
         if dtype is not None and dtype not in DTYPES:
             raise CSMError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
-        dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-        checkpoint = open_checkpoint(name)
+        dtype = dtype or default_dtype(where)
+        checkpoint = open_checkpoint(name, progress)
         model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, where, dtype, progress), where)
         if lora is not None:
             load_adapter(lora, checkpoint.config).merge(model)
-        return cls(checkpoint, model, codec, graphs, max_streams)
+        return cls(checkpoint, model, codec, graphs, max_streams, progress)
 
     @property
     def device(self) -> torch.device:
@@ -151,9 +156,9 @@ class Generator:
         text: str,
         speaker: int = 0,
         context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
-        temperature: float = 0.9,
-        topk: int = 50,
+        max_audio_length_ms: float | None = None,
+        temperature: float | None = None,
+        topk: int | None = None,
         seed: int | None = None,
     ) -> Tensor:
         """Speak ``text``: (samples,) float32 on the CPU, at ``sample_rate``.
@@ -165,8 +170,11 @@ class Generator:
             max_audio_length_ms: stop there even if the speech has not ended. Speech also stops where the backbone's
                 positions end; a prompt that leaves less room than this gives a RoomWarning.
             temperature: 0 is greedy.
-            topk: draw among this many best ids.
+            topk: sample among this many most likely ids.
             seed: the same seed gives the same speech; None draws one from ``torch``'s generator.
+
+        ``max_audio_length_ms``, ``temperature`` and ``topk`` of None are the checkpoint's defaults
+        (``generation_config.json``; without one 90,000, 0.9 and 50).
 
         Raises:
             PromptError, PromptTooLongError, SamplingError, AudioError: an argument is out of range.
@@ -179,9 +187,9 @@ class Generator:
         text: str,
         speaker: int = 0,
         context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
-        temperature: float = 0.9,
-        topk: int = 50,
+        max_audio_length_ms: float | None = None,
+        temperature: float | None = None,
+        topk: int | None = None,
         seed: int | None = None,
     ) -> Iterator[Tensor]:
         """``generate``, in chunks of 1920 samples (80 ms) as they are generated.
@@ -198,9 +206,9 @@ class Generator:
         text: str,
         speaker: int = 0,
         context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
-        temperature: float = 0.9,
-        topk: int = 50,
+        max_audio_length_ms: float | None = None,
+        temperature: float | None = None,
+        topk: int | None = None,
         seed: int | None = None,
     ) -> Tensor:
         """``generate``, before the codec: codes (T, K) int64 on the CPU."""
@@ -231,13 +239,17 @@ class Generator:
     def _request(self, speech: SpeechRequest, audio: bool = True) -> Request:
         """A checked and tokenised request. ``audio`` asks for samples, not codes alone."""
         frame_ms = 1000 / self._checkpoint.codec_config.frame_rate
-        limit_ms = speech.max_audio_length_ms
+        limit_ms = (
+            self.defaults.max_audio_length_ms if speech.max_audio_length_ms is None else speech.max_audio_length_ms
+        )
         if not isinstance(limit_ms, numbers.Real) or not limit_ms >= frame_ms:
             raise CSMError(f"the audio's limit must be at least one frame, {frame_ms:g} ms, not {limit_ms!r}")
         seed = int(torch.randint(2**63 - 1, ())) if speech.seed is None else speech.seed
-        params = SamplingParams(speech.temperature, speech.topk, seed)
-        if speech.topk > self.config.codebook_size:
-            raise SamplingError(f"top-k must be at most {self.config.codebook_size}, not {speech.topk}")
+        temperature = self.defaults.temperature if speech.temperature is None else speech.temperature
+        topk = self.defaults.top_k if speech.topk is None else speech.topk
+        params = SamplingParams(temperature, topk, seed)
+        if topk > self.config.codebook_size:
+            raise SamplingError(f"top-k must be at most {self.config.codebook_size}, not {topk}")
         text_ids = self._tokenizer.encode(speech.speaker, speech.text)
         check_length(len(text_ids), self.config)
         prompt = build_prompt([self._turn(segment) for segment in speech.context], text_ids, self.config)
@@ -282,7 +294,14 @@ class Generator:
                 num_slots = max(num_slots, self._max_streams)
                 frame_size = self._checkpoint.codec_config.frame_size
                 engine = Engine(
-                    self.model, lambda: self.codec, frame_size, num_slots, self._prefix_cache, graphs=self._graphs
+                    self.model,
+                    lambda: self.codec,
+                    frame_size,
+                    num_slots,
+                    self._prefix_cache,
+                    None,
+                    self._graphs,
+                    self._progress,
                 )
                 worker = self._worker = Worker(engine)
             return worker

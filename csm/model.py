@@ -16,16 +16,7 @@ from torch import Tensor, nn
 
 from csm.cache import KVCache
 from csm.config import CSMConfig, RopeScaling, TransformerConfig
-from csm.kernels import (
-    attention_linear_add,
-    causal_bias,
-    embed_rows,
-    linear_add,
-    norm_linear,
-    norm_rope_cache,
-    norm_swiglu,
-    use_kernels,
-)
+from csm.kernels import BlockWeights, block, causal_bias, embed_rows, norm_linear, use_kernels
 
 
 class AttentionMetadata(NamedTuple):
@@ -78,64 +69,42 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.eps = config.norm_eps
         self.norm = nn.Parameter(torch.ones(config.dim))
         self.qkv = nn.Parameter(torch.empty(config.qkv_dim, config.dim))
         self.output = nn.Parameter(torch.empty(config.dim, config.num_heads * config.head_dim))
-
-    def forward(
-        self, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, meta: AttentionMetadata
-    ) -> Tensor:
-        # x + attention(norm(x)), in two fused ops.
-        q_BTHd = norm_rope_cache(
-            x_BTD=x_BTD,
-            norm_D=self.norm,
-            qkv_ED=self.qkv,
-            eps=self.eps,
-            rope_BTp2=meta.rope_BTp2,
-            k_cache_BGSd=k_BGSd,
-            v_cache_BGSd=v_BGSd,
-            slot_B1=slot_B1,
-            position_BT=meta.position_BT,
-        )
-        return attention_linear_add(
-            q_BTHd=q_BTHd,
-            k_cache_BGSd=k_BGSd,
-            v_cache_BGSd=v_BGSd,
-            bias_BTS=meta.bias_BTS,
-            position_BT=meta.position_BT,
-            weight_DE=self.output,
-            residual_BTD=x_BTD,
-            context=meta.context,
-        )
 
 
 class MLP(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.eps = config.norm_eps
         self.norm = nn.Parameter(torch.ones(config.dim))
         self.gate_up = nn.Parameter(torch.empty(2 * config.hidden_dim, config.dim))
         self.down = nn.Parameter(torch.empty(config.dim, config.hidden_dim))
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        # x + down(silu(gate(norm(x))) * up(norm(x))), in two fused ops.
-        hidden_BTF = norm_swiglu(x_BTD, self.norm, self.gate_up, self.eps)
-        return linear_add(hidden_BTF, self.down, residual_BTD=x_BTD)
 
 
 class Block(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        self.eps = config.norm_eps
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
     def forward(
         self, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, meta: AttentionMetadata
     ) -> Tensor:
-        # h = x + attention(norm(x)); out = h + mlp(norm(h)). The ops of both sublayers include norm and residual.
-        h_BTD = self.attention(x_BTD, k_BGSd, v_BGSd, slot_B1, meta)
-        return self.mlp(h_BTD)
+        attention, mlp = self.attention, self.mlp
+        return block(
+            x_BTD=x_BTD,
+            weights=BlockWeights(attention.norm, attention.qkv, attention.output, mlp.norm, mlp.gate_up, mlp.down),
+            eps=self.eps,
+            rope_BTp2=meta.rope_BTp2,
+            bias_BTS=meta.bias_BTS,
+            k_cache_BGSd=k_BGSd,
+            v_cache_BGSd=v_BGSd,
+            slot_B1=slot_B1,
+            position_BT=meta.position_BT,
+            context=meta.context,
+        )
 
 
 class Transformer(nn.Module):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from csm.config import CSMConfig
 from csm.errors import CheckpointError, PromptError, PromptTooLongError
+from csm.pronounce import PRONUNCIATION_FILE, Pronouncer
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 
@@ -50,13 +51,18 @@ class Prompt(NamedTuple):
 
 
 class TextTokenizer:
-    """A checkpoint's ``tokenizer.json``. Begin and end tokens are added here, not by its post-processor."""
+    """A checkpoint's ``tokenizer.json``. Begin and end tokens are added here, not by its post-processor.
+
+    A ``pronunciation.json.gz`` beside it turns the text into phones first.
+    """
 
     def __init__(self, path: Path, vocab_size: int):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
             raise CheckpointError(f"{path}: cannot be read as a tokenizer: {error}") from error
+        stage = path.with_name(PRONUNCIATION_FILE)
+        self._pronounce = Pronouncer.read(stage) if stage.is_file() else None
         # Text that spells a special token is encoded as ordinary text: users cannot inject special tokens.
         self._tokenizer.encode_special_tokens = True
         self._begin, self._end = (self._special(path, token, vocab_size) for token in (BEGIN, END))
@@ -83,6 +89,11 @@ class TextTokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise PromptError(f"text is not valid Unicode: {text!r}") from error
+        if self._pronounce is not None:
+            spoken = self._pronounce(text)
+            if not spoken:
+                raise PromptError(f"no word of English in the text: {text!r}")
+            text = spoken
         ids = self._tokenizer.encode(f"[{speaker}]{text}", add_special_tokens=False).ids
         largest = max(ids, default=0)
         if largest >= self._vocab_size:  # a tokenizer may have more tokens than the model, such as a pad token

@@ -1,16 +1,15 @@
 """Whether an op uses its Triton kernels, and how they are launched and recorded.
 
 An op's wrapper asks ``use_kernels``, then either launches its kernels or runs its PyTorch reference. A GPU uses kernels
-unless ``kernels_unavailable`` gives a reason why it cannot. ``CSM_OPS`` overrides the choice: ``reference`` means
-PyTorch everywhere; ``triton`` means kernels on any device (a CPU needs ``TRITON_INTERPRET=1``; on the meta device
-launches are recorded and nothing runs).
+unless ``csm.selfcheck`` has found that it cannot. ``CSM_OPS`` overrides the choice: ``reference`` means PyTorch
+everywhere; ``triton`` means kernels on any device (a CPU needs ``TRITON_INTERPRET=1``; on the meta device launches are
+recorded and nothing runs).
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from csm.kernels.quantized import Weight
 
 try:
     import triton
@@ -30,16 +31,12 @@ except ImportError:  # some builds of PyTorch come without Triton; every op then
 
 MAX_ROWS = 64  # above this the step is compute-bound rather than bound by reading weights, and cuBLAS is faster
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MIN_CAPABILITY = (8, 0)  # Ampere; Triton supports nothing older, and older GPUs have no bfloat16
 PDL_CAPABILITY = (9, 0)  # programmatic dependent launch needs Hopper or later
 PDL_DRIVER = 12030  # CUDA 12.3: the first driver whose graphs keep programmatic dependencies
 # Raised by a launch configuration that exceeds the GPU's registers or shared memory.
 COMPILE_ERRORS: tuple[type[Exception], ...] = ()
-# Raised at a kernel's first launch if there is no C compiler, no Python.h, no libcuda or no working ptxas.
-PROBE_ERRORS = (RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError)
 if triton is not None:
     COMPILE_ERRORS = (TritonError,)
-    PROBE_ERRORS = (*PROBE_ERRORS, TritonError)
 
 # Triton's interpreter stores bfloat16 as integers and cannot multiply it: kernels cast to float32 there.
 INTERPRETED = triton and tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -76,6 +73,7 @@ def _constant_names(kernel: Any) -> frozenset[str]:
 
 
 _observers: list[list[Launch]] = []
+_disabled: set[torch.device] = set()
 
 
 def jit(*args: Any, **options: Any) -> Any:
@@ -85,51 +83,18 @@ def jit(*args: Any, **options: Any) -> Any:
     return args[0] if args else lambda kernel: kernel
 
 
-def use_kernels(x: Tensor, num_rows: int) -> bool:
+def use_kernels(x: Weight, num_rows: int) -> bool:
     """Whether an op on ``num_rows`` rows of ``x`` launches kernels. ValueError if ``CSM_OPS`` has no known value."""
     forced = os.environ.get("CSM_OPS", "")
     if forced not in ("", "reference", "triton"):
         raise ValueError(f"CSM_OPS must be 'reference' or 'triton', not {forced!r}")
-    if forced == "reference" or triton is None or x.dtype not in DTYPES or num_rows > MAX_ROWS:
-        return False
-    return forced == "triton" or (x.is_cuda and kernels_unavailable(x.device) is None)
+    supported = triton is not None and torch.version.hip is None and x.dtype in DTYPES and num_rows <= MAX_ROWS
+    return supported and forced != "reference" and (x.is_cuda or forced == "triton") and x.device not in _disabled
 
 
-@cache
-def kernels_unavailable(device: torch.device) -> str | None:
-    """Why this device cannot run the kernels, for a message to the user; None if it can.
-
-    On a capable GPU a tiny kernel is compiled and run once per process. Ask before a capture: the probe synchronises.
-    """
-    if device.type != "cuda":
-        return f"kernels run on an NVIDIA GPU, and the device is {device}"
-    if triton is None:
-        return "Triton is not installed (pip install triton)"
-    if torch.version.hip is not None:
-        return "this PyTorch is built for ROCm, and the kernels need CUDA"
-    capability = _capability(device)
-    if capability < MIN_CAPABILITY:
-        return "the GPU has compute capability {}.{}, and the kernels need 8.0".format(*capability)
-    try:
-        _probe(device)
-    except PROBE_ERRORS as error:
-        return f"Triton cannot compile and run a kernel (it needs a C compiler and Python.h): {error}"
-    return None
-
-
-@jit
-def store_one(out_ptr):
-    """The probe's kernel."""
-    tl.store(out_ptr, 1)
-
-
-def _probe(device: torch.device) -> None:
-    """Compile, launch and check one kernel. Raises one of PROBE_ERRORS."""
-    out = torch.zeros(1, device=device, dtype=torch.int32)
-    with torch.cuda.device(device):
-        store_one[(1,)](out)
-    if out.item() != 1:
-        raise RuntimeError(f"a kernel that stores 1 stored {out.item()}")
+def enable_kernels(device: torch.device, enabled: bool) -> None:
+    """Whether ops on ``device`` may launch kernels (the default). ``csm.selfcheck`` disables them where they fail."""
+    (_disabled.discard if enabled else _disabled.add)(device)
 
 
 @cache
@@ -160,21 +125,21 @@ def driver_version() -> int:
     return version.value
 
 
-def launch(kernel: Any, grid: Sequence[int], *, num_warps: int = 4, **arguments: Any) -> None:
+def launch(kernel: Any, grid: Sequence[int], *, num_warps: int = 4, dependent: bool = True, **arguments: Any) -> None:
     """Launch a kernel on the device of its tensors. Every argument is passed by the name of its parameter.
 
     From Hopper on, with a driver of CUDA 12.3 or later, kernels use programmatic dependent launch: a kernel may start
     before its predecessor has ended, and waits (``gdc_wait``) before it reads anything that an earlier kernel writes.
     ``CSM_PDL=0`` turns this off. A kernel releases its successor before it waits itself, so several kernels may be in
-    flight. Therefore a kernel must not read before its wait what any kernel writes. (A plain PyTorch op advances the
-    frame counter; it starts only when all earlier kernels have ended.)
+    flight. Therefore a kernel must not read before its wait what such a kernel writes. A kernel that
+    is not ``dependent`` starts when all earlier kernels have ended, as PyTorch's do, and releases no other early.
     """
     for recorded in _observers:
         recorded.append(Launch(kernel, tuple(grid), arguments, num_warps))
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type == "meta":
         return
-    pdl = supports_pdl(device) and os.environ.get("CSM_PDL") != "0"
+    pdl = dependent and supports_pdl(device) and os.environ.get("CSM_PDL") != "0"
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton uses the current device
         kernel[tuple(grid)](**arguments, PDL=pdl, num_warps=num_warps, **options)

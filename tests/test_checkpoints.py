@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +17,14 @@ from safetensors.torch import save_file
 from conftest import OLD_CONFIG, SESAME_CONFIG, tensors_of, write_sesame
 from csm import CheckpointError, CheckpointWarning, Generator
 from csm.config import CSM_1B, LLAMA_1B, LLAMA_100M, MIMI, RopeScaling
-from csm.weights import open_checkpoint
+from csm.weights import checkpoint as checkpoint_module
+from csm.weights import hub, open_checkpoint, read_codec
 from csm.weights.checkpoint import TINY
 from csm.weights.config_json import read_config, write_hf_config
+from csm.weights.hub import MIMI_FILE, MIMI_REPO
 from csm.weights.layouts import export, hf_table, mimi_table, sesame_table, target_shapes
 from csm.weights.recipe import shape as tiny_shape
-from noise import CODEC, CONFIG, random_state
+from noise import CODEC, CONFIG, NOISE, random_state
 from oracle import Shape, random_model, save
 
 
@@ -131,6 +134,55 @@ class TestLayouts:
 
         _, report = CsmForConditionalGeneration.from_pretrained(TINY, output_loading_info=True)
         assert not any(report.values())
+
+
+class TestRoundedCodec:
+    """A bfloat16 copy of Kyutai's codec inside a checkpoint, as in a mirror. NOISE's codec is Kyutai's here."""
+
+    @pytest.fixture
+    def mirror(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(checkpoint_module, "MIMI", CODEC)
+        exact = random_state(mimi_table(CODEC), seed=1)
+        tensors = tensors_of(Path(NOISE) / "model.safetensors")
+        tensors |= {name: tensor.bfloat16() for name, tensor in export(exact, mimi_table(CODEC))}
+        folder = shutil.copytree(NOISE, tmp_path / "mirror")
+        save_file(tensors, folder / "model.safetensors")
+        return folder, exact
+
+    def read(self, folder):
+        return read_codec(open_checkpoint(folder), None, torch.device("cpu"))
+
+    def test_is_used_with_a_warning(self, mirror):
+        folder, exact = mirror
+        with pytest.warns(CheckpointWarning, match=f"mirror: .* is bfloat16, .*put {MIMI_FILE}"):
+            state = self.read(folder)
+        assert same(state, {name: tensor.bfloat16().float() for name, tensor in exact.items()})
+
+    @pytest.mark.parametrize("place", ["in the folder", "in the cache"])
+    def test_is_replaced_by_kyutais_file(self, mirror, monkeypatch, tmp_path, recwarn, place):
+        folder, exact = mirror
+        path = (folder if place == "in the folder" else tmp_path) / MIMI_FILE
+        save_file(exact, path)
+        if place == "in the cache":
+            monkeypatch.setattr(hub, "cached", lambda repo, name: path if repo == MIMI_REPO else None)
+        assert same(self.read(folder), exact)
+        assert not [warning for warning in recwarn if warning.category is CheckpointWarning]
+
+    def test_another_codec_is_not_replaced(self, mirror):
+        """A codec that was trained further is not a rounded copy of Kyutai's."""
+        folder, exact = mirror
+        name = "decoder.model.0.conv.conv.weight"
+        save_file(exact | {name: exact[name] * 1.5}, folder / MIMI_FILE)
+        with pytest.warns(CheckpointWarning, match="rounded"):
+            state = self.read(folder)
+        assert torch.equal(state[name], exact[name].bfloat16().float())
+
+    def test_float32_needs_no_warning(self, mirror, recwarn):
+        folder, exact = mirror
+        tensors = tensors_of(folder / "model.safetensors") | dict(export(exact, mimi_table(CODEC)))
+        save_file(tensors, folder / "model.safetensors")
+        assert same(self.read(folder), exact)
+        assert not [warning for warning in recwarn if warning.category is CheckpointWarning]
 
 
 class TestConfig:

@@ -4,13 +4,13 @@ Without a GPU the kernels run in Triton's interpreter; with one (``make gpu``) t
 """
 
 import math
-import subprocess
 
 import pytest
 import torch
 
 from csm.frame import FrameState, decode_frame
 from csm.kernels import (
+    advance_frame,
     attention,
     attention_linear_add,
     embed_rows,
@@ -23,6 +23,7 @@ from csm.kernels import (
     sample,
 )
 from csm.kernels import launch as launch_module
+from csm.kernels.advance_frame import advance_frame_reference
 from csm.kernels.launch import MAX_ROWS, launches, use_kernels
 from csm.kernels.sample import Noise, draw_ids, gumbel_noise
 from csm.prefill import Prefill
@@ -252,6 +253,25 @@ def test_sample_terminates_on_nan_and_infinite_logits():
         assert 0 <= codes.item() < 8
 
 
+@pytest.mark.parametrize(("batch", "codebooks"), [(1, 4), (3, 7), (5, 32)])
+def test_advance_frame(batch, codebooks):
+    """The same state as the reference, with one slot at the last position."""
+    generator = torch.Generator().manual_seed(batch)
+    codes = torch.randint(2051, (batch, codebooks), generator=generator).to(DEVICE)
+    row = torch.randint(9, (batch, codebooks + 1), generator=generator).to(DEVICE)
+    mask = torch.zeros(batch, codebooks + 1, dtype=torch.bool, device=DEVICE)
+    mask[:, -1] = True
+    position = torch.arange(10, 10 - batch, -1, device=DEVICE)
+    state = (codes, row, mask, position, torch.arange(batch, device=DEVICE))
+    actual, expected = ([tensor.clone() for tensor in state] for _ in range(2))
+    with launches() as seen:
+        advance_frame(*actual, 10, torch.zeros(1, device=DEVICE))
+    assert names(seen) == ["advance_slot"]
+    advance_frame_reference(*expected, 10)
+    assert all(torch.equal(own, other) for own, other in zip(actual, expected, strict=True))
+    assert actual[3].tolist() == [min(p + 1, 10) for p in position.tolist()]
+
+
 def test_use_kernels(monkeypatch):
     def run(x, rows=1):
         return use_kernels(x, rows)
@@ -268,66 +288,14 @@ def test_use_kernels(monkeypatch):
         run(x)
 
 
-GPU = torch.device("cuda", 7)
-
-
-@pytest.fixture
-def fresh(monkeypatch):
-    """A pretended GPU of capability 9.0 whose probe succeeds; no cached answers."""
-    cached = (launch_module.kernels_unavailable, launch_module.supports_pdl)
-    monkeypatch.setattr(launch_module, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(launch_module, "_probe", lambda device: None)
-    monkeypatch.setattr(torch.version, "hip", None)
-    for function in cached:
-        function.cache_clear()
-    yield monkeypatch
-    for function in cached:
-        function.cache_clear()
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("Failed to find C compiler"),
-        subprocess.CalledProcessError(1, ["gcc"]),
-        FileNotFoundError("ptxas"),
-        OSError("libcuda.so cannot be found"),
-    ],
-    ids=str,
-)
-def test_kernels_are_unavailable_if_the_probe_fails(fresh, error):
-    def fail(device):
-        raise error
-
-    assert launch_module.kernels_unavailable(GPU) is None
-    launch_module.kernels_unavailable.cache_clear()
-    fresh.setattr(launch_module, "_probe", fail)
-    reason = launch_module.kernels_unavailable(GPU)
-    assert "C compiler" in reason and str(error) in reason
-
-
-def test_kernels_are_unavailable_below_ampere(fresh):
-    fresh.setattr(launch_module, "_capability", lambda device: (7, 5))
-    assert "compute capability 7.5" in launch_module.kernels_unavailable(GPU)
-    assert "cpu" in launch_module.kernels_unavailable(torch.device("cpu"))
-
-
-def test_kernels_are_unavailable_without_triton_or_with_rocm(fresh):
-    fresh.setattr(torch.version, "hip", "6.4")
-    assert "ROCm" in launch_module.kernels_unavailable(GPU)
-    launch_module.kernels_unavailable.cache_clear()
-    fresh.setattr(launch_module, "triton", None)
-    assert "not installed" in launch_module.kernels_unavailable(GPU)
-
-
 @pytest.mark.parametrize(
     ("capability", "driver", "expected"),
     [((9, 0), 12030, True), ((12, 0), 13000, True), ((9, 0), 12020, False), ((8, 9), 12080, False)],
 )
-def test_pdl_needs_hopper_and_a_driver_of_cuda_12_3(fresh, capability, driver, expected):
-    fresh.setattr(launch_module, "_capability", lambda device: capability)
-    fresh.setattr(launch_module, "driver_version", lambda: driver)
-    assert launch_module.supports_pdl(GPU) is expected
+def test_dependent_launch_needs_hopper_and_a_driver_of_cuda_12_3(monkeypatch, capability, driver, expected):
+    monkeypatch.setattr(launch_module, "_capability", lambda device: capability)
+    monkeypatch.setattr(launch_module, "driver_version", lambda: driver)
+    assert launch_module.supports_pdl.__wrapped__(torch.device("cuda", 7)) is expected
     assert not launch_module.supports_pdl(torch.device("cpu"))
 
 
