@@ -127,6 +127,7 @@ def _attend(
         position_BT=meta.position_BT,
         weight_DE=attention.output,
         residual_BTD=residual_BTD,
+        context=meta.context,
     )
     return (out_BTD,)
 
