@@ -16,23 +16,26 @@ from torch import Tensor, nn
 
 from csm.cache import KVCache
 from csm.config import CSMConfig, RopeScaling, TransformerConfig
-from csm.kernels import BlockWeights, block, embed_rows, norm_linear
+from csm.kernels import BlockWeights, block, causal_bias, embed_rows, norm_linear, use_kernels
 
 
 class AttentionMetadata(NamedTuple):
     """Positions of the rows, their rotary embeddings, and the additive attention mask.
 
     ``rope_BTp2`` holds cosine and sine. ``bias_BTS`` is 0 at cache positions up to a row's own and -inf beyond (a
-    causal mask).
+    causal mask); it is None if the kernels run, which compare positions. ``context`` is the number of cache positions
+    that attention covers.
     """
 
     position_BT: Tensor
     rope_BTp2: Tensor
-    bias_BTS: Tensor
+    bias_BTS: Tensor | None
+    context: int
 
     def rows(self, first: int, last: int) -> AttentionMetadata:
         """Metadata of rows ``first`` (inclusive) to ``last`` (exclusive)."""
-        return AttentionMetadata(*(x[:, first:last] for x in self))
+        bias_BTS = None if self.bias_BTS is None else self.bias_BTS[:, first:last]
+        return AttentionMetadata(self.position_BT[:, first:last], self.rope_BTp2[:, first:last], bias_BTS, self.context)
 
 
 class RoPE(nn.Module):
@@ -101,6 +104,7 @@ class Block(nn.Module):
             v_cache_BGSd=v_BGSd,
             slot_B1=slot_B1,
             position_BT=meta.position_BT,
+            context=meta.context,
         )
 
 
@@ -114,11 +118,18 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.Parameter(torch.ones(config.dim))
 
-    def attention_metadata(self, position_BT: Tensor, context_bucket: int) -> AttentionMetadata:
-        """Metadata of rows at ``position_BT``: causal attention over the first ``context_bucket`` cache positions."""
-        future_BTS = torch.arange(context_bucket, device=position_BT.device) > position_BT.unsqueeze(-1)
-        bias_BTS = torch.zeros_like(future_BTS, dtype=self.norm.dtype).masked_fill_(future_BTS, -torch.inf)
-        return AttentionMetadata(position_BT, self.rope.rope_Sp2[position_BT], bias_BTS)
+    def attention_metadata(
+        self, position_BT: Tensor, context_bucket: int, max_rows: int | None = None
+    ) -> AttentionMetadata:
+        """Metadata of rows at ``position_BT``: causal attention over the first ``context_bucket`` cache positions.
+
+        ``max_rows`` is the most rows per slot that one ``forward`` gets (None: all of them).
+        """
+        num_rows = position_BT.shape[0] * (max_rows or position_BT.shape[1])
+        bias_BTS = None
+        if not use_kernels(self.norm, num_rows):
+            bias_BTS = causal_bias(position_BT, context_bucket, self.norm.dtype)
+        return AttentionMetadata(position_BT, self.rope.rope_Sp2[position_BT], bias_BTS, context_bucket)
 
     def forward(self, x_BTD: Tensor, cache: KVCache, meta: AttentionMetadata) -> Tensor:
         """(B, T, D) -> (B, T, D). Writes the keys and values of the rows into the cache at ``meta.position_BT``."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -39,7 +39,7 @@ class LaunchConfig(NamedTuple):
         return -(-n // self.constants["BLOCK_N"])
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         return {"num_warps": self.num_warps, **self.constants}
 
 
