@@ -27,7 +27,7 @@ LAYERS = [
     {"csm.worker"},
     {"csm.generator"},
     {"csm.finetune"},
-    {"csm.bench", "csm.evaluate"},
+    {"csm.bench", "csm.compare", "csm.evaluate"},
     {"csm"},
     {"csm.__main__"},
     {"csm.weights.recipe"},
