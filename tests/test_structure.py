@@ -15,7 +15,7 @@ ROOT = Path(csm.__file__).parent.parent
 LAYERS = [
     {"csm.errors"},
     {"csm.config"},
-    {"csm.audio", "csm.graph", "csm.kernels", "csm.weights"},
+    {"csm.audio", "csm.graph", "csm.kernels", "csm.text", "csm.weights"},
     {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt"},
     {"csm.prefix_cache", "csm.request"},
     {"csm.model"},
@@ -47,6 +47,7 @@ FOLDERS = {
     "csm/bench": "csm.bench",
     "csm/evaluate": "csm.evaluate",
     "csm/finetune": "csm.finetune",
+    "csm/text": "csm.text",
     "kernels": "csm.kernels",
     "weights": "csm.weights",
     "weights/recipe": "csm.weights.recipe",
