@@ -11,11 +11,13 @@ from csm.errors import (
     RoomWarning,
     SamplingError,
     UnavailableError,
+    VoiceError,
 )
 from csm.generator import DEFAULT_MODEL, Generator, load_csm_1b
 from csm.prompt import Segment
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
+from csm.voices import Voice
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -32,6 +34,8 @@ __all__ = [
     "Segment",
     "SpeechRequest",
     "UnavailableError",
+    "Voice",
+    "VoiceError",
     "WavWriter",
     "load_csm_1b",
     "read_audio",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm.audio import to_mono
+from csm.audio import read_audio, to_mono
 from csm.cache import kv_bytes_per_position
 from csm.codec import Codec, check_codes
 from csm.config import CSMConfig
@@ -27,6 +27,7 @@ from csm.prefix_cache import PrefixCache
 from csm.prompt import Segment, TextTokenizer, build_prompt, check_length
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
+from csm.voices import SESAME_PROMPTS, Voice, find_voice, load_voice
 from csm.weights import Checkpoint, open_checkpoint, read_codec, read_model
 from csm.worker import Worker
 
@@ -59,6 +60,7 @@ class Generator:
         self._graphs = graphs
         self._worker: Worker | None = None
         self._prefix_cache = PrefixCache(PREFIX_POSITIONS * kv_bytes_per_position(model.config.backbone, model.dtype))
+        self._voices: dict[tuple[Path, int], Voice] = {}
         self._lock = threading.RLock()
 
     @classmethod
@@ -142,6 +144,22 @@ class Generator:
         """Codes (T, K) to (T * 1920,) float32 samples at ``sample_rate``. Raises AudioError."""
         return self.codec.decode(codes)
 
+    def voice(self, name: str | Voice) -> Voice:
+        """A voice by name, read from its file unless that is unchanged. Raises VoiceError."""
+        if isinstance(name, Voice):
+            return name
+        path = find_voice(name, self._checkpoint.folder)
+        key = path, path.stat().st_mtime_ns
+        with self._lock:
+            if key not in self._voices:
+                self._voices[key] = load_voice(path) if path.suffix == ".safetensors" else self._prompt_voice(name, path)
+            return self._voices[key]
+
+    def _prompt_voice(self, name: str, path: Path) -> Voice:
+        """One of Sesame's prompts, encoded."""
+        text = SESAME_PROMPTS[name]
+        return Voice(name, (text,), (self.encode(*read_audio(path)),), int(name.endswith("_b")))
+
     def prepare(self, turn: Segment) -> Segment:
         """A context turn with codes for audio: encode a reference once, however many sentences follow it."""
         return Segment(turn.speaker, turn.text, codes=self._turn(turn)[1])
@@ -155,6 +173,7 @@ class Generator:
         temperature: float = 0.9,
         topk: int = 50,
         seed: int | None = None,
+        voice: str | Voice | None = None,
     ) -> Tensor:
         """Speak ``text``: (samples,) float32 on the CPU, at ``sample_rate``.
 
@@ -167,11 +186,13 @@ class Generator:
             temperature: 0 is greedy.
             topk: draw among this many best ids.
             seed: the same seed gives the same speech; None draws one from ``torch``'s generator.
+            voice: a voice, or the name of one (``python -m csm voice list``). Its clips, as turns of ``speaker``, come
+                before the context.
 
         Raises:
-            PromptError, PromptTooLongError, SamplingError, AudioError: an argument is out of range.
+            PromptError, PromptTooLongError, SamplingError, AudioError, VoiceError: an argument is out of range.
         """
-        chunks = list(self.stream(text, speaker, context, max_audio_length_ms, temperature, topk, seed))
+        chunks = list(self.stream(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice))
         return torch.cat(chunks) if chunks else torch.zeros(0)
 
     def stream(
@@ -183,13 +204,14 @@ class Generator:
         temperature: float = 0.9,
         topk: int = 50,
         seed: int | None = None,
+        voice: str | Voice | None = None,
     ) -> Iterator[Tensor]:
         """``generate``, in chunks of 1920 samples (80 ms) as they are generated.
 
         Arguments are checked at the call. Generation starts with the first chunk that is asked for, runs at most
         ``MAX_UNREAD`` chunks ahead of the reader, and is cancelled when the iterator is closed.
         """
-        speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed)
+        speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice)
         frames = self._run([self._request(speech)], MAX_UNREAD)
         return (frame.audio_N for _, frame in frames if frame.audio_N is not None)
 
@@ -202,9 +224,10 @@ class Generator:
         temperature: float = 0.9,
         topk: int = 50,
         seed: int | None = None,
+        voice: str | Voice | None = None,
     ) -> Tensor:
         """``generate``, before the codec: codes (T, K) int64 on the CPU."""
-        speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed)
+        speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice)
         return self.generate_codes_batch([speech])[0]
 
     def generate_batch(self, requests: Sequence[SpeechRequest | Mapping[str, Any]]) -> list[Tensor]:
@@ -240,7 +263,9 @@ class Generator:
             raise SamplingError(f"top-k must be at most {self.config.codebook_size}, not {speech.topk}")
         text_ids = self._tokenizer.encode(speech.speaker, speech.text)
         check_length(len(text_ids), self.config)
-        prompt = build_prompt([self._turn(segment) for segment in speech.context], text_ids, self.config)
+        voice = [] if speech.voice is None else self.voice(speech.voice).segments(speech.speaker)
+        turns = [self._turn(segment) for segment in (*voice, *speech.context)]
+        prompt = build_prompt(turns, text_ids, self.config)
         # The step that generates the first frame reads the last row of the prompt.
         room = self.config.backbone.max_positions - prompt.row_TC.shape[0] + 1
         asked = limit_ms / frame_ms + 1e-6  # 16.08 s are 201 frames despite binary fractions
