@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: demo test check fix slow fullsize kernels gpu tiny clean
+.PHONY: demo test check fix slow fullsize golden kernels gpu tiny clean
 
 demo: .venv/installed
 	$(BIN)/python generate.py --model tiny --file docs/examples/demo.txt --seed 0 --max-seconds 15 --out out.wav
@@ -26,32 +26,40 @@ slow: .venv/installed-test
 fullsize: .venv/installed-test
 	$(BIN)/python -m pytest -m fullsize -s
 
+# The published weights against their golden codes, token ids and prompts: make golden MODEL=sesame/csm-1b (or a folder).
+# Takes 7 GB of memory on a CPU.
+golden: .venv/installed-test
+	$(if $(MODEL),,$(error MODEL is not set: make golden MODEL=sesame/csm-1b, or a folder with the weights))
+	HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-0} CSM_MODEL=$(MODEL) $(BIN)/python -m pytest -m golden -s
+
 # Compiles every kernel for four GPU architectures; needs no GPU.
 kernels: .venv/installed
 	$(BIN)/python bench.py --kernels --batch 1 4 8 32
 
-# On a machine with a GPU: its tests, then its figures, in one folder of results. GPU_PYTHON=python3 takes an
-# environment that is there, with csm installed in it (pip install --no-deps -e .), in place of .venv.
+# On a machine with a GPU: its tests, then its benchmark, both into results/. GPU_PYTHON=python3 uses an existing
+# environment with csm installed in it (pip install --no-deps -e .) instead of .venv.
 gpu: $(if $(GPU_PYTHON),,.venv/installed-bench)
 	mkdir -p results
 	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m cuda -rs | tee results/tests.txt; test $${PIPESTATUS[0]} -eq 0
 	$(or $(GPU_PYTHON),$(BIN)/python) bench.py --batch 1 2 4 8 16 32 64 --profile --out results
 
-# The embedded voice from nothing: recordings by four voices of flite, which must be installed (apt install flite), a codec,
-# a model, and their word error rates. Hours on two cores; stopped, it goes on where it was. Nobody has run it to its end in
-# one: what weights/tiny came of is in its README.md.
+# Trains the embedded voice from nothing: recordings by four voices of flite, a codec, a model, and their word error
+# rates. Needs Debian's flite, wordnet-base and wamerican. Takes hours on two cores and resumes where it stopped. It has
+# not been run from start to end in one go; weights/tiny/README.md says how the weights there were made.
 TINY ?= tiny
 RECIPE := $(BIN)/python -m csm.weights.recipe
 FINETUNE := $(BIN)/python -m csm finetune --resume --device cpu --codes $(TINY)/codes --jobs 2 --valid $(TINY)/valid.jsonl \
 	--depth-share 0.5 --precision bfloat16 --weight-decay 0.05 --ema 0.999
 tiny: .venv/installed-eval
-	$(RECIPE).recordings $(TINY) --split train --count 32000
-	$(RECIPE).recordings $(TINY) --split valid --count 100
-	$(RECIPE).recordings $(TINY) --split test --count 150
+	$(RECIPE).recordings $(TINY) --text open --split train --count 60000
+	$(RECIPE).recordings $(TINY) --text open --split valid --count 100
+	$(RECIPE).recordings $(TINY)/templates --text templates --split test --count 150
+	$(RECIPE).recordings $(TINY)/everyday --text everyday --split test --count 150
+	$(RECIPE).pronunciation $(TINY)/pronunciation.json.gz
 	$(RECIPE).conversations $(TINY)/train.jsonl $(TINY)/talks.jsonl
 	$(RECIPE).codec $(TINY)/train.jsonl $(TINY)/codec
 	$(RECIPE).export codec $(TINY)/codec/checkpoint.pt $(TINY)/codes.safetensors
-	$(RECIPE).export start $(TINY)/codes.safetensors $(TINY)/start
+	$(RECIPE).export start $(TINY)/codes.safetensors $(TINY)/start --pronunciation $(TINY)/pronunciation.json.gz
 	$(FINETUNE) --data $(TINY)/train.jsonl --model $(TINY)/start --config $(TINY)/start/config.json --out $(TINY)/turns \
 		--steps 3000 --batch-size 16 --learning-rate 1.5e-3 --warmup 300 --min-lr-ratio 0.8
 	$(FINETUNE) --data $(TINY)/talks.jsonl --model $(TINY)/turns/model --out $(TINY)/talks --context 2 --code-noise 0.15 \
@@ -61,7 +69,10 @@ tiny: .venv/installed-eval
 		--steps 4000
 	$(RECIPE).export codec $(TINY)/decoder/checkpoint.pt $(TINY)/codec.safetensors
 	$(RECIPE).export model $(TINY)/talks/model $(TINY)/model --codec $(TINY)/codec.safetensors
-	$(BIN)/python -m csm eval --data $(TINY)/test.jsonl --recordings --codec --model $(TINY)/model --seeds 3 --out $(TINY)/eval
+	$(BIN)/python -m csm eval --data $(TINY)/templates/test.jsonl --recordings --codec --model $(TINY)/model --seeds 3 \
+		--out $(TINY)/eval-templates
+	$(BIN)/python -m csm eval --data $(TINY)/everyday/test.jsonl --recordings --codec --model $(TINY)/model --seeds 3 \
+		--out $(TINY)/eval-everyday
 
 clean:
 	rm -rf .venv .typecheck build csm.egg-info
@@ -77,7 +88,7 @@ clean:
 	$(BIN)/pip install --progress-bar off -e ".[$*]"
 	touch $@ .venv/installed
 
-# The source tree as it is installed (csm.kernels lives in kernels/): what the type checker reads.
+# The type checker reads the source tree as it is installed (csm.kernels lives in kernels/).
 SOURCES := $(filter-out %__pycache__,$(wildcard csm/*)) kernels weights
 .typecheck/csm: $(wildcard csm/*.py kernels/*.py weights/*.py)
 	rm -rf $@ && mkdir -p $@

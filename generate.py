@@ -57,9 +57,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ref", type=Path, help="a recording of the voice to continue; needs --ref-text")
     parser.add_argument("--ref-text", help="what is said in --ref")
     parser.add_argument("--seed", type=int, help="repeats a run (default: drawn, and printed)")
-    parser.add_argument("--temperature", type=float, default=0.9, help="0 is greedy (default: 0.9)")
-    parser.add_argument("--top-k", type=int, default=50, help="draw among this many best codes (default: 50)")
-    parser.add_argument("--max-seconds", type=float, default=90.0, help="most audio an utterance (default: 90)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the checkpoint's, else 0.9)")
+    parser.add_argument(
+        "--top-k", type=int, help="draw among this many best codes (default: the checkpoint's, else 50)"
+    )
+    parser.add_argument(
+        "--max-seconds", type=float, help="most audio an utterance (default: the checkpoint's, else 90)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="bfloat16 on a GPU by default")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -128,7 +132,7 @@ class LineSpeaker:
             line,
             self.args.speaker,
             [*self.reference, *before],
-            max_audio_length_ms=self.args.max_seconds * 1000,
+            max_audio_length_ms=None if self.args.max_seconds is None else self.args.max_seconds * 1000,
             temperature=self.args.temperature,
             topk=self.args.top_k,
             seed=self.args.seed + index,
@@ -158,7 +162,8 @@ def run(args: argparse.Namespace) -> str:
     """Write the WAV file; return the closing line."""
     lines, reference = read_lines(args), read_reference(args)
     args.seed = secrets.randbits(32) if args.seed is None else args.seed
-    SamplingParams(args.temperature, args.top_k, args.seed)  # before anything is loaded
+    given = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed}
+    SamplingParams(**{name: value for name, value in given.items() if value is not None})  # checked before loading
     with WavWriter(args.out) as wav:
         generator = load(args)
         wav.begin(generator.sample_rate)

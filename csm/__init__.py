@@ -4,7 +4,9 @@ from csm.audio import WavWriter, read_audio
 from csm.errors import (
     AudioError,
     CheckpointError,
+    CheckpointWarning,
     CSMError,
+    FallbackWarning,
     PromptError,
     PromptTooLongError,
     QueueFullError,
@@ -24,6 +26,8 @@ __all__ = [
     "AudioError",
     "CSMError",
     "CheckpointError",
+    "CheckpointWarning",
+    "FallbackWarning",
     "Generator",
     "PromptError",
     "PromptTooLongError",

@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from csm.prefix_cache import PrefixCache
 from csm.prompt import Prompt, audio_rows
 from csm.runner import AudioDecoder, BatchDecoder, BatchRunner, Output, audio_decoder
 from csm.sampling import SamplingParams
+from csm.selfcheck import choose_rung, fall_back
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +139,7 @@ class Engine:
 
     ``submit`` and ``cancel`` may be called from any thread, also while another steps. ``codec`` returns the codec
     (``frame_size`` samples a frame) and is called when samples are first asked for. ``graphs`` captures each batch
-    size on its first use.
+    size on its first use, and ``progress`` shows a bar while its kernels are compiled and checked.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class Engine:
         prefix_cache: PrefixCache,
         max_queue: int | None = None,
         graphs: bool = True,
+        progress: bool = False,
     ):
         self.model = model
         self.max_slots = max_slots
@@ -162,6 +164,8 @@ class Engine:
             self._prefill = Prefill(model, prefix_cache)
         self._prefix_cache = prefix_cache
         self._graphs = graphs and graphs_enabled(model.device)
+        self._progress = progress
+        self._prepared: set[int] = set()  # batch sizes
         self._runners: dict[int, BatchRunner] = {}
         self._decoder: AudioDecoder | None = None
         self._slots: list[_Active | None] = [None] * max_slots
@@ -305,14 +309,25 @@ class Engine:
                 raise
 
     def _prepare(self, batch: int) -> None:
-        """Before a prompt is read: capture the batch size that it needs, or check what is captured."""
+        """Before a prompt is read: capture the batch size that it needs, and check what is captured."""
         runner = self._runner(batch)
-        if self._graphs and not runner.is_captured:
-            self._capture(batch)
+        if batch not in self._prepared:
+            self._choose_ops(batch)
+            self._prepared.add(batch)
         runner.check()
         self._prefill.check()
         if isinstance(self._decoder, BatchDecoder):
             self._decoder.check()
+
+    def _choose_ops(self, batch: int) -> None:
+        """Check the kernels and graphs of a batch size on this device, and capture it if they pass."""
+        rung = choose_rung(self.model, (batch,), self._progress)
+        if not (self._graphs and rung.graph):
+            return
+        try:
+            self._capture(batch)
+        except Exception as error:  # noqa: BLE001 (CUDA raises errors of many classes)
+            fall_back(self._device, replace(rung, kernels=False), f"batch {batch} cannot be captured: {error}")
 
     def _capture(self, batch: int) -> None:
         """Capture the step and the codec at a batch size, and the prefill's chunks once."""

@@ -21,12 +21,20 @@ class PromptTooLongError(PromptError):
     """The prompt has more positions than the backbone."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint is used although something about it may change the speech. The message names the file."""
+
+
 class RoomWarning(UserWarning):
     """The prompt leaves fewer positions than the requested audio length, so the audio may be cut short."""
 
 
 class VoiceError(CSMError):
     """A voice has a bad name, does not exist, or its file cannot be read or written."""
+
+
+class FallbackWarning(UserWarning):
+    """A fast path failed its self-check on this device, so a slower one is used."""
 
 
 class SamplingError(CSMError):

@@ -45,8 +45,15 @@ class FrameState:
     depth_cache: KVCache
 
     @classmethod
-    def allocate(cls, config: CSMConfig, batch: int, device: torch.device, dtype: torch.dtype) -> FrameState:
-        """Allocate ``batch`` slots, with caches for all positions of the backbone."""
+    def allocate(
+        cls,
+        config: CSMConfig,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_positions: int | None = None,
+    ) -> FrameState:
+        """Allocate ``batch`` slots of at most ``max_positions`` (None: all positions of the backbone)."""
         num_codebooks = config.num_codebooks
 
         def integers(*shape: int) -> Tensor:
@@ -65,7 +72,7 @@ class FrameState:
             temperature_B=torch.zeros(batch, device=device),
             top_k_B=torch.ones(batch, device=device, dtype=torch.int64),
             depth_position_BK=torch.arange(num_codebooks, device=device).repeat(batch, 1),
-            backbone_cache=cache(config.backbone, config.backbone.max_positions),
+            backbone_cache=cache(config.backbone, max_positions or config.backbone.max_positions),
             depth_cache=cache(config.depth_decoder, num_codebooks),
         )
 

@@ -20,15 +20,16 @@ from csm.cache import kv_bytes_per_position
 from csm.codec import Codec, check_codes
 from csm.config import CSMConfig
 from csm.engine import Engine, Frame, Request
-from csm.errors import AudioError, CheckpointError, CSMError, PromptError, RoomWarning, SamplingError
+from csm.errors import AudioError, CheckpointError, CSMError, PromptError, RoomWarning, SamplingError, VoiceError
 from csm.lora import load_adapter
 from csm.model import CSM
 from csm.prefix_cache import PrefixCache
-from csm.prompt import Segment, TextTokenizer, build_prompt, check_length
+from csm.prompt import Prompt, Segment, TextTokenizer, build_prompt, check_length
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
+from csm.selfcheck import default_dtype
 from csm.voices import SESAME_PROMPTS, Voice, find_voice, load_voice
-from csm.weights import Checkpoint, open_checkpoint, read_codec, read_model
+from csm.weights import Checkpoint, open_checkpoint, read_codec, read_generation_defaults, read_model
 from csm.worker import Worker
 
 DEFAULT_MODEL = "sesame/csm-1b"
@@ -48,16 +49,19 @@ class Generator:
         codec_file: str | Path | None = None,
         graphs: bool = True,
         max_streams: int = MAX_STREAMS,
+        progress: bool = False,
     ):
         self.config: CSMConfig = model.config
         self.model = model
         self.sample_rate = checkpoint.codec_config.sample_rate
+        self.defaults = read_generation_defaults(checkpoint.folder)
         self._checkpoint = checkpoint
         self._codec_file = codec_file
         self._tokenizer = TextTokenizer(checkpoint.tokenizer_path, model.config.text_vocab_size)
         self._codec: Codec | None = None
         self._max_streams = max_streams
         self._graphs = graphs
+        self._progress = progress
         self._worker: Worker | None = None
         self._prefix_cache = PrefixCache(PREFIX_POSITIONS * kv_bytes_per_position(model.config.backbone, model.dtype))
         self._voices: dict[tuple[Path, int], Voice] = {}
@@ -81,7 +85,8 @@ class Generator:
             name: a hub name (``sesame/csm-1b``, ``unsloth/csm-1b``, with an optional ``@revision``), a folder in
                 Sesame's or HF Transformers' layout, or "tiny", the embedded checkpoint (a demonstration voice).
             device: where to run; None is a GPU if there is one.
-            dtype: of the weights; None is bfloat16 on a GPU and float32 on a CPU.
+            dtype: of the weights; None is bfloat16 on a GPU (float16 if it has no bfloat16) and float32 on
+                a CPU.
             codec: a file of Mimi weights in Kyutai's layout; None is the checkpoint's own, else Kyutai's from the hub.
             progress: show a bar where loading takes more than a second.
             lora: the folder of an adapter (``python -m csm finetune --lora``), which is merged into the weights.
@@ -96,12 +101,12 @@ class Generator:
         where = find_device(device)
         if dtype is not None and dtype not in DTYPES:
             raise CSMError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
-        dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-        checkpoint = open_checkpoint(name)
+        dtype = dtype or default_dtype(where)
+        checkpoint = open_checkpoint(name, progress)
         model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, where, dtype, progress), where)
         if lora is not None:
             load_adapter(lora, checkpoint.config).merge(model)
-        return cls(checkpoint, model, codec, graphs, max_streams)
+        return cls(checkpoint, model, codec, graphs, max_streams, progress)
 
     @property
     def device(self) -> torch.device:
@@ -145,15 +150,27 @@ class Generator:
         return self.codec.decode(codes)
 
     def voice(self, name: str | Voice) -> Voice:
-        """A voice by name, read from its file unless that is unchanged. Raises VoiceError."""
+        """A voice by name, read from its file unless that is unchanged.
+
+        Raises VoiceError, also for a voice that another codec encoded.
+        """
         if isinstance(name, Voice):
-            return name
+            return self._checked_voice(name)
         path = find_voice(name, self._checkpoint.folder)
         key = path, path.stat().st_mtime_ns
         with self._lock:
             if key not in self._voices:
-                self._voices[key] = load_voice(path) if path.suffix == ".safetensors" else self._prompt_voice(name, path)
+                voice = load_voice(path) if path.suffix == ".safetensors" else self._prompt_voice(name, path)
+                self._voices[key] = self._checked_voice(voice)
             return self._voices[key]
+
+    def _checked_voice(self, voice: Voice) -> Voice:
+        try:
+            for codes_TK in voice.codes:
+                check_codes(codes_TK, self.config.num_codebooks, self.config.codebook_size)
+        except AudioError as error:
+            raise VoiceError(f"the voice {voice.name!r} was made for another model: {error}") from error
+        return voice
 
     def _prompt_voice(self, name: str, path: Path) -> Voice:
         """One of Sesame's prompts, encoded."""
@@ -169,9 +186,9 @@ class Generator:
         text: str,
         speaker: int = 0,
         context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
-        temperature: float = 0.9,
-        topk: int = 50,
+        max_audio_length_ms: float | None = None,
+        temperature: float | None = None,
+        topk: int | None = None,
         seed: int | None = None,
         voice: str | Voice | None = None,
     ) -> Tensor:
@@ -184,10 +201,13 @@ class Generator:
             max_audio_length_ms: stop there even if the speech has not ended. Speech also stops where the backbone's
                 positions end; a prompt that leaves less room than this gives a RoomWarning.
             temperature: 0 is greedy.
-            topk: draw among this many best ids.
+            topk: sample among this many most likely ids.
             seed: the same seed gives the same speech; None draws one from ``torch``'s generator.
             voice: a voice, or the name of one (``python -m csm voice list``). Its clips, as turns of ``speaker``, come
                 before the context.
+
+        ``max_audio_length_ms``, ``temperature`` and ``topk`` of None are the checkpoint's defaults
+        (``generation_config.json``; without one 90,000, 0.9 and 50).
 
         Raises:
             PromptError, PromptTooLongError, SamplingError, AudioError, VoiceError: an argument is out of range.
@@ -200,9 +220,9 @@ class Generator:
         text: str,
         speaker: int = 0,
         context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
-        temperature: float = 0.9,
-        topk: int = 50,
+        max_audio_length_ms: float | None = None,
+        temperature: float | None = None,
+        topk: int | None = None,
         seed: int | None = None,
         voice: str | Voice | None = None,
     ) -> Iterator[Tensor]:
@@ -212,17 +232,21 @@ class Generator:
         ``MAX_UNREAD`` chunks ahead of the reader, and is cancelled when the iterator is closed.
         """
         speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice)
+        return (frame.audio_N for frame in self.stream_frames(speech) if frame.audio_N is not None)
+
+    def stream_frames(self, speech: SpeechRequest) -> Iterator[Frame]:
+        """``stream`` with the codes (K,) of each chunk."""
         frames = self._run([self._request(speech)], MAX_UNREAD)
-        return (frame.audio_N for _, frame in frames if frame.audio_N is not None)
+        return (frame for _, frame in frames)
 
     def generate_codes(
         self,
         text: str,
         speaker: int = 0,
         context: Sequence[Segment] = (),
-        max_audio_length_ms: float = 90_000,
-        temperature: float = 0.9,
-        topk: int = 50,
+        max_audio_length_ms: float | None = None,
+        temperature: float | None = None,
+        topk: int | None = None,
         seed: int | None = None,
         voice: str | Voice | None = None,
     ) -> Tensor:
@@ -251,30 +275,56 @@ class Generator:
         empty = torch.zeros(0, self.config.num_codebooks, dtype=torch.int64)
         return [torch.stack(frames) if frames else empty for frames in codes]
 
-    def _request(self, speech: SpeechRequest, audio: bool = True) -> Request:
-        """A checked and tokenised request. ``audio`` asks for samples, not codes alone."""
-        frame_ms = 1000 / self._checkpoint.codec_config.frame_rate
-        limit_ms = speech.max_audio_length_ms
-        if not isinstance(limit_ms, numbers.Real) or not limit_ms >= frame_ms:
-            raise CSMError(f"the audio's limit must be at least one frame, {frame_ms:g} ms, not {limit_ms!r}")
-        seed = int(torch.randint(2**63 - 1, ())) if speech.seed is None else speech.seed
-        params = SamplingParams(speech.temperature, speech.topk, seed)
-        if speech.topk > self.config.codebook_size:
-            raise SamplingError(f"top-k must be at most {self.config.codebook_size}, not {speech.topk}")
+    def room_ms(self, speech: SpeechRequest) -> float:
+        """The most audio, in milliseconds, that the positions left by a request's prompt hold."""
+        return self._room(self._prompt(speech)) * self._frame_ms
+
+    def num_positions(self, turn: Segment) -> int:
+        """Positions of the backbone that a context turn takes; without audio and codes, those of its text."""
+        if turn.audio is None and turn.codes is None:
+            return len(self._tokenizer.encode(turn.speaker, turn.text))
+        text_ids, codes_TK = self._turn(turn)
+        return len(text_ids) + codes_TK.shape[0] + 1
+
+    @property
+    def _frame_ms(self) -> float:
+        return 1000 / self._checkpoint.codec_config.frame_rate
+
+    def _room(self, prompt: Prompt) -> int:
+        """Frames that fit behind a prompt. The step that generates the first frame reads the prompt's last row."""
+        return self.config.backbone.max_positions - prompt.row_TC.shape[0] + 1
+
+    def _prompt(self, speech: SpeechRequest) -> Prompt:
+        """The rows of a request: its voice, its context, its text."""
         text_ids = self._tokenizer.encode(speech.speaker, speech.text)
         check_length(len(text_ids), self.config)
         voice = [] if speech.voice is None else self.voice(speech.voice).segments(speech.speaker)
         turns = [self._turn(segment) for segment in (*voice, *speech.context)]
-        prompt = build_prompt(turns, text_ids, self.config)
-        # The step that generates the first frame reads the last row of the prompt.
-        room = self.config.backbone.max_positions - prompt.row_TC.shape[0] + 1
+        return build_prompt(turns, text_ids, self.config)
+
+    def _request(self, speech: SpeechRequest, audio: bool = True) -> Request:
+        """A checked and tokenised request. ``audio`` asks for samples, not codes alone."""
+        frame_ms = self._frame_ms
+        limit_ms = (
+            self.defaults.max_audio_length_ms if speech.max_audio_length_ms is None else speech.max_audio_length_ms
+        )
+        if not isinstance(limit_ms, numbers.Real) or not limit_ms >= frame_ms:
+            raise CSMError(f"the audio's limit must be at least one frame, {frame_ms:g} ms, not {limit_ms!r}")
+        seed = int(torch.randint(2**63 - 1, ())) if speech.seed is None else speech.seed
+        temperature = self.defaults.temperature if speech.temperature is None else speech.temperature
+        topk = self.defaults.top_k if speech.topk is None else speech.topk
+        params = SamplingParams(temperature, topk, seed)
+        if topk > self.config.codebook_size:
+            raise SamplingError(f"top-k must be at most {self.config.codebook_size}, not {topk}")
+        prompt = self._prompt(speech)
+        room = self._room(prompt)
         asked = limit_ms / frame_ms + 1e-6  # 16.08 s are 201 frames despite binary fractions
         if room < asked:
             message = (
                 f"the prompt leaves room for {room * frame_ms / 1000:.2f} s of audio, "
                 f"of the {limit_ms / 1000:g} s that were asked for"
             )
-            warnings.warn(message, RoomWarning, stacklevel=3)
+            warnings.warn(message, RoomWarning, stacklevel=4)
         return Request(prompt, params, int(min(asked, room)), audio)
 
     def _turn(self, segment: Segment) -> tuple[list[int], Tensor]:
@@ -307,7 +357,14 @@ class Generator:
                 num_slots = max(num_slots, self._max_streams)
                 frame_size = self._checkpoint.codec_config.frame_size
                 engine = Engine(
-                    self.model, lambda: self.codec, frame_size, num_slots, self._prefix_cache, graphs=self._graphs
+                    self.model,
+                    lambda: self.codec,
+                    frame_size,
+                    num_slots,
+                    self._prefix_cache,
+                    None,
+                    self._graphs,
+                    self._progress,
                 )
                 worker = self._worker = Worker(engine)
             return worker

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from csm.config import CSMConfig
 from csm.errors import CheckpointError, PromptError, PromptTooLongError
+from csm.pronounce import PRONUNCIATION_FILE, Pronouncer
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 
@@ -50,19 +51,22 @@ class Prompt(NamedTuple):
 
 
 class TextTokenizer:
-    """A checkpoint's ``tokenizer.json``. Begin and end tokens are added here, not by its post-processor."""
+    """A checkpoint's ``tokenizer.json``. Begin and end tokens are added here, not by its post-processor.
+
+    A ``pronunciation.json.gz`` beside it turns the text into phones first.
+    """
 
     def __init__(self, path: Path, vocab_size: int):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
             raise CheckpointError(f"{path}: cannot be read as a tokenizer: {error}") from error
+        stage = path.with_name(PRONUNCIATION_FILE)
+        self._pronounce = Pronouncer.read(stage) if stage.is_file() else None
         # Text that spells a special token is encoded as ordinary text: users cannot inject special tokens.
         self._tokenizer.encode_special_tokens = True
         self._begin, self._end = (self._special(path, token, vocab_size) for token in (BEGIN, END))
-        if self._tokenizer.get_vocab_size() > vocab_size:
-            count = self._tokenizer.get_vocab_size()
-            raise CheckpointError(f"{path} has {count} tokens, but the model has {vocab_size} text embeddings")
+        self._path, self._vocab_size = path, vocab_size
 
     def _special(self, path: Path, token: str, vocab_size: int) -> int:
         index = self._tokenizer.token_to_id(token)
@@ -71,7 +75,10 @@ class TextTokenizer:
         return index
 
     def encode(self, speaker: int, text: str) -> list[int]:
-        """Token ids of a turn's text, with begin and end tokens. Raises PromptError for invalid text or speaker."""
+        """Token ids of a turn's text, with begin and end tokens.
+
+        Raises PromptError for invalid text or speaker, and for a token that the model has no embedding of.
+        """
         if isinstance(speaker, bool) or not hasattr(speaker, "__index__") or operator.index(speaker) < 0:
             raise PromptError(f"speaker must be a whole number of at least 0, not {speaker!r}")
         if not isinstance(text, str):
@@ -82,7 +89,19 @@ class TextTokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise PromptError(f"text is not valid Unicode: {text!r}") from error
+        if self._pronounce is not None:
+            spoken = self._pronounce(text)
+            if not spoken:
+                raise PromptError(f"no word of English in the text: {text!r}")
+            text = spoken
         ids = self._tokenizer.encode(f"[{speaker}]{text}", add_special_tokens=False).ids
+        largest = max(ids, default=0)
+        if largest >= self._vocab_size:  # a tokenizer may have more tokens than the model, such as a pad token
+            token = self._tokenizer.id_to_token(largest)
+            raise PromptError(
+                f"{self._path}: the text contains the token {token!r} with id {largest}, but the model has only "
+                f"{self._vocab_size} text embeddings; remove it from the text"
+            )
         return [self._begin, *ids, self._end]
 
 

@@ -18,9 +18,9 @@ class SpeechRequest:
     text: str
     speaker: int = 0
     context: Sequence[Segment] = ()
-    max_audio_length_ms: float = 90_000
-    temperature: float = 0.9
-    topk: int = 50
+    max_audio_length_ms: float | None = None
+    temperature: float | None = None
+    topk: int | None = None
     seed: int | None = None
     voice: str | Voice | None = None
 

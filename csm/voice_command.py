@@ -98,8 +98,8 @@ def _record(args: argparse.Namespace) -> Voice:
     room_ms = generator.room_ms(SpeechRequest("Hello there.", args.speaker, voice=voice))
     if room_ms < MIN_ROOM_MS:
         raise VoiceError(
-            f"the recordings leave room for {room_ms / 1000:.2f} s of speech; at least {MIN_ROOM_MS / 1000:g} s must be "
-            f"left: use shorter ones"
+            f"the recordings leave room for {room_ms / 1000:.2f} s of speech, less than {MIN_ROOM_MS / 1000:g} s: use "
+            f"shorter ones"
         )
     return voice
 

@@ -1,8 +1,8 @@
 """Voices: named clips with their transcripts and codec codes, kept in files and used as the start of a prompt.
 
 A voice is one safetensors file, NAME.safetensors: a tensor codes_0, codes_1, ... (T, K) for each clip, and in the
-metadata its format, name, texts (JSON), speaker and consent. Voices are found in ``voices_folder()``, then in the folder
-``voices`` beside a checkpoint's weights. Sesame's six prompts are voices where the checkpoint has their recordings.
+metadata its format, name, texts (JSON), speaker and consent. Voices are found in ``voices_folder()``, then in the
+folder ``voices`` beside a checkpoint's weights. Sesame's six prompts are voices where the checkpoint has their recordings.
 """
 
 from __future__ import annotations
@@ -185,7 +185,9 @@ def _voice(name: str, metadata: dict[str, str], tensors: dict[str, Tensor]) -> V
     codes = tuple(tensors[key].long() for key in expected)
     for key, codes_TK in zip(expected, codes, strict=True):
         if codes_TK.ndim != 2 or not codes_TK.shape[0] or tensors[key].is_floating_point():
-            raise ValueError(f"{key} has shape {tuple(codes_TK.shape)} and dtype {tensors[key].dtype}, not (T, K) integers")
+            raise ValueError(
+                f"{key} has shape {tuple(codes_TK.shape)} and dtype {tensors[key].dtype}, not (T, K) integers"
+            )
     return Voice(name, tuple(texts), codes, speaker, metadata.get("consent", ""))
 
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
-from csm.kernels.tiles import wait_for_inputs
+from csm.kernels.launch import INTERPRETED, jit, launch, power_of_two, tl, use_kernels
+from csm.kernels.tiles import release_next_kernel, wait_for_inputs
 
-CHUNK = 64  # cache positions per program; the same at every context, so that a longer context changes no bit
+MIN_DOT = 16  # the smallest side of tl.dot's operands
+SHORT_CHUNK, CHUNK = 32, 64  # cache positions per program: of the depth decoder's cache, and of longer ones
 
 
 def attention_reference(q_BTHd: Tensor, k_cache_BGSd: Tensor, v_cache_BGSd: Tensor, bias_BTS: Tensor) -> Tensor:
@@ -28,13 +29,20 @@ def attention_reference(q_BTHd: Tensor, k_cache_BGSd: Tensor, v_cache_BGSd: Tens
 
 
 @jit
-def partial_softmax(q_RD, k_SD, v_SD, visible_S):
-    """Per query head: the maximum score, the sum of exp(score - maximum), and the values weighted by those terms."""
-    score_RS = tl.sum(q_RD[:, None, :] * k_SD[None, :, :], axis=2)
-    score_RS = tl.where(visible_S[None, :], score_RS, -float("inf"))
-    max_R = tl.max(score_RS, axis=1)
-    weight_RS = tl.exp(score_RS - max_R[:, None])
-    return max_R, tl.sum(weight_RS, axis=1), tl.sum(weight_RS[:, :, None] * v_SD[None, :, :], axis=1)
+def softmax_dot(q_MD, k_SD, v_SD, visible_MS, scale):
+    """Attention of M query heads on tensor cores, not normalised.
+
+    Returns, per head, the maximum score, the sum of exp(score - maximum), and the values weighted by those terms
+    (M, D), all in float32. Every head needs a visible position. The weights are rounded to the dtype of the values.
+    """
+    if INTERPRETED:
+        q_MD, k_SD, v_SD = q_MD.to(tl.float32), k_SD.to(tl.float32), v_SD.to(tl.float32)
+    score_MS = tl.dot(q_MD, tl.trans(k_SD), input_precision="ieee") * scale
+    score_MS = tl.where(visible_MS, score_MS, -float("inf"))
+    max_M = tl.max(score_MS, axis=1)
+    weight_MS = tl.exp(score_MS - max_M[:, None])
+    acc_MD = tl.dot(weight_MS.to(v_SD.dtype), v_SD, input_precision="ieee")
+    return max_M, tl.sum(weight_MS, axis=1), acc_MD
 
 
 @jit
@@ -45,6 +53,7 @@ def attend_chunk(
     sum_ptr,
     max_ptr,
     acc_ptr,
+    out_ptr,
     position_ptr,
     position_stride,
     slot_stride,
@@ -56,28 +65,33 @@ def attend_chunk(
     d: tl.constexpr,
     CHUNKS: tl.constexpr,
     S: tl.constexpr,
-    R: tl.constexpr,
+    M: tl.constexpr,
     D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The partial softmax of one row, one key head and one chunk of positions (split-KV attention)."""
+    """Attention of one row and one key head over one chunk of positions (split-KV). A single chunk is the result."""
+    release_next_kernel(PDL)
     row, group, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m_M, d_D, s_S = tl.arange(0, M), tl.arange(0, D), chunk * S + tl.arange(0, S)
+    head_M, mask_M = row * H + group * (H // G) + m_M, m_M < H // G
+    mask_MD = mask_M[:, None] & (d_D < d)[None, :]
     wait_for_inputs(PDL)
     position = tl.load(position_ptr + row // T * position_stride + row % T)
+    q_MD = tl.load(q_ptr + head_M[:, None] * d + d_D[None, :], mask=mask_MD, other=0.0)
     if chunk * S <= position:
-        r_R, d_D, s_S = tl.arange(0, R), tl.arange(0, D), chunk * S + tl.arange(0, S)
-        head_R = group * (H // G) + r_R
-        mask_RD = (r_R < H // G)[:, None] & (d_D < d)[None, :]
-        q_RD = tl.load(q_ptr + (row * H + head_R)[:, None] * d + d_D[None, :], mask=mask_RD, other=0.0)
         offset_SD = row // T * slot_stride + group * head_stride + s_S[:, None] * d + d_D[None, :]
         mask_SD = (s_S <= position)[:, None] & (d_D < d)[None, :]
-        k_SD = tl.load(k_ptr + offset_SD, mask=mask_SD, other=0.0).to(tl.float32)
-        v_SD = tl.load(v_ptr + offset_SD, mask=mask_SD, other=0.0).to(tl.float32)
-        max_R, sum_R, acc_RD = partial_softmax(q_RD.to(tl.float32) * scale, k_SD, v_SD, s_S <= position)
-        part_R = (row * H + head_R) * CHUNKS + chunk
-        tl.store(max_ptr + part_R, max_R, mask=r_R < H // G)
-        tl.store(sum_ptr + part_R, sum_R, mask=r_R < H // G)
-        tl.store(acc_ptr + part_R[:, None] * d + d_D[None, :], acc_RD, mask=mask_RD)
+        k_SD = tl.load(k_ptr + offset_SD, mask=mask_SD, other=0.0)
+        v_SD = tl.load(v_ptr + offset_SD, mask=mask_SD, other=0.0)
+        max_M, sum_M, acc_MD = softmax_dot(q_MD, k_SD, v_SD, (s_S <= position)[None, :], scale)
+        part_M = head_M * CHUNKS + chunk
+        offset_MD = part_M[:, None] * d + d_D[None, :]
+        if CHUNKS == 1:
+            tl.store(out_ptr + offset_MD, (acc_MD / sum_M[:, None]).to(out_ptr.dtype.element_ty), mask=mask_MD)
+        else:
+            tl.store(max_ptr + part_M, max_M, mask=mask_M)
+            tl.store(sum_ptr + part_M, sum_M, mask=mask_M)
+            tl.store(acc_ptr + offset_MD, acc_MD, mask=mask_MD)
 
 
 @jit
@@ -97,20 +111,32 @@ def combine_chunks(
     D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row, one query head: merge the partial softmaxes of its chunks, up to the row's position."""
+    """One row, one query head: merge the softmaxes of its chunks, up to the row's position.
+
+    All chunks are loaded before the position is known; those beyond it were never written and are discarded.
+    """
+    release_next_kernel(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
+    c_C, d_D = tl.arange(0, C), tl.arange(0, D)
+    part_C = (row * H + head) * CHUNKS + c_C
+    mask_CD = (c_C < CHUNKS)[:, None] & (d_D < d)[None, :]
     wait_for_inputs(PDL)
     position = tl.load(position_ptr + row // T * position_stride + row % T)
-    c_C, d_D = tl.arange(0, C), tl.arange(0, D)
-    written_C = c_C * S <= position
-    part_C = (row * H + head) * CHUNKS + c_C
-    max_C = tl.load(max_ptr + part_C, mask=written_C, other=-float("inf"))
-    scale_C = tl.exp(max_C - tl.max(max_C, axis=0))
-    sum_C = tl.load(sum_ptr + part_C, mask=written_C, other=0.0)
-    mask_CD = written_C[:, None] & (d_D < d)[None, :]
+    max_C = tl.load(max_ptr + part_C, mask=c_C < CHUNKS, other=0.0)
+    sum_C = tl.load(sum_ptr + part_C, mask=c_C < CHUNKS, other=0.0)
     acc_CD = tl.load(acc_ptr + part_C[:, None] * d + d_D[None, :], mask=mask_CD, other=0.0)
-    out_D = tl.sum(acc_CD * scale_C[:, None], axis=0) / tl.sum(sum_C * scale_C, axis=0)
+    written_C = c_C * S <= position
+    max_C = tl.where(written_C, max_C, -float("inf"))
+    scale_C = tl.exp(max_C - tl.max(max_C, axis=0))
+    acc_CD = tl.where(written_C[:, None], acc_CD * scale_C[:, None], 0.0)
+    total = tl.sum(tl.where(written_C, sum_C * scale_C, 0.0), axis=0)
+    out_D = tl.sum(acc_CD, axis=0) / total
     tl.store(out_ptr + (row * H + head) * d + d_D, out_D.to(out_ptr.dtype.element_ty), mask=d_D < d)
+
+
+def chunk_size(context: int) -> int:
+    """Cache positions per program. Every context of a cache shares it, so that a longer context changes no bit."""
+    return SHORT_CHUNK if context <= SHORT_CHUNK else CHUNK
 
 
 def attention(
@@ -125,11 +151,14 @@ def attention(
     if not use_kernels(q_BTHd, B * T):
         return attention_reference(q_BTHd, k_cache_BGSd, v_cache_BGSd, bias_BTS)
     assert q_BTHd.is_contiguous() and k_cache_BGSd.stride() == v_cache_BGSd.stride()
-    chunks = -(-bias_BTS.shape[-1] // CHUNK)
+    chunk = chunk_size(bias_BTS.shape[-1])
+    chunks = -(-bias_BTS.shape[-1] // chunk)
     sum_BTHC, max_BTHC = q_BTHd.new_empty((2, B, T, H, chunks), dtype=torch.float32)
     acc_BTHCd = q_BTHd.new_empty((B, T, H, chunks, d), dtype=torch.float32)
-    shared: dict[str, Any] = dict(sum_ptr=sum_BTHC, max_ptr=max_BTHC, acc_ptr=acc_BTHCd, position_ptr=position_BT)
-    shared |= dict(position_stride=position_BT.stride(0), T=T, H=H, d=d, CHUNKS=chunks, S=CHUNK, D=power_of_two(d))
+    out_BTE = q_BTHd.new_empty(B, T, H * d)
+    shared: dict[str, Any] = dict(sum_ptr=sum_BTHC, max_ptr=max_BTHC, acc_ptr=acc_BTHCd, out_ptr=out_BTE)
+    shared |= dict(position_ptr=position_BT, position_stride=position_BT.stride(0))
+    shared |= dict(T=T, H=H, d=d, CHUNKS=chunks, S=chunk, D=max(MIN_DOT, power_of_two(d)))
     launch(
         attend_chunk,
         (B * T, G, chunks),
@@ -140,10 +169,10 @@ def attention(
         head_stride=k_cache_BGSd.stride(1),
         scale=1 / math.sqrt(d),
         G=G,
-        R=power_of_two(H // G),
-        num_warps=8,
+        M=max(MIN_DOT, power_of_two(H // G)),
+        num_warps=4,
         **shared,
     )
-    out_BTE = q_BTHd.new_empty(B, T, H * d)
-    launch(combine_chunks, (B * T, H), out_ptr=out_BTE, C=power_of_two(chunks), num_warps=1, **shared)
+    if chunks > 1:
+        launch(combine_chunks, (B * T, H), C=power_of_two(chunks), num_warps=1, **shared)
     return out_BTE

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
-from csm.kernels.tiles import wait_for_inputs
+from csm.kernels.tiles import release_next_kernel, wait_for_inputs
 
 BLOCK_D = 64
 
@@ -36,6 +36,7 @@ def embed_row(
     PDL: tl.constexpr,
 ):
     """BLOCK_D dimensions of one row. Masked-out ids are not looked up."""
+    release_next_kernel(PDL)
     row = tl.program_id(0)
     d_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     c_C = tl.arange(0, BLOCK_C)

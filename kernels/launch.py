@@ -67,6 +67,7 @@ def _constant_names(kernel: Any) -> frozenset[str]:
 
 
 _observers: list[list[Launch]] = []
+_disabled: set[torch.device] = set()
 
 
 def jit(*args: Any, **options: Any) -> Any:
@@ -82,7 +83,12 @@ def use_kernels(x: Tensor, num_rows: int) -> bool:
     if forced not in ("", "reference", "triton"):
         raise ValueError(f"CSM_OPS must be 'reference' or 'triton', not {forced!r}")
     supported = triton is not None and torch.version.hip is None and x.dtype in DTYPES and num_rows <= MAX_ROWS
-    return supported and forced != "reference" and (x.is_cuda or forced == "triton")
+    return supported and forced != "reference" and (x.is_cuda or forced == "triton") and x.device not in _disabled
+
+
+def enable_kernels(device: torch.device, enabled: bool) -> None:
+    """Whether ops on ``device`` may launch kernels (the default). ``csm.selfcheck`` disables them where they fail."""
+    (_disabled.discard if enabled else _disabled.add)(device)
 
 
 @cache

@@ -18,10 +18,13 @@ from csm.kernels.launch import gpu_arch, power_of_two
 
 TABLE = Path(__file__).parent / "tuned.json"
 MAX_GEMV_ROWS = 8  # up to here a program multiplies its weight tile by one row after another; above, tensor cores
-PROGRAM_WEIGHT_BYTES = 1 << 14  # of weights that a program loads before it waits for its inputs
-MIN_PROGRAMS = 256  # about two per multiprocessor of the largest GPUs
-FULL_SM_OPS = ("attention_linear_add",)  # a program's registers fill a multiprocessor: aim at one program per SM
-NUM_WEIGHT_TILES = {"norm_swiglu": 2}  # ops whose program reads several tiles of the same shape (gate and up)
+# Weights that a program loads before it waits. Several programs share a multiprocessor, and 100 to 160 KB in flight
+# keep its share of the memory bandwidth busy.
+PROGRAM_WEIGHT_BYTES = 1 << 15
+MIN_PROGRAM_WEIGHT_BYTES = 1 << 14  # not less, if there would otherwise be fewer than MIN_PROGRAMS
+MIN_PROGRAMS = 264  # two per multiprocessor of an H100
+MIN_MATMUL_PROGRAMS = 128  # of the tensor-core kernels, which have more work per program
+NUM_WEIGHT_TILES = {"norm_swiglu": 2}  # ops whose program reads several rows per output (gate and up)
 
 
 class LaunchConfig(NamedTuple):
@@ -75,13 +78,11 @@ def by_rule(op: str, n: int, k: int, size: int, m: int) -> LaunchConfig:
     """Configuration of a product that is not in the table. ``size`` is bytes per element; ``m`` is M or 0."""
     tiles, block_k = NUM_WEIGHT_TILES.get(op, 1), power_of_two(k)
     if m:
-        block_n = 32 if n // tiles >= 32 * MIN_PROGRAMS // 2 else 16
+        block_n = 32 if n // tiles >= 32 * MIN_MATMUL_PROGRAMS else 16
         return LaunchConfig(4, {"M": m, "BLOCK_N": block_n, "BLOCK_K": 32 if size == 4 else 128 if m < 64 else 64})
-    block_n = power_of_two(max(1, PROGRAM_WEIGHT_BYTES // (tiles * block_k * size)))
-    full_sm = op in FULL_SM_OPS
-    while block_n > 2 and n // tiles < block_n * (MIN_PROGRAMS // 2 if full_sm else MIN_PROGRAMS):
+    row_bytes = tiles * block_k * size
+    block_n = max(1, PROGRAM_WEIGHT_BYTES // row_bytes)
+    while n // tiles < block_n * MIN_PROGRAMS and block_n * row_bytes > MIN_PROGRAM_WEIGHT_BYTES:
         block_n //= 2
-    block_n = max(2, block_n)  # RoPE rotates pairs of neighbouring outputs
-    elements = tiles * block_n * block_k
-    num_warps = 16 if full_sm or elements >= 1 << 14 else 8 if elements > 1 << 13 or (size == 4 and k > 1024) else 4
-    return LaunchConfig(num_warps, {"BLOCK_N": block_n, "BLOCK_K": block_k})
+    num_warps = 8 if op == "attention_linear_add" or block_k >= 8192 else 4
+    return LaunchConfig(num_warps, {"BLOCK_N": max(2, block_n), "BLOCK_K": block_k})  # RoPE rotates pairs of outputs

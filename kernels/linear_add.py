@@ -7,7 +7,7 @@ from torch import Tensor
 
 from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
 from csm.kernels.launch_config import launch_config
-from csm.kernels.tiles import gemv_tile, load_row, matmul_tile, wait_for_inputs, weight_tile
+from csm.kernels.tiles import gemv_tile, load_row, matmul_tile, release_next_kernel, wait_for_inputs, weight_tile
 
 
 def linear_add_reference(x_BTF: Tensor, weight_DF: Tensor, residual_BTD: Tensor) -> Tensor:
@@ -31,12 +31,13 @@ def linear_add_rows(
     PDL: tl.constexpr,
 ):
     """``linear_add`` of up to MAX_GEMV_ROWS rows."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_NK = weight_tile(weight_ptr, n_N, N=N, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
-        x_K = load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K).to(tl.float32)
         residual_N = tl.load(residual_ptr + row * residual_stride + n_N, mask=n_N < N, other=0.0).to(tl.float32)
+        x_K = load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K).to(tl.float32)
         out_N = residual_N + gemv_tile(weight_NK, x_K)
         tl.store(out_ptr + row * N + n_N, out_N.to(x_ptr.dtype.element_ty), mask=n_N < N)
 
@@ -58,13 +59,16 @@ def linear_add_matmul(
     PDL: tl.constexpr,
 ):
     """``linear_add`` of more rows, on tensor cores."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)
-    acc_MN = matmul_tile(x_ptr, x_stride, 1.0, x_ptr, weight_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=False)
     mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
     residual_ptr_MN = residual_ptr + m_M[:, None] * residual_stride + n_N[None, :]
-    acc_MN += tl.load(residual_ptr_MN, mask=mask_MN, other=0.0).to(tl.float32)
+    residual_MN = tl.load(residual_ptr_MN, mask=mask_MN, other=0.0).to(tl.float32)
+    acc_MN = residual_MN + matmul_tile(
+        x_ptr, x_stride, 1.0, x_ptr, weight_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=False
+    )
     tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], acc_MN.to(x_ptr.dtype.element_ty), mask=mask_MN)
 
 

@@ -12,6 +12,7 @@ from csm.kernels.tiles import (
     inverse_rms,
     load_row,
     matmul_tile,
+    release_next_kernel,
     rms_norm_row,
     wait_for_inputs,
     weight_tile,
@@ -48,6 +49,7 @@ def norm_linear_rows(
     PDL: tl.constexpr,
 ):
     """``norm_linear`` of up to MAX_GEMV_ROWS rows."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_NK = weight_tile(weight_ptr, n_N, N=N, K=K, BLOCK_K=BLOCK_K)
     norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
@@ -74,6 +76,7 @@ def norm_linear_matmul(
     PDL: tl.constexpr,
 ):
     """``norm_linear`` of more rows, on tensor cores."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)

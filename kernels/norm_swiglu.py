@@ -13,6 +13,7 @@ from csm.kernels.tiles import (
     inverse_rms,
     load_row,
     matmul_tile,
+    release_next_kernel,
     rms_norm_row,
     wait_for_inputs,
     weight_tile,
@@ -23,6 +24,13 @@ def norm_swiglu_reference(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Tensor, ep
     """``norm_swiglu`` in PyTorch."""
     gate_BTF, up_BTF = F.linear(rms_norm(x_BTD, norm_D, eps), gate_up_2FD).chunk(2, dim=-1)
     return F.silu(gate_BTF) * up_BTF
+
+
+@jit
+def gate_up_rows(first, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The rows of ``gate_up_2FD`` for the outputs from ``first`` on, gate and up in turns: (2 * BLOCK_N,)."""
+    i_I = tl.arange(0, 2 * BLOCK_N)
+    return first + i_I // 2 + i_I % 2 * N
 
 
 @jit
@@ -47,15 +55,16 @@ def norm_swiglu_rows(
     PDL: tl.constexpr,
 ):
     """``norm_swiglu`` of up to MAX_GEMV_ROWS rows."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    gate_NK = weight_tile(gate_up_ptr, n_N, N=N, K=K, BLOCK_K=BLOCK_K)
-    up_NK = weight_tile(gate_up_ptr + N * K, n_N, N=N, K=K, BLOCK_K=BLOCK_K)
+    row_I = gate_up_rows(tl.program_id(0) * BLOCK_N, N, BLOCK_N)
+    gate_up_IK = weight_tile(gate_up_ptr, row_I, N=2 * N, K=K, BLOCK_K=BLOCK_K)
     norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
         x_K = rms_norm_row(load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
-        hidden_N = swiglu(gemv_tile(gate_NK, x_K), gemv_tile(up_NK, x_K))
-        tl.store(out_ptr + row * N + n_N, hidden_N.to(x_ptr.dtype.element_ty), mask=n_N < N)
+        gate_N, up_N = tl.split(tl.reshape(gemv_tile(gate_up_IK, x_K), (BLOCK_N, 2)))
+        tl.store(out_ptr + row * N + n_N, swiglu(gate_N, up_N).to(x_ptr.dtype.element_ty), mask=n_N < N)
 
 
 @jit
@@ -75,14 +84,16 @@ def norm_swiglu_matmul(
     PDL: tl.constexpr,
 ):
     """``norm_swiglu`` of more rows, on tensor cores."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_I = gate_up_rows(tl.program_id(0) * BLOCK_N, N, BLOCK_N)
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)
     scale_M = inverse_rms(x_ptr, x_stride, m_M, ROWS=ROWS, K=K, EPS=EPS, BLOCK_K=BLOCK_K)
-    gate_MN = matmul_tile(x_ptr, x_stride, scale_M, norm_ptr, gate_up_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=True)
-    up_MN = matmul_tile(
-        x_ptr, x_stride, scale_M, norm_ptr, gate_up_ptr + N * K, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=True
+    acc_MI = matmul_tile(
+        x_ptr, x_stride, scale_M, norm_ptr, gate_up_ptr, m_M, row_I, ROWS, 2 * N, K, BLOCK_K, NORM=True
     )
+    gate_MN, up_MN = tl.split(tl.reshape(acc_MI, (M, BLOCK_N, 2)))
     mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
     hidden_MN = swiglu(gate_MN, up_MN).to(x_ptr.dtype.element_ty)
     tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], hidden_MN, mask=mask_MN)

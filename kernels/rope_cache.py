@@ -10,7 +10,7 @@ from torch import Tensor
 from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
 from csm.kernels.launch_config import MAX_GEMV_ROWS, launch_config
 from csm.kernels.norm_linear import norm_linear
-from csm.kernels.tiles import gemv_tile, load_row, rms_norm_row, wait_for_inputs, weight_tile
+from csm.kernels.tiles import gemv_tile, load_row, release_next_kernel, rms_norm_row, wait_for_inputs, weight_tile
 
 BLOCK_N = 512  # outputs per program of rope_cache_row
 
@@ -47,15 +47,20 @@ def rope_cache_reference(
 
 
 @jit
-def rotate_pair_tile(qkv_N, n_N, rope_ptr, d: tl.constexpr, ROTATED: tl.constexpr):
-    """Rotate the outputs ``n_N`` below ROTATED (q and k) and keep the others (v): (N,) float32. ``n_N[0]`` is even."""
-    PAIRS: tl.constexpr = qkv_N.shape[0] // 2
-    even_P, odd_P = tl.split(tl.reshape(qkv_N, (PAIRS, 2)))
-    n_P, _ = tl.split(tl.reshape(n_N, (PAIRS, 2)))
+def load_rope(rope_ptr, n_N, d: tl.constexpr, ROTATED: tl.constexpr):
+    """Cosine and sine of the pairs of outputs ``n_N``, whose first is even; 1 and 0 from output ROTATED (v) on."""
+    n_P, _ = tl.split(tl.reshape(n_N, (n_N.shape[0] // 2, 2)))
     cos_P = tl.load(rope_ptr + n_P % d, mask=n_P < ROTATED, other=1.0)
     sin_P = tl.load(rope_ptr + n_P % d + 1, mask=n_P < ROTATED, other=0.0)
+    return cos_P, sin_P
+
+
+@jit
+def rotate_pair_tile(qkv_N, cos_P, sin_P):
+    """Rotate the pairs of neighbouring outputs: (N,) float32."""
+    even_P, odd_P = tl.split(tl.reshape(qkv_N, (qkv_N.shape[0] // 2, 2)))
     rotated_P2 = tl.join(even_P * cos_P - odd_P * sin_P, even_P * sin_P + odd_P * cos_P)
-    return tl.reshape(rotated_P2, (PAIRS * 2,))
+    return tl.reshape(rotated_P2, (qkv_N.shape[0],))
 
 
 @jit
@@ -95,16 +100,19 @@ def norm_rope_cache_rows(
     PDL: tl.constexpr,
 ):
     """``norm_rope_cache`` of few rows. The product is rounded before RoPE, where the reference rounds it."""
+    release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_NK = weight_tile(weight_ptr, n_N, N=(H + 2 * G) * d, K=K, BLOCK_K=BLOCK_K)
     norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
+        row_offset = row // T * position_stride + row % T
+        slot, position = tl.load(slot_ptr + row // T), tl.load(position_ptr + row_offset)
+        cos_P, sin_P = load_rope(rope_ptr + row_offset * d, n_N, d, ROTATED=(H + G) * d)
         x_K = rms_norm_row(load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
         qkv_N = gemv_tile(weight_NK, x_K).to(x_ptr.dtype.element_ty).to(tl.float32)
-        row_offset = row // T * position_stride + row % T
-        cache_offset = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + row_offset) * d
-        out_N = rotate_pair_tile(qkv_N, n_N, rope_ptr + row_offset * d, d, (H + G) * d).to(x_ptr.dtype.element_ty)
+        out_N = rotate_pair_tile(qkv_N, cos_P, sin_P).to(x_ptr.dtype.element_ty)
+        cache_offset = slot * slot_stride + position * d
         k_row_ptr, v_row_ptr = k_ptr + cache_offset, v_ptr + cache_offset
         write_heads(out_N, n_N, q_ptr + row * (H * d), k_row_ptr, v_row_ptr, head_stride, H, G, d)
 
@@ -129,6 +137,7 @@ def rope_cache_row(
     PDL: tl.constexpr,
 ):
     """BLOCK_N outputs of one row."""
+    release_next_kernel(PDL)
     row = tl.program_id(0)
     n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     wait_for_inputs(PDL)
@@ -136,7 +145,8 @@ def rope_cache_row(
     qkv_N = tl.load(qkv_ptr_N, mask=n_N < (H + 2 * G) * d, other=0.0).to(tl.float32)
     row_offset = row // T * position_stride + row % T
     cache_offset = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + row_offset) * d
-    out_N = rotate_pair_tile(qkv_N, n_N, rope_ptr + row_offset * d, d, (H + G) * d).to(qkv_ptr.dtype.element_ty)
+    cos_P, sin_P = load_rope(rope_ptr + row_offset * d, n_N, d, ROTATED=(H + G) * d)
+    out_N = rotate_pair_tile(qkv_N, cos_P, sin_P).to(qkv_ptr.dtype.element_ty)
     k_row_ptr, v_row_ptr = k_ptr + cache_offset, v_ptr + cache_offset
     write_heads(out_N, n_N, q_ptr + row * (H * d), k_row_ptr, v_row_ptr, head_stride, H, G, d)
 

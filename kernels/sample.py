@@ -16,25 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
-from csm.kernels.tiles import wait_for_inputs
+from csm.kernels.tiles import release_next_kernel, wait_for_inputs
 
 # Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 WORD = 0xFFFFFFFF
 
-MIN_TEMPERATURE = 1e-6  # keeps logits / temperature finite in float32; a temperature of 0 means greedy
-
 
 class Noise(NamedTuple):
-    """Inputs of a frame's draws. ``noise_BKV`` and ``divisor_B1`` are None if the kernel draws."""
+    """Inputs of a frame's draws. ``noise_BKV``, Gumbel noise times temperature, is None if the kernel draws."""
 
     seed_B: Tensor
     frame_B: Tensor
     temperature_B: Tensor
     top_k_B: Tensor
     noise_BKV: Tensor | None
-    divisor_B1: Tensor | None
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -71,23 +68,16 @@ def gumbel_noise(seed_B: Tensor, frame_B: Tensor, num_codebooks: int, codebook_s
     return -torch.log(-torch.log(uniform_BKV))
 
 
-def apply_temperature(gumbel_BKV: Tensor, temperature_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Each slot's noise (B, K, V) and logit divisor (B, 1). A greedy slot has noise 0 and divisor 1."""
-    greedy_B = temperature_B == 0
-    noise_BKV = gumbel_BKV.masked_fill(greedy_B.view(-1, 1, 1), 0.0)
-    return noise_BKV, temperature_B.clamp(min=MIN_TEMPERATURE).masked_fill(greedy_B, 1.0).unsqueeze(1)
-
-
-def draw_ids(logits_BV: Tensor, noise_BV: Tensor, divisor_B1: Tensor, top_k_B: Tensor) -> Tensor:
-    """Draw one id per slot: (B, V) -> (B,) int64. Noise and divisor are from ``apply_temperature``; 1 <= top-k <= V.
+def draw_ids(logits_BV: Tensor, noise_BV: Tensor, top_k_B: Tensor) -> Tensor:
+    """Draw one id per slot: (B, V) -> (B,) int64. ``noise_BV`` is Gumbel noise times temperature; 1 <= top-k <= V.
 
     The argmax of ``logits / temperature + gumbel`` over the top k logits is a draw from their softmax (Gumbel-max).
+    Both terms are multiplied by the temperature here, so that none is divided; a temperature of 0 is greedy.
     """
     logits_BV = logits_BV.float()
     rank_B1 = (top_k_B - 1).unsqueeze(1)
     kth_B1 = logits_BV.sort(dim=1, descending=True).values.gather(1, rank_B1)
-    key_BV = torch.addcdiv(noise_BV, logits_BV, divisor_B1)
-    return key_BV.masked_fill(logits_BV < kth_B1, -torch.inf).argmax(dim=1)
+    return (logits_BV + noise_BV).masked_fill(logits_BV < kth_B1, -torch.inf).argmax(dim=1)
 
 
 def draw_noise(
@@ -101,18 +91,22 @@ def draw_noise(
 ) -> Noise:
     """Inputs of ``sample`` for every codebook of a frame. ``head_VD`` gives the dtype and device of the logits."""
     if use_kernels(head_VD, seed_B.shape[0]):
-        return Noise(seed_B, frame_B, temperature_B, top_k_B, None, None)
+        return Noise(seed_B, frame_B, temperature_B, top_k_B, None)
     gumbel_BKV = gumbel_noise(seed_B, frame_B, num_codebooks, codebook_size)
-    return Noise(seed_B, frame_B, temperature_B, top_k_B, *apply_temperature(gumbel_BKV, temperature_B))
+    return Noise(seed_B, frame_B, temperature_B, top_k_B, gumbel_BKV * temperature_B.view(-1, 1, 1))
 
 
 @jit
 def slot_noise(seed, frame, codebook, temperature, BLOCK_V: tl.constexpr):
-    """``gumbel_noise`` of one slot and codebook, 0 if the slot is greedy: (BLOCK_V,) float32."""
-    w0_Q, w1_Q, w2_Q, w3_Q = tl.philox(seed, tl.arange(0, BLOCK_V // 4), codebook, frame.to(tl.int32), 0)
-    word_V = tl.interleave(tl.interleave(w0_Q, w2_Q), tl.interleave(w1_Q, w3_Q))
-    uniform_V = ((word_V >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2**-23
-    return tl.where(temperature == 0, 0.0, -tl.log(-tl.log(uniform_V)))
+    """``gumbel_noise`` of one slot and codebook, times its temperature: (BLOCK_V,) float32."""
+    noise_V = tl.zeros((BLOCK_V,), dtype=tl.float32)
+    # The branch also keeps the noise before the wait, and its product out of a fused multiply-add with the logits.
+    if temperature != 0:
+        w0_Q, w1_Q, w2_Q, w3_Q = tl.philox(seed, tl.arange(0, BLOCK_V // 4), codebook, frame.to(tl.int32), 0)
+        word_V = tl.interleave(tl.interleave(w0_Q, w2_Q), tl.interleave(w1_Q, w3_Q))
+        uniform_V = ((word_V >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2**-23
+        noise_V = temperature * -tl.log(-tl.log(uniform_V))
+    return noise_V
 
 
 @jit
@@ -148,15 +142,15 @@ def sample_slot(
     The id with the largest key is in the top k if fewer than k logits exceed its own. Otherwise neither it nor any id
     with an equal or smaller logit is: these are rejected, and the largest remaining key is tried.
     """
+    release_next_kernel(PDL)
     slot = tl.program_id(0)
     temperature = tl.load(temperature_ptr + slot)
     noise_V = slot_noise(tl.load(seed_ptr + slot), tl.load(frame_ptr + slot), codebook, temperature, BLOCK_V)
-    divisor = tl.where(temperature == 0, 1.0, tl.maximum(temperature, 1e-6))  # MIN_TEMPERATURE
     top_k = tl.load(top_k_ptr + slot)
     wait_for_inputs(PDL)
     v_V = tl.arange(0, BLOCK_V)
     logit_V = tl.load(logits_ptr + slot * logits_stride + v_V, mask=v_V < V, other=-float("inf")).to(tl.float32)
-    key_V = tl.where(v_V < V, noise_V + tl.math.div_rn(logit_V, divisor), -float("inf"))
+    key_V = tl.where(v_V < V, logit_V + noise_V, -float("inf"))
     code, logit, num_larger = argmax_id(key_V, logit_V, V)
     rejections = 0
     while (num_larger >= top_k) & (rejections < V):
@@ -175,8 +169,8 @@ def sample(logits_BV: Tensor, codebook: int, noise: Noise, codes_BK: Tensor, tab
 
     Returns the drawn rows of ``table_VD``, (B, D): the input of the next depth position. None without a table.
     """
-    if noise.noise_BKV is not None and noise.divisor_B1 is not None:
-        code_B = draw_ids(logits_BV, noise.noise_BKV[:, codebook], noise.divisor_B1, noise.top_k_B)
+    if noise.noise_BKV is not None:
+        code_B = draw_ids(logits_BV, noise.noise_BKV[:, codebook], noise.top_k_B)
         codes_BK[:, codebook] = code_B
         return None if table_VD is None else F.embedding(code_B, table_VD)
     (B, V), D = logits_BV.shape, 1 if table_VD is None else table_VD.shape[1]
@@ -201,5 +195,6 @@ def sample(logits_BV: Tensor, codebook: int, noise: Noise, codes_BK: Tensor, tab
         BLOCK_V=power_of_two(max(4, V)),
         BLOCK_D=power_of_two(D),
         EMBED=table_VD is not None,
+        num_warps=16,  # one Philox quad per thread
     )
     return None if table_VD is None else out_BD

@@ -12,19 +12,33 @@ from csm.kernels.launch import INTERPRETED, gdc_launch_dependents, gdc_wait, jit
 
 
 @jit
-def wait_for_inputs(PDL: tl.constexpr):
-    """Let the next kernel start, then wait until the results of earlier kernels are visible."""
+def release_next_kernel(PDL: tl.constexpr):
+    """Let the next kernel start. Call it first: the trigger fires when every program has reached it.
+
+    After loads it would be late, because the compiler may convert what was loaded, and so wait for it, before it.
+    """
     if PDL:
         gdc_launch_dependents()
+
+
+@jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Wait until the results of earlier kernels are visible."""
+    if PDL:
         gdc_wait()
 
 
 @jit
 def weight_tile(weight_ptr, n_N, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows ``n_N`` of a weight (N, K), zero outside it: (BLOCK_N, BLOCK_K)."""
+    """Rows ``n_N`` of a weight (N, K), zero outside it: (BLOCK_N, BLOCK_K).
+
+    Weights do not fit the L2 cache from one use to the next: they are evicted first, so that activations and the KV
+    cache stay.
+    """
     k_K = tl.arange(0, BLOCK_K)
     mask_NK = (n_N < N)[:, None] & (k_K < K)[None, :]
-    return tl.load(weight_ptr + n_N[:, None] * K + k_K[None, :], mask=mask_NK, other=0.0)
+    weight_ptr_NK = weight_ptr + n_N[:, None] * K + k_K[None, :]
+    return tl.load(weight_ptr_NK, mask=mask_NK, other=0.0, eviction_policy="evict_first")
 
 
 @jit
@@ -90,7 +104,8 @@ def matmul_tile(
             rounded_MK = (x_MK.to(tl.float32) * scale_M[:, None]).to(x_MK.dtype).to(tl.float32)
             x_MK = (rounded_MK * norm_K[None, :]).to(x_MK.dtype)
         mask_KN = (k_K < K)[:, None] & (n_N < N)[None, :]
-        weight_KN = tl.load(weight_ptr + n_N[None, :] * K + k_K[:, None], mask=mask_KN, other=0.0)
+        weight_ptr_KN = weight_ptr + n_N[None, :] * K + k_K[:, None]
+        weight_KN = tl.load(weight_ptr_KN, mask=mask_KN, other=0.0, eviction_policy="evict_first")
         if INTERPRETED:
             x_MK, weight_KN = x_MK.to(tl.float32), weight_KN.to(tl.float32)
         acc_MN = tl.dot(x_MK, weight_KN, acc_MN, input_precision="ieee")

@@ -12,6 +12,14 @@ import torch
 import csm
 from csm.bench import rows
 from csm.bench.command import main
+from csm.bench.machine_code import (
+    GPU_ARCHS,
+    Compiled,
+    Instruction,
+    allocated_registers,
+    instructions,
+    used_before_trigger,
+)
 from csm.bench.model_setup import load, small_setup
 from csm.bench.rows import Configuration, frame_bytes
 from csm.bench.stepping import eager
@@ -107,41 +115,101 @@ def test_count(capsys):
 
 
 COMPILE = """
-import sys
+import json, sys
 from csm.bench.machine_code import compiled_kernels
 from csm.bench.model_setup import DTYPES
 from csm.config import CSM_1B
-gpu_archs = [int(arch) for arch in sys.argv[3].split()]
-kernels = compiled_kernels(CSM_1B, [int(sys.argv[1])], DTYPES[sys.argv[2]], True, gpu_archs)
-for kernel in kernels:
-    assert kernel.spilled_bytes == 0, kernel
-    assert kernel.load_bits >= 64, kernel
-    if kernel.kernel.endswith("_rows") and kernel.gpu_arch >= 90:  # its weights are on their way before it waits
-        sizes = dict(pair.split("=") for pair in kernel.constants.split())
-        tile = int(sizes["BLOCK_N"]) * int(sizes["BLOCK_K"]) * DTYPES[sys.argv[2]].itemsize
-        assert kernel.early_bytes >= tile * (2 if "swiglu" in kernel.kernel else 1), kernel
-print(len({kernel.kernel for kernel in kernels}), *sorted({kernel.gpu_arch for kernel in kernels}))
+kernels = compiled_kernels(CSM_1B, [int(sys.argv[1])], DTYPES[sys.argv[2]], True, [int(sys.argv[3])])
+print(json.dumps([kernel._asdict() for kernel in kernels]))
 """
 
 
-def compile_kernels(batch, dtype, families):
-    """In a process of its own: in this one kernels are interpreted."""
-    command = [sys.executable, "-c", COMPILE, str(batch), dtype, families]
+def compile_kernels(batch, dtype, gpu_arch):
+    """A frame's kernels, compiled in another process: in this one they are interpreted."""
+    command = [sys.executable, "-c", COMPILE, str(batch), dtype, str(gpu_arch)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    return [Compiled(**kernel) for kernel in json.loads(done.stdout)]
+
+
+def check_machine_code(kernels, batch):
+    """What a fast kernel must not do, of every kernel of a frame; one list of all that do."""
+    faults = [f"{kernel.spills} spills: {kernel}" for kernel in kernels if kernel.spills]
+    faults += [f"loads of {kernel.load_bits} bits: {kernel}" for kernel in kernels if kernel.load_bits < 64]
+    for kernel in kernels:
+        fused = kernel.kernel.startswith("attention_linear_add")
+        if fused and kernel.registers > 96:
+            faults.append(f"{kernel.registers} registers: {kernel}")
+        product = fused or kernel.kernel.endswith("_rows")
+        if batch == 1 and product and kernel.used_before_trigger:
+            faults.append(f"the next kernel waits for {kernel.used_before_trigger} registers: {kernel}")
+        if batch == 1 and product and kernel.gpu_arch >= 90 and kernel.early_bytes < weight_bytes(kernel):
+            faults.append(f"its weights are not loaded before the wait: {kernel}")
+    assert not faults, "\n".join(faults)
+
+
+def weight_bytes(kernel):
+    """Of a program's tile in bfloat16."""
+    sizes = dict(pair.split("=") for pair in kernel.constants.split())
+    inputs = int(sizes["H"]) * int(sizes["d"]) if "K" not in sizes else int(sizes["K"])
+    return 2 * int(sizes["BLOCK_N"]) * inputs * (2 if "swiglu" in kernel.kernel else 1)
 
 
 def test_kernels_compile_for_a_gpu_that_is_not_here():
-    assert compile_kernels(1, "bfloat16", "90") == "9 90\n"
+    kernels = compile_kernels(1, "bfloat16", 90)
+    assert {"norm_swiglu_rows", "linear_add_rows", "sample_slot"} <= {kernel.kernel for kernel in kernels}
+    check_machine_code(kernels, 1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("gpu_arch", [80, 89, 90, 120])
 @pytest.mark.parametrize("batch", [1, 4, 8, 32])
-def test_kernels_compile_for_every_architecture(batch, dtype):
-    assert compile_kernels(batch, dtype, "80 89 90 120").endswith("80 89 90 120\n")
+def test_machine_code(batch, gpu_arch):
+    check_machine_code(compile_kernels(batch, "bfloat16", gpu_arch), batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("batch", [1, 4, 8, 32])
+def test_other_dtypes_do_not_spill(batch, dtype):
+    kernels = [kernel for gpu_arch in GPU_ARCHS for kernel in compile_kernels(batch, dtype, gpu_arch)]
+    assert {kernel.gpu_arch for kernel in kernels} == set(GPU_ARCHS)
+    assert [kernel for kernel in kernels if kernel.spills or kernel.load_bits < 64] == []
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.128 R8, desc[UR6][R6.64] ;
+        /*0020*/                   LDG.E.64 R4, desc[UR8][R2.64]                    &wr=0x0       ?trans1;
+        /*0030*/                   PRMT R44, R11, 0x7632, R44 ;
+        /*0040*/                   IMAD.WIDE.U32 R6, R42, 0x2, R16 ;
+        /*0050*/                   PREEXIT ;
+        /*0060*/                   ACQBULK ;
+        /*0070*/                   LDG.E.U16 R20, desc[UR6][R6.64] ;
+        /*0080*/                   FFMA R8, R9, R10, R5 ;
+        /*0090*/                   STL [R1], R8 ;
+        /*00a0*/                   EXIT ;
+.L_x_0:
+        /*00b0*/                   BRA `(.L_x_0);
+        /*00c0*/                   NOP;
+"""
+
+
+def test_machine_code_is_read():
+    code = instructions(SASS)
+    assert [one.opcode for one in code][:2] == ["LDC", "LDG.E.128"] and code[-1].opcode == "EXIT"
+    assert [one.bits for one in code if one.is_load] == [128, 64, 16]
+    assert code[1].loaded_registers == {8, 9, 10, 11} and code[2].loaded_registers == {4, 5}
+    assert used_before_trigger(code) == 1  # R11
+    assert used_before_trigger([code[5], *code[:5]]) == 0
+    assert used_before_trigger([one for one in code if one.opcode != "PREEXIT"]) == 0
+    assert used_before_trigger([*code[:3], Instruction("CS2R", ("R4", "SRZ")), *code[4:]]) == 1  # overwritten
+
+
+def test_registers_are_allocated_by_the_warp():
+    assert allocated_registers(128, 16) == 65536
+    assert allocated_registers(33, 4) == 4 * 40 * 32
 
 
 def test_bytes_of_a_frame():

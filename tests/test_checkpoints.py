@@ -8,20 +8,23 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from conftest import OLD_CONFIG, SESAME_CONFIG, tensors_of, write_sesame
-from csm import CheckpointError, Generator
+from csm import CheckpointError, CheckpointWarning, Generator
 from csm.config import CSM_1B, LLAMA_1B, LLAMA_100M, MIMI, RopeScaling
-from csm.weights import open_checkpoint
+from csm.weights import checkpoint as checkpoint_module
+from csm.weights import hub, open_checkpoint, read_codec
 from csm.weights.checkpoint import TINY
 from csm.weights.config_json import read_config, write_hf_config
+from csm.weights.hub import MIMI_FILE, MIMI_REPO
 from csm.weights.layouts import export, hf_table, mimi_table, sesame_table, target_shapes
 from csm.weights.recipe import shape as tiny_shape
-from noise import CODEC, CONFIG, random_state
+from noise import CODEC, CONFIG, NOISE, random_state
 from oracle import Shape, random_model, save
 
 
@@ -133,6 +136,55 @@ class TestLayouts:
         assert not any(report.values())
 
 
+class TestRoundedCodec:
+    """A bfloat16 copy of Kyutai's codec inside a checkpoint, as in a mirror. NOISE's codec is Kyutai's here."""
+
+    @pytest.fixture
+    def mirror(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(checkpoint_module, "MIMI", CODEC)
+        exact = random_state(mimi_table(CODEC), seed=1)
+        tensors = tensors_of(Path(NOISE) / "model.safetensors")
+        tensors |= {name: tensor.bfloat16() for name, tensor in export(exact, mimi_table(CODEC))}
+        folder = shutil.copytree(NOISE, tmp_path / "mirror")
+        save_file(tensors, folder / "model.safetensors")
+        return folder, exact
+
+    def read(self, folder):
+        return read_codec(open_checkpoint(folder), None, torch.device("cpu"))
+
+    def test_is_used_with_a_warning(self, mirror):
+        folder, exact = mirror
+        with pytest.warns(CheckpointWarning, match=f"mirror: .* is bfloat16, .*put {MIMI_FILE}"):
+            state = self.read(folder)
+        assert same(state, {name: tensor.bfloat16().float() for name, tensor in exact.items()})
+
+    @pytest.mark.parametrize("place", ["in the folder", "in the cache"])
+    def test_is_replaced_by_kyutais_file(self, mirror, monkeypatch, tmp_path, recwarn, place):
+        folder, exact = mirror
+        path = (folder if place == "in the folder" else tmp_path) / MIMI_FILE
+        save_file(exact, path)
+        if place == "in the cache":
+            monkeypatch.setattr(hub, "cached", lambda repo, name: path if repo == MIMI_REPO else None)
+        assert same(self.read(folder), exact)
+        assert not [warning for warning in recwarn if warning.category is CheckpointWarning]
+
+    def test_another_codec_is_not_replaced(self, mirror):
+        """A codec that was trained further is not a rounded copy of Kyutai's."""
+        folder, exact = mirror
+        name = "decoder.model.0.conv.conv.weight"
+        save_file(exact | {name: exact[name] * 1.5}, folder / MIMI_FILE)
+        with pytest.warns(CheckpointWarning, match="rounded"):
+            state = self.read(folder)
+        assert torch.equal(state[name], exact[name].bfloat16().float())
+
+    def test_float32_needs_no_warning(self, mirror, recwarn):
+        folder, exact = mirror
+        tensors = tensors_of(folder / "model.safetensors") | dict(export(exact, mimi_table(CODEC)))
+        save_file(tensors, folder / "model.safetensors")
+        assert same(self.read(folder), exact)
+        assert not [warning for warning in recwarn if warning.category is CheckpointWarning]
+
+
 class TestConfig:
     def write(self, folder, values):
         path = folder / "config.json"
@@ -195,8 +247,18 @@ class TestConfig:
         assert read_config(self.write(tmp_path, write_hf_config(CONFIG, CODEC))) == (CONFIG, CODEC)
         assert read_config(self.write(tmp_path, write_hf_config(CSM_1B, MIMI))) == (CSM_1B, MIMI)
 
+    def test_unknown_scalars_are_ignored_with_one_warning(self, tmp_path):
+        values = write_hf_config(CONFIG, CODEC) | {"colour": "red", "auto_map": {"AutoModel": "x.Y"}, "qkv_bias": False}
+        values["depth_decoder_config"]["novelty"] = 1
+        values["codec_config"]["novelty"] = True
+        path = self.write(tmp_path, values)
+        with pytest.warns(CheckpointWarning) as caught:
+            assert read_config(path) == (CONFIG, CODEC)
+        message = f"{path}: unknown keys 'colour', 'qkv_bias', 'depth_decoder_config.novelty', 'codec_config.novelty'"
+        assert [str(warning.message).startswith(message) for warning in caught] == [True]
+
     BAD = {
-        "unknown key": (OLD_CONFIG | {"colour": "red"}, "unknown key 'colour'"),
+        "unknown object": (OLD_CONFIG | {"colour": {"red": 1}}, "unknown key 'colour'"),
         "missing key": ({"backbone_flavor": "llama-1B"}, "missing key 'audio_num_codebooks'"),
         "unknown flavor": (OLD_CONFIG | {"backbone_flavor": "llama-7B"}, "unknown flavor 'llama-7B'"),
         "neither form": ({"model_type": "bert"}, "no key depth_decoder_config"),
@@ -223,7 +285,11 @@ class TestConfig:
         ("codec_config", "num_attention_heads"): (0, "num_key_value_heads: expected 0"),
         ("codec_config", "normalize"): (True, "codec_config.normalize"),
         ("hidden_act",): ("gelu", "hidden_act: expected 'silu', got 'gelu'"),
-        ("novelty",): (1, "unknown key 'novelty'"),
+        ("novelty",): ([1], "unknown key 'novelty'"),
+        ("quantization_config",): ({"bits": 4}, "quantization_config: quantized weights are not supported"),
+        ("quantization",): ("int8", "quantization: quantized weights are not supported"),
+        ("qkv_bias",): (True, "qkv_bias: expected False, got True; biases"),
+        ("rope_scaling", "beta_fast"): (32, "unknown key 'rope_scaling.beta_fast'"),
         ("tie_codebooks_embeddings",): (False, "tie_codebooks_embeddings"),
         ("num_key_value_heads",): (3, "multiple of num_kv_heads"),
         ("depth_decoder_config", "num_hidden_layers"): (0, "num_layers must be positive"),
@@ -231,11 +297,11 @@ class TestConfig:
         ("rope_scaling", "rope_type"): ("yarn", "rope_type"),
         ("depth_decoder_config", "num_codebooks"): (9, "num_codebooks: expected 8, got 9"),
         ("depth_decoder_config", "mlp_bias"): (True, "depth_decoder_config.mlp_bias: expected False"),
-        ("depth_decoder_config", "colour"): ("red", "unknown key 'depth_decoder_config.colour'"),
+        ("depth_decoder_config", "colour"): (["red"], "unknown key 'depth_decoder_config.colour'"),
         ("codec_config", "pad_mode"): ("replicate", "codec_config.pad_mode"),
         ("codec_config", "num_quantizers"): (4, "num_quantizers: expected at least 8, got 4"),
-        ("codec_config", "colour"): ("red", "unknown key 'codec_config.colour'"),
-        ("codec_config", "codebook_size"): (300, r"codebook_size \(300\)"),
+        ("codec_config", "colour"): (["red"], "unknown key 'codec_config.colour'"),
+        ("codec_config", "codebook_size"): (300, r"codebook_size must be .*, not 300"),
     }
 
     @pytest.mark.parametrize("keys", BAD_HF, ids=".".join)

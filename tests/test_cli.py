@@ -175,7 +175,7 @@ def truncated(folder):
 def unknown_key(folder):
     damaged(lambda tensors: None)(folder)
     path = folder / "config.json"
-    path.write_text(path.read_text().replace("{", '{"colour": "red",', 1))
+    path.write_text(path.read_text().replace("{", '{"colour": ["red"],', 1))
 
 
 REF = ["--ref", "ref.wav", "--ref-text", "La."]
@@ -230,7 +230,7 @@ BAD = {
     "no such GPU": (["--text", "Hi", "--device", "cuda:77"], "cuda:77", {}),
     "no such dtype": (["--text", "Hi", "--dtype", "int3"], "--dtype", {}),
     "no such model": (["--text", "Hi", "--model", "nowhere"], "no folder 'nowhere'", {}),
-    "a model that the hub cannot give": (["--text", "Hi", "--model", "a/b"], "cannot be reached", {}),
+    "a model that the hub cannot give": (["--text", "Hi", "--model", "a/b"], "is not in the cache", {}),
     "no such codec": (["--text", "Hi", "--codec", "no.safetensors"], "no.safetensors: no such file", {}),
     "truncated weights": (["--text", "Hi", "--model", "m"], "model.safetensors: truncated", {"m": truncated}),
     "weights of a wrong shape": (

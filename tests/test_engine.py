@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import csm.runner
-from csm import CSMError, Generator, QueueFullError, Segment
+from conftest import StandInGraph
+from csm import CSMError, FallbackWarning, Generator, QueueFullError, Segment
 from csm.engine import Engine
+from csm.kernels.launch import enable_kernels
 from csm.prefix_cache import PrefixCache
 from csm.request import SpeechRequest
 from noise import NOISE
@@ -54,6 +56,7 @@ def run(engine, ticket):
     return codes
 
 
+LIMIT = dict(max_audio_length_ms=960)
 ACTIONS = st.one_of(
     st.tuples(st.just("submit"), st.integers(0, 5), st.integers(1, 12), st.sampled_from([None, 1, 3]), st.booleans()),
     st.tuples(st.just("step"), st.integers(1, 4)),
@@ -249,3 +252,45 @@ def test_a_finished_request_is_a_known_prefix(generator, monkeypatch):
     assert lengths == [len("[0]Hello.") + 2 + 5]
     fresh = engine_of(generator)
     assert torch.equal(reply, torch.stack(run(fresh, fresh.submit(request))))
+
+
+def test_a_graph_is_captured_before_the_prompt_and_replayed_for_every_frame(captures, monkeypatch):
+    """The path of generate.py on a GPU, with stand-ins for the graphs."""
+    monkeypatch.setenv("CSM_SELFCHECK", "0")  # it captures frames of its own
+    generator = Generator.from_pretrained(NOISE, device="cpu")
+    expected = Generator.from_pretrained(NOISE, device="cpu", graphs=False).generate_codes("Hi.", seed=1, **LIMIT)
+    captured_at, stream = [], generator.stream("Hi.", seed=1, **LIMIT)
+    for _ in stream:
+        captured_at.append(len(captures))
+    buckets = len(generator._worker.engine._state.backbone_cache.buckets)
+    assert captured_at == [buckets] * 12
+    assert [graph.replays for graph in captures] == [12, *[0] * (buckets - 1)]
+    assert torch.equal(generator.generate_codes("Hi.", seed=1, **LIMIT), expected)
+    assert len(captures) == buckets
+    generator.generate_codes_batch([SpeechRequest("Hi.", seed=1, **LIMIT)] * 3)
+    assert len(captures) == buckets * 3  # batch sizes 1, 2 and 4: one request after the other was admitted
+
+
+def test_a_batch_size_is_captured_while_others_run(captures, generator, monkeypatch):
+    """A capture runs the step on the slots in use, which then continue as if nothing had happened."""
+    monkeypatch.setenv("CSM_SELFCHECK", "0")
+    monkeypatch.setattr("csm.graph.capture", lambda step, *_: [step() for _ in range(4)] and StandInGraph(step))
+    engine = engine_of(generator)
+    first = engine.submit(request_of(generator, 0, 12))
+    for _ in range(5):
+        engine.step()
+    second = engine.submit(request_of(generator, 1, 12))
+    codes = [torch.stack(run(engine, ticket)) for ticket in (first, second)]
+    assert [codes_alone(generator, index).equal(codes[index]) for index in range(2)] == [True, True]
+
+
+def test_a_capture_that_fails_falls_back_to_eager_frames(captures, generator, monkeypatch, request):
+    """One warning, and the codes are right."""
+    monkeypatch.setenv("CSM_SELFCHECK", "0")
+    monkeypatch.setattr("csm.graph.capture", lambda *_: 1 / 0)
+    engine = engine_of(generator)
+    ticket = engine.submit(request_of(generator, 0, 12))
+    request.addfinalizer(lambda: enable_kernels(torch.device("cpu"), True))
+    with pytest.warns(FallbackWarning, match=r"batch 1 cannot be captured: division by zero\. Frames on cpu"):
+        codes = run(engine, ticket)
+    assert torch.equal(torch.stack(codes), codes_alone(generator, 0))

@@ -1,9 +1,5 @@
 """Prompt rows of turns, and the Llama-3 vocabulary against tiktoken."""
 
-import base64
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -12,6 +8,7 @@ from csm import AudioError, CheckpointError, PromptError, PromptTooLongError, Ro
 from csm.config import CSM_1B
 from csm.prompt import TextTokenizer, build_prompt
 from csm.weights.recipe.shape import byte_tokenizer
+from llama3 import llama3_tokenizers
 
 
 def test_rows_of_a_conversation(noisy):
@@ -103,62 +100,6 @@ def test_special_tokens_in_text_are_ordinary_text(noisy):
     assert len(ids) == 2 + len("[0]a<|end_of_text|>b")
 
 
-# Llama 3's BPE ranks, with the regular expression and the special tokens of its reference tokenizer.
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def llama3_ranks():
-    import llama_models
-
-    lines = (Path(llama_models.__file__).parent / "llama3" / "tokenizer.model").read_bytes().splitlines()
-    return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-
-
-def special_tokens():
-    names = ["<|begin_of_text|>", "<|end_of_text|>"]
-    return {name: 128_000 + i for i, name in enumerate(names)} | {
-        f"<|reserved_special_token_{i}|>": 128_002 + i for i in range(254)
-    }
-
-
-@pytest.fixture(scope="module")
-def llama3(tmp_path_factory):
-    """The same vocabulary as a tokenizer.json, loaded by us, and as a tiktoken encoding."""
-    import tiktoken
-
-    ranks = llama3_ranks()
-    char_of = byte_characters()
-    text_of = {token: "".join(char_of[byte] for byte in token) for token in ranks}
-    vocab = {text_of[token]: rank for token, rank in ranks.items()}
-    merges = []
-    for token in sorted(ranks, key=ranks.get):  # a pair merges if its concatenation is a token, lowest rank first
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        merges += [[text_of[left], text_of[right]] for left, right in splits if left in ranks and right in ranks]
-    document = json.loads(Tokenizer(models.BPE()).to_str())
-    document["model"] |= {"vocab": vocab, "merges": merges, "ignore_merges": True}
-    split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    document["added_tokens"] = [
-        dict(id=i, content=name, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
-        for name, i in special_tokens().items()
-    ]
-    path = tmp_path_factory.mktemp("llama3") / "tokenizer.json"
-    path.write_text(json.dumps(document))
-    oracle = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special_tokens())
-    return TextTokenizer(path, CSM_1B.text_vocab_size), oracle
-
-
-def byte_characters():
-    """The printable character for each byte in a byte-level vocabulary (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
-
-
 def varied_strings():
     """More than 200 strings of many scripts, spacings and punctuations."""
     pieces = [
@@ -174,8 +115,8 @@ def varied_strings():
     return sorted({string for string in strings if string.strip()})
 
 
-def test_real_vocabulary_equals_tiktoken(llama3):
-    ours, oracle = llama3
+def test_real_vocabulary_equals_tiktoken():
+    ours, oracle = llama3_tokenizers()
     strings = varied_strings()
     assert len(strings) >= 200
     for speaker, text in enumerate(strings):
@@ -193,6 +134,19 @@ def test_a_tokenizer_larger_than_the_embedding_is_rejected(tmp_path):
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match=r"no token <\|end_of_text\|> with an id below 257"):
         TextTokenizer(tmp_path / "tokenizer.json", 257)
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_model(tmp_path):
+    """Only an id that the model has no embedding of is an error."""
+    larger = byte_tokenizer()
+    larger.add_special_tokens(["<|pad|>"])
+    larger.add_tokens(["hmm"])
+    larger.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = TextTokenizer(tmp_path / "tokenizer.json", 258)
+    plain = [256, *byte_tokenizer().encode("[0]Hi <|pad|>", add_special_tokens=False).ids, 257]
+    assert tokenizer.encode(0, "Hi <|pad|>") == plain
+    with pytest.raises(PromptError, match=r"tokenizer\.json.*token 'hmm' with id 259.*only 258 text embeddings"):
+        tokenizer.encode(0, "Well, hmm.")
 
 
 def test_an_invalid_tokenizer_file_is_rejected(tmp_path):

@@ -4,8 +4,10 @@ import importlib
 import itertools
 import json
 import math
+import random
 import shlex
 import shutil
+import string
 import subprocess
 import sys
 import time
@@ -26,9 +28,10 @@ from csm.codec import Codec
 from csm.finetune.batches import Example, Turn, collate
 from csm.finetune.loss import Trainee
 from csm.model import CSM
+from csm.pronounce import PRONUNCIATION_FILE, Pronouncer
 from csm.weights import open_checkpoint, read_model
 from csm.weights.layouts import mimi_table
-from csm.weights.recipe import picture, shape
+from csm.weights.recipe import open_text, picture, shape
 from csm.weights.recipe.codec import (
     LABEL_SAMPLES,
     PHONES,
@@ -44,7 +47,9 @@ from csm.weights.recipe.codec import (
 from csm.weights.recipe.conversations import OPEN_IDS, TURNS, conversations
 from csm.weights.recipe.drawn import draw, draw_codes
 from csm.weights.recipe.drawn import main as write_drawn
-from csm.weights.recipe.export import export_codec, export_model, export_start
+from csm.weights.recipe.everyday import everyday_sentences
+from csm.weights.recipe.export import export_codec, export_model, export_start, phone_embedding
+from csm.weights.recipe.open_text import as_sentence, evaluation_sentences, open_sentences, plain_words, wordnet_texts
 from csm.weights.recipe.recordings import VOICES, Utterance, plan, read_manifest, record_all
 from csm.weights.recipe.sentences import number_in_words, plural, sentences, split_of, year_in_words
 from noise import CODEC, CONFIG, NOISE, random_state
@@ -77,6 +82,72 @@ def test_sentences_are_short_and_plain():
         assert not set("{}_0123456789|") & set(sentence), sentence
         assert sentence[0].isupper() or sentence[0] == '"'
         assert sentence[-1] in ".?!"
+
+
+@pytest.fixture
+def wordnet(tmp_path):
+    """WordNet's files with a few lines of their form (wndb(5WN))."""
+    lines = ["  1 This is the licence.  "]
+    for number in range(400):
+        gloss = f'a thing that is {number_in_words(number)} old; "he saw thing {number_in_words(number)}"; "X 7"'
+        lines.append(f"{number:08d} 03 n 01 thing 0 000 | {gloss}  ")
+    for part in ("noun", "verb", "adj", "adv"):
+        (tmp_path / f"data.{part}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_wordnet_s_texts_become_sentences(wordnet):
+    examples, definitions = wordnet_texts(wordnet)
+    assert len(examples) == len(definitions) == 400
+    assert (examples[3], definitions[3]) == ("He saw thing three.", "A thing that is three old.")
+    assert as_sentence("a dog , and a cat--no") == "A dog, and a cat, no."
+    assert (
+        as_sentence("it was built in 1984")
+        is as_sentence(" ".join(["no"] * 21))
+        is as_sentence("the U.S. army")
+        is None
+    )
+
+
+def test_open_text_is_the_same_every_time_and_holds_out_the_evaluation_list(wordnet, monkeypatch):
+    first = open_sentences("train", 600, wordnet=wordnet)
+    assert first == open_sentences("train", 700, wordnet=wordnet)[:600]
+    assert len({plain_words(text) for text in first}) == 600
+    assert all(split_of(text) == "train" and 1 <= len(text.split()) <= 22 for text in first)
+    monkeypatch.setattr(open_text, "evaluation_sentences", lambda: [first[10].upper()])
+    assert first[10] not in open_sentences("train", 600, wordnet=wordnet)
+    with pytest.raises(ValueError, match="'tset'"):
+        open_sentences("tset", 1, wordnet=wordnet)
+
+
+def test_everyday_sentences_are_plain():
+    texts = list(itertools.islice(everyday_sentences(random.Random(0)), 3000))
+    for text in texts:
+        assert 1 <= len(text.split()) <= 22, text
+        assert as_sentence(text) in (text, None), text
+        assert not set("{}_0123456789|") & set(text), text
+        assert text[0].isupper()
+        assert text[-1] in ".?!"
+
+
+def test_the_evaluation_list_is_150_sentences_in_no_template():
+    texts = evaluation_sentences()
+    assert len({plain_words(text) for text in texts}) == len(texts) == 150
+    templates = {plain_words(text) for text in itertools.islice(everyday_sentences(random.Random(1)), 20_000)}
+    templates |= {plain_words(text) for text in sentences("train", 2000)}
+    assert not templates & {plain_words(text) for text in texts}
+
+
+def test_a_phone_begins_with_the_embedding_of_the_bytes_that_spell_it():
+    before, after = shape.byte_tokenizer(), shape.phone_tokenizer()
+    embedding = torch.randn(258, 4, generator=torch.Generator().manual_seed(0))
+    phones = phone_embedding(embedding)
+    assert phones.shape == (after.get_vocab_size(), 4)
+    by_token = {after.id_to_token(index): row for index, row in enumerate(phones)}
+    assert torch.equal(by_token["m"], embedding[before.token_to_id("m")])
+    assert torch.equal(by_token["<|end_of_text|>"], embedding[before.token_to_id("<|end_of_text|>")])
+    spelt = embedding[[before.token_to_id("s"), before.token_to_id("h")]].mean(dim=0)
+    assert torch.equal(by_token["ʃ"], spelt)
 
 
 def test_numbers_and_plurals_are_said_in_full():
@@ -300,7 +371,9 @@ def test_what_is_exported_decodes_as_what_was_trained(manifest, tmp_path, small)
     assert (tmp_path / "run" / "losses.csv").read_text().count("\n") == 11
     audio = Clips(manifest, 10 * FRAME).draw(1, np.random.default_rng(0))[0][0, 0]
     export_codec(tmp_path / "run" / "checkpoint.pt", tmp_path / "codec.safetensors")
-    export_start(tmp_path / "codec.safetensors", tmp_path / "start")
+    pronouncer = Pronouncer({"hi": "hI"}, dict.fromkeys(string.ascii_lowercase, "t"))
+    pronouncer.write(tmp_path / "words.json.gz")
+    export_start(tmp_path / "codec.safetensors", tmp_path / "start", tmp_path / "words.json.gz")
     run.mimi.eval()
     with torch.no_grad():
         codes_1KT = run.mimi.encode(audio.view(1, 1, -1))
@@ -312,6 +385,8 @@ def test_what_is_exported_decodes_as_what_was_trained(manifest, tmp_path, small)
         assert (generator.encode(audio) == codes_1KT[0].T).float().mean() > 0.9  # float16 may move a few
         assert (generator.decode(codes_1KT[0].T) - expected).norm() < 0.02 * expected.norm()
         assert len(generator.generate_codes("Hi.", max_audio_length_ms=160, topk=30, seed=0)) == 2
+        assert generator.defaults.temperature == 0.6
+        assert (tmp_path / folder / PRONUNCIATION_FILE).read_bytes() == (tmp_path / "words.json.gz").read_bytes()
     start, shipped = (tensors_of(tmp_path / folder / "model.safetensors") for folder in ("start", "shipped"))
     assert start.keys() == shipped.keys()
     for name, tensor in shipped.items():
@@ -545,7 +620,8 @@ def test_the_commands_of_make_tiny_are_as_the_programs_take_them(monkeypatch, ca
             importlib.import_module(package).main()
         known = capsys.readouterr().out
         assert all(word in known for word in arguments if word.startswith("--")), words
-    order = ["recordings", "conversations", "codec", "export", "finetune", "drawn", "codec", "export", "eval"]
+    order = ["recordings", "pronunciation", "conversations", "codec", "export", "finetune", "drawn", "codec", "export"]
+    order += ["eval"]
     assert [name for name, _ in itertools.groupby(called)] == order
 
 

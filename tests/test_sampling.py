@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csm import SamplingError, SamplingParams
-from csm.kernels.sample import apply_temperature, draw_ids, gumbel_noise, philox
+from csm.kernels.sample import draw_ids, gumbel_noise, philox
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, result.
 VECTORS = [
@@ -86,8 +86,8 @@ def test_noise_is_gumbel():
 def draw_rows(logits_BV, seed_B, temperature_B, top_k_B):
     """One sample for each row, as in the step for codebook 0 of frame 0."""
     noise_BKV = gumbel_noise(seed_B, torch.zeros_like(seed_B), 1, logits_BV.shape[1])
-    noise_BKV, divisor_B1 = apply_temperature(noise_BKV, temperature_B)
-    return draw_ids(logits_BV, noise_BKV[:, 0], divisor_B1, top_k_B.clamp(max=logits_BV.shape[1]))
+    noise_BV = noise_BKV[:, 0] * temperature_B[:, None]
+    return draw_ids(logits_BV, noise_BV, top_k_B.clamp(max=logits_BV.shape[1]))
 
 
 def draw(logits, count, temperature, top_k):

@@ -22,7 +22,7 @@ from csm.kernels import (
     sample,
 )
 from csm.kernels.launch import MAX_ROWS, launches, use_kernels
-from csm.kernels.sample import Noise, apply_temperature, draw_ids, gumbel_noise
+from csm.kernels.sample import Noise, draw_ids, gumbel_noise
 from csm.prefill import Prefill
 from csm.prompt import text_rows
 from csm.sampling import SamplingParams
@@ -230,11 +230,11 @@ def test_sample(dtype, size):
     temperature = torch.tensor([0.0, 0.5, 0.9, 2.0] * 6, device=DEVICE)
     top_k = torch.tensor([1, 2, 3, 5, size, 50] * 4, device=DEVICE).clamp(max=size)
     table = randn(size + 3, 20, dtype=dtype)
-    noise_BKV, divisor_B1 = apply_temperature(gumbel_noise(seed, frame, codebooks, size), temperature)
+    noise_BKV = gumbel_noise(seed, frame, codebooks, size) * temperature[:, None, None]
     codes = torch.full((batch, codebooks), -1, device=DEVICE)
-    noise = Noise(seed, frame, temperature, top_k, None, None)
+    noise = Noise(seed, frame, temperature, top_k, None)
     for codebook in range(codebooks):
-        expected = draw_ids(logits, noise_BKV[:, codebook], divisor_B1, top_k)
+        expected = draw_ids(logits, noise_BKV[:, codebook], top_k)
         rows = sample(logits, codebook, noise, codes, table if codebook else None)
         assert codes[:, codebook].tolist() == expected.tolist()
         assert rows is None if codebook == 0 else torch.equal(rows, table[expected])
@@ -242,7 +242,7 @@ def test_sample(dtype, size):
 
 
 def test_sample_terminates_on_nan_and_infinite_logits():
-    noise = Noise(*(torch.ones(1, dtype=torch.int64, device=DEVICE) for _ in range(4)), None, None)
+    noise = Noise(*(torch.ones(1, dtype=torch.int64, device=DEVICE) for _ in range(4)), None)
     noise = noise._replace(temperature_B=torch.ones(1, device=DEVICE))
     codes = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
     for value in (math.nan, math.inf, -math.inf):

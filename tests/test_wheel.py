@@ -38,6 +38,7 @@ def test_only_csm_is_at_the_top(wheel):
         "csm/py.typed",
     ):
         assert part in names
+    assert not [name for name in names if "recipe" in name], "the recipe runs from a checkout only"
 
 
 def test_it_imports_from_another_folder(wheel, tmp_path):

@@ -4,5 +4,13 @@ Installed as ``csm.weights``. Depends on shapes (``csm.config``) and files, neve
 """
 
 from csm.weights.checkpoint import Checkpoint, open_checkpoint, read_codec, read_model
+from csm.weights.generation_config import GenerationDefaults, read_generation_defaults
 
-__all__ = ["Checkpoint", "open_checkpoint", "read_codec", "read_model"]
+__all__ = [
+    "Checkpoint",
+    "GenerationDefaults",
+    "open_checkpoint",
+    "read_codec",
+    "read_generation_defaults",
+    "read_model",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,16 +10,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from csm.config import CodecConfig, CSMConfig
-from csm.errors import CheckpointError
+from csm.config import MIMI, CodecConfig, CSMConfig
+from csm.errors import CheckpointError, CheckpointWarning
 from csm.weights import hub
 from csm.weights.config_json import read_config
 from csm.weights.files import read_tensor, tensor_shapes
+from csm.weights.hub import MIMI_FILE, MIMI_REPO
 from csm.weights.layouts import Table, empty_state, hf_table, mimi_table, sesame_table
 
 TINY = Path(__file__).parent / "tiny"
-MIMI_REPO = "kyutai/moshiko-pytorch-bf16"
-MIMI_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class Checkpoint:
     def tokenizer_path(self) -> Path:
         path = self.folder / "tokenizer.json"
         if not path.is_file():
-            raise CheckpointError(f"{path}: no such file; copy tokenizer.json from unsloth/csm-1b into this folder")
+            raise CheckpointError(
+                f"{path}: no such file (early revisions of sesame/csm-1b have none); copy the tokenizer.json of "
+                f"unsloth/csm-1b into this folder"
+            )
         return path
 
     @property
@@ -45,17 +48,16 @@ class Checkpoint:
         return any(name.startswith("codec_model.") for name in self.file_of)
 
 
-def open_checkpoint(name: str | Path) -> Checkpoint:
-    """Find a checkpoint and check its tensors' names and shapes, without reading the weights.
+def open_checkpoint(name: str | Path, progress: bool = True) -> Checkpoint:
+    """Find a checkpoint, download it if necessary, and check its tensors' names and shapes without reading them.
 
-    ``name`` is "tiny", a folder, or a hub name with an optional ``@revision``. Raises CheckpointError, which names the
-    file and the tensor, or UnavailableError, which says what to do.
+    ``name`` is "tiny", a folder, or a hub name with an optional ``@revision``. ``progress`` shows what is downloaded.
+    Raises CheckpointError, which names the file and the tensor, or UnavailableError, which says what to do.
     """
-    folder = _find(str(name))
+    folder, files = _find(str(name), progress)
     config, codec_config = read_config(folder / "config.json")
     file_of: dict[str, Path] = {}
     shape_of: dict[str, tuple[int, ...]] = {}
-    files = hub.weight_files(folder)
     for path in files:
         for tensor, shape in tensor_shapes(path).items():
             if tensor in file_of:
@@ -86,29 +88,62 @@ def read_model(
     return _read(checkpoint, checkpoint.table, device, dtype, progress)
 
 
-def read_codec(checkpoint: Checkpoint, codec: str | Path | None, device: torch.device) -> dict[str, Tensor]:
+def read_codec(
+    checkpoint: Checkpoint, codec: str | Path | None, device: torch.device, progress: bool = True
+) -> dict[str, Tensor]:
     """The codec's state dict: moshi's names, float32.
 
     The first source that exists is read: the file ``codec``, the checkpoint, Kyutai's file in the checkpoint's folder,
-    Kyutai's file on the hub.
+    Kyutai's file on the hub. A copy of Kyutai's codec inside the checkpoint that is rounded (bfloat16) is replaced by
+    Kyutai's file if that is in the folder or in the cache; otherwise it is used with a CheckpointWarning.
     """
-    if codec is None and checkpoint.has_codec:
-        return _read(checkpoint, mimi_table(checkpoint.codec_config), device, torch.float32)
+    if codec is not None:
+        return _read_codec_file(Path(codec), device)
     beside = checkpoint.folder / MIMI_FILE
-    path = Path(codec) if codec is not None else beside if beside.is_file() else hub.fetch(MIMI_REPO, MIMI_FILE, None)
-    return {name: read_tensor(path, name).to(device, torch.float32, copy=True) for name in tensor_shapes(path)}
+    path = beside if beside.is_file() else hub.cached(MIMI_REPO, MIMI_FILE)
+    if not checkpoint.has_codec:
+        return _read_codec_file(path or hub.fetch(MIMI_REPO, MIMI_FILE, progress=progress), device)
+    state = _read(checkpoint, mimi_table(checkpoint.codec_config), device, torch.float32)
+    dtype = _codec_dtype(checkpoint)
+    if checkpoint.codec_config != MIMI or dtype == torch.float32:
+        return state
+    exact = _read_codec_file(path, device) if path is not None else {}
+    if exact.keys() == state.keys() and all(torch.equal(exact[n].to(dtype).float(), state[n]) for n in state):
+        return exact
+    warnings.warn(
+        f"{checkpoint.folder}: the codec in this checkpoint is {str(dtype).removeprefix('torch.')}, so its codebooks "
+        f"are rounded: reference audio gets slightly different codes. For exact codes put {MIMI_FILE} of {MIMI_REPO} "
+        f"into that folder",
+        CheckpointWarning,
+        stacklevel=2,
+    )
+    return state
+
+
+def _codec_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of the codebooks that the checkpoint contains."""
+    name = next(entry.source for entry in mimi_table(checkpoint.codec_config) if entry.source.endswith(".embed_sum"))
+    return read_tensor(checkpoint.file_of[name], name).dtype
+
+
+def _read_codec_file(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """A file with moshi's names. Kyutai's has those of moshi's first release for the attention projections."""
+    state = {}
+    for name in tensor_shapes(path):
+        current = name.replace("in_proj_weight", "in_projs.0.weight").replace("out_proj.weight", "out_projs.0.weight")
+        state[current] = read_tensor(path, name).to(device, torch.float32, copy=True)
+    return state
 
 
 def _listed(files: list[Path]) -> str:
     return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
 
 
-def _find(name: str) -> Path:
-    if name == "tiny":
-        return TINY
-    path = Path(name).expanduser()
+def _find(name: str, progress: bool) -> tuple[Path, list[Path]]:
+    """The folder of a checkpoint and its weight files."""
+    path = TINY if name == "tiny" else Path(name).expanduser()
     if path.is_dir():
-        return path
+        return path, hub.weight_files(path)
     if path.exists():
         raise CheckpointError(f"{path} is a file; pass the folder with the weights, config.json and tokenizer.json")
     repo, _, revision = name.partition("@")
@@ -116,7 +151,7 @@ def _find(name: str) -> Path:
         raise CheckpointError(
             f"no folder {name!r}, and not a hub name either; pass a folder, owner/model or owner/model@revision"
         )
-    return hub.fetch_checkpoint(repo, revision or None)
+    return hub.fetch_checkpoint(repo, revision or None, progress)
 
 
 def _check(checkpoint: Checkpoint, table: Table) -> None:

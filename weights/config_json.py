@@ -1,20 +1,22 @@
 """Read ``config.json``, in HF Transformers' form or Sesame's older form, into ``CSMConfig`` and ``CodecConfig``.
 
-Every key must be known. A key is read, or it must have the one value that this model supports, or it is known not to
-affect generation. Missing keys have the defaults of HF Transformers' configuration classes.
+A key is read, or it must have the one value that this model supports, or it is known not to affect generation. An
+unknown key with a number, a string or a boolean is ignored with a warning; any other unknown key is an error. Missing
+keys have the defaults of HF Transformers' configuration classes.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from csm.config import LLAMA_1B, LLAMA_100M, MIMI, CodecConfig, CSMConfig, RopeScaling, TransformerConfig
-from csm.errors import CheckpointError
+from csm.errors import CheckpointError, CheckpointWarning
 
 FLAVORS = {"llama-1B": LLAMA_1B, "llama-100M": LLAMA_100M}
 
@@ -31,7 +33,7 @@ IGNORED = frozenset(
     top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
     bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
     remove_invalid_values suppress_tokens exponential_decay_length_penalty begin_suppress_tokens num_beam_groups
-    diversity_penalty tf_legacy_loss use_bfloat16
+    diversity_penalty tf_legacy_loss use_bfloat16 auto_map
     """.split()
 )
 LLAMA_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
@@ -78,7 +80,10 @@ ROPE_KEYS = frozenset(
 
 
 def read_config(path: Path) -> tuple[CSMConfig, CodecConfig]:
-    """Shapes of the model and of its codec. Raises CheckpointError, which names the file and the key."""
+    """Shapes of the model and of its codec.
+
+    Raises CheckpointError, which names the file and the key. Unknown scalar keys give one CheckpointWarning.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -89,18 +94,24 @@ def read_config(path: Path) -> tuple[CSMConfig, CodecConfig]:
         raise CheckpointError(f"{path}: invalid JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    unknown: list[str] = []
     try:
         if "depth_decoder_config" in values:
-            return _hf_config(values)
-        if "backbone_flavor" in values:
-            return _sesame_config(values), MIMI
-        raise CheckpointError(
-            "no key depth_decoder_config (HF form) or backbone_flavor (Sesame's form); this is not a CSM model"
-        )
+            configs = _hf_config(values, unknown)
+        elif "backbone_flavor" in values:
+            configs = _sesame_config(values, unknown), MIMI
+        else:
+            raise CheckpointError(
+                "no key depth_decoder_config (HF form) or backbone_flavor (Sesame's form); this is not a CSM model"
+            )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: value of the wrong type: {error!r}") from error
+    if unknown:
+        message = f"{path}: unknown keys {', '.join(unknown)} are ignored; if the speech is wrong, look there first"
+        warnings.warn(message, CheckpointWarning, stacklevel=2)
+    return configs
 
 
 def write_hf_config(config: CSMConfig, codec: CodecConfig) -> dict[str, Any]:
@@ -158,9 +169,9 @@ def _llama_values(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _sesame_config(values: Mapping[str, Any]) -> CSMConfig:
+def _sesame_config(values: Mapping[str, Any], unknown: list[str]) -> CSMConfig:
     keys = {"backbone_flavor", "decoder_flavor", "text_vocab_size", "audio_vocab_size", "audio_num_codebooks"}
-    _check_keys("", values, keys, {})
+    unknown += _check_keys("", values, keys, {})
     missing = keys - values.keys()
     if missing:
         raise CheckpointError(f"missing key {sorted(missing)[0]!r}")
@@ -181,18 +192,18 @@ def _flavor(name: object) -> TransformerConfig:
     return FLAVORS[str(name)]
 
 
-def _hf_config(values: Mapping[str, Any]) -> tuple[CSMConfig, CodecConfig]:
+def _hf_config(values: Mapping[str, Any], unknown: list[str]) -> tuple[CSMConfig, CodecConfig]:
     shapes = {"num_codebooks", "vocab_size", "text_vocab_size", "depth_decoder_config", "codec_config"}
     # The published file has the keys of both forms.
     legacy = {"backbone_flavor", "decoder_flavor", "audio_vocab_size", "audio_num_codebooks"}
     fixed = {**LLAMA_FIXED, "tie_codebooks_embeddings": True, "codebook_eos_token_id": 0}
-    _check_keys("", values, shapes | legacy | LLAMA_KEYS, fixed)
+    unknown += _check_keys("", values, shapes | legacy | LLAMA_KEYS, fixed)
     depth, codec = values["depth_decoder_config"], values.get("codec_config", {})
     depth_keys = LLAMA_KEYS | {"num_codebooks", "vocab_size", "backbone_hidden_size"}
-    _check_keys("depth_decoder_config.", depth, depth_keys, LLAMA_FIXED)
+    unknown += _check_keys("depth_decoder_config.", depth, depth_keys, LLAMA_FIXED)
 
     num_codebooks, vocab = _integer(values, "num_codebooks", 32), _integer(values, "vocab_size", 2051)
-    codec_config = _mimi_config(codec)
+    codec_config = _mimi_config(codec, unknown)
     config = CSMConfig(
         backbone=_llama(values, LLAMA_1B, _integer(values, "max_position_embeddings", 2048)),
         depth_decoder=_llama(depth, LLAMA_100M, num_codebooks),
@@ -238,7 +249,9 @@ def _llama(values: Mapping[str, Any], default: TransformerConfig, max_positions:
 def _rope_scaling(values: Mapping[str, Any] | None) -> RopeScaling | None:
     if not values:
         return None
-    _check_keys("rope_scaling.", values, ROPE_KEYS, {})
+    unknown = _check_keys("rope_scaling.", values, ROPE_KEYS, {})
+    if unknown:
+        raise CheckpointError(f"unknown key {unknown[0]}; this scaling of RoPE is not supported")
     kind = values.get("rope_type", values.get("type", "default"))
     if kind == "default":
         return None
@@ -252,7 +265,7 @@ def _rope_scaling(values: Mapping[str, Any] | None) -> RopeScaling | None:
     )
 
 
-def _mimi_config(values: Mapping[str, Any]) -> CodecConfig:
+def _mimi_config(values: Mapping[str, Any], unknown: list[str]) -> CodecConfig:
     _check_mapping("codec_config", values)
     fields = {ours: _integer(values, theirs, getattr(MIMI, ours)) for theirs, ours in MIMI_KEYS.items()}
     dim, num_heads = fields["dim"], fields["num_heads"]
@@ -265,7 +278,7 @@ def _mimi_config(values: Mapping[str, Any]) -> CodecConfig:
         "num_codebooks": fields["num_codebooks"],
     }
     shapes = MIMI_KEYS.keys() | {"upsampling_ratios", "rope_theta", "rope_parameters", "frame_rate", "_frame_rate"}
-    _check_keys("codec_config.", values, shapes, fixed)
+    unknown += _check_keys("codec_config.", values, shapes, fixed)
     rope = values.get("rope_parameters") or values
     frame_rate = values.get("_frame_rate") or values.get("frame_rate") or MIMI.frame_rate
     return CodecConfig(
@@ -276,18 +289,30 @@ def _mimi_config(values: Mapping[str, Any]) -> CodecConfig:
     )
 
 
-def _check_keys(where: str, values: Mapping[str, Any], read: set[str] | frozenset[str], fixed: dict[str, Any]) -> None:
-    """Raise CheckpointError at the first unknown key, or at a key of ``fixed`` with another value.
+def _check_keys(
+    where: str, values: Mapping[str, Any], read: set[str] | frozenset[str], fixed: dict[str, Any]
+) -> list[str]:
+    """The unknown keys whose values are scalars, quoted, as they stand in the file.
 
-    Null values and Transformers' private keys (``_attn_implementation_autoset``...) are ignored.
+    Null values and Transformers' private keys (``_attn_implementation_autoset``...) are ignored. Raises CheckpointError
+    at a key of ``fixed`` with another value, and at an unknown key that cannot be ignored: an object, a list, a bias
+    or a quantization.
     """
     _check_mapping(where.rstrip("."), values)
+    unknown = []
     for key, value in values.items():
         if key in fixed:
             if value is not None and value != fixed[key]:
                 raise CheckpointError(f"{where}{key}: expected {fixed[key]!r}, got {value!r}; not supported")
         elif key not in read and key not in IGNORED and value is not None and not key.startswith("_"):
-            raise CheckpointError(f"unknown key {where + key!r}; remove it if it does not change the model")
+            if "quantization" in key:
+                raise CheckpointError(f"{where}{key}: quantized weights are not supported; use the original checkpoint")
+            if not isinstance(value, (bool, int, float, str)):
+                raise CheckpointError(f"unknown key {where + key!r}; remove it if it does not change the model")
+            if "bias" in key and value is not False:
+                raise CheckpointError(f"{where}{key}: expected False, got {value!r}; biases are not supported")
+            unknown.append(repr(where + key))
+    return unknown
 
 
 def _check_mapping(where: str, values: object) -> None:

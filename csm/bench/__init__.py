@@ -1,6 +1,7 @@
 """Benchmarks: ``python bench.py``. One module a purpose; ``command`` holds the options.
 
-``model_setup`` the model to measure, ``rows`` the timed configurations, ``peers`` those that other software runs,
-``end_to_end`` a generator from text to audio, ``launches`` what a frame launches, ``machine_code`` what the kernels
-compile to, ``tune`` launch configurations, ``report`` tables and plots, ``stepping`` the step as a frame runner.
+Timing: ``model_setup`` the model to measure, ``stepping`` the step as a frame runner, ``peers`` other software's,
+``end_to_end`` a generator from text to audio, ``rows`` the table of them all, ``tune`` launch configurations. Without a
+GPU: ``launches`` what a frame launches, ``machine_code`` what its kernels compile to, ``predict`` what it may take.
+``report`` writes tables, files and a plot.
 """

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from csm.bench import end_to_end, machine_code, report, tune
+from csm.bench import end_to_end, machine_code, predict, report, tune
 from csm.bench.launches import count_report, profile
 from csm.bench.model_setup import DTYPES, Setup, load
 from csm.bench.rows import SKIPPED_FRAMES, NotTimed, Row, copy_bandwidth, measured_rows
@@ -84,6 +84,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-seconds", type=float, default=4.0, help="most audio of each of the ten sentences")
     parser.add_argument("--count", action="store_true", help="count what a frame launches, and stop")
     parser.add_argument("--kernels", action="store_true", help="compile a frame's kernels for several GPUs, and stop")
+    parser.add_argument(
+        "--predict",
+        choices=predict.GPUS,
+        metavar="GPU",
+        help=f"predict a frame's time, and stop: {', '.join(predict.GPUS)}",
+    )
     parser.add_argument("--tune", action="store_true", help="measure launch configurations for this GPU, and stop")
     parser.add_argument("--profile", action="store_true", help="add a table of the ops of a frame")
     parser.add_argument("--out", type=Path, help="a folder for bench.md, bench.json and bench.png")
@@ -96,12 +102,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
     """What the options ask for: Markdown, the same for JSON, and the exit code."""
-    if not (args.count or args.kernels or args.tune):
+    if not (args.count or args.kernels or args.predict or args.tune):
         return *benchmark(args), 0
     config = open_checkpoint(args.model).config if args.model else CSM_1B
     dtype = DTYPES[args.dtype or "bfloat16"]
     if args.count:
         return *count_report(config), 0
+    if args.predict:
+        return *predict.predict_report(config, args.batch[0], dtype, args.predict, args.quiet), 0
     if args.tune:
         return *tune.tune_report(config, args.batch, dtype, args.quiet), 0
     text, result = machine_code.kernels_report(config, args.batch, dtype, args.quiet)

@@ -23,11 +23,12 @@ ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::empt
 
 
 class Counting(TorchDispatchMode):
-    """Counts the ops that launch something: all but views and allocations."""
+    """Counts the ops that launch something: all but views and allocations. ``on_op`` gets the name of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_op: Callable[[str], None] | None = None) -> None:
         super().__init__()
         self.ops: Counter[str] = Counter()
+        self._on_op = on_op
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -36,7 +37,10 @@ class Counting(TorchDispatchMode):
         # A cast or a reshape is a view only where nothing has to change.
         is_view = func.is_view and all(x.untyped_storage()._cdata in same for x in results)
         if results and not is_view and func._schema.name not in ALLOCATIONS:
-            self.ops[func._schema.name.removeprefix("aten::")] += 1
+            name = func._schema.name.removeprefix("aten::")
+            self.ops[name] += 1
+            if self._on_op is not None:
+                self._on_op(name)
         return result
 
 
@@ -56,6 +60,23 @@ def frame_launches(config: CSMConfig, batch: int, dtype: torch.dtype) -> list[La
     with forced_ops("triton"), launches() as seen:
         step()
     return seen
+
+
+def frame_sequence(config: CSMConfig, batch: int, dtype: torch.dtype) -> list[Launch | str]:
+    """Everything that one frame launches, in order: kernels, and the names of PyTorch's ops between them."""
+    step = shadow_step(config, batch, dtype)
+    sequence: list[Launch | str] = []
+    with forced_ops("triton"), launches() as seen:
+
+        def on_op(name: str) -> None:
+            sequence.extend(seen)
+            seen.clear()
+            sequence.append(name)
+
+        with Counting(on_op):
+            step()
+        sequence.extend(seen)
+    return sequence
 
 
 def count_launches(config: CSMConfig, ops: str, batch: int = 1) -> Counter[str]:

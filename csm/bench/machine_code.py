@@ -1,4 +1,10 @@
-"""What a kernel becomes on a GPU that need not be here: compiled, and read. ``make kernels`` shows a frame's."""
+"""What a kernel compiles to: its machine code (SASS), read for GPUs that need not be here. ``make kernels`` prints it.
+
+Triton compiles a kernel for any GPU architecture and its wheel brings ``nvdisasm`` and ``cuobjdump``. In SASS,
+``griddepcontrol.launch_dependents``, the trigger that lets the next kernel start, is PREEXIT, and
+``griddepcontrol.wait`` is ACQBULK (seen by compiling both for sm_90 and sm_120). Loads from global memory are LDG, or
+LDGSTS into shared memory; LDL and STL are spills.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,20 +25,65 @@ from csm.config import CSMConfig
 from csm.kernels.launch import Launch, triton
 
 GPU_ARCHS = (80, 89, 90, 120)
+TRIGGER, WAIT = "PREEXIT", "ACQBULK"
+WARP = 32
+REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, on every architecture here
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.bool: "*i1",
 }
+
+
+class Instruction(NamedTuple):
+    """One machine instruction: opcode with its modifiers, and the operands behind it."""
+
+    opcode: str
+    operands: tuple[str, ...]
+
+    @property
+    def is_load(self) -> bool:
+        """From global memory, into registers or into shared memory."""
+        return self.opcode.startswith(("LDG", "LDGSTS"))
+
+    @property
+    def bits(self) -> int:
+        """What one thread loads or stores."""
+        sizes = re.findall(r"\.[US]?(8|16|64|128|256)\b", self.opcode)
+        return int(sizes[-1]) if sizes else 32
+
+    @property
+    def loaded_registers(self) -> set[int]:
+        """Registers that a load into registers writes."""
+        if not self.opcode.startswith("LDG") or self.opcode.startswith("LDGSTS"):
+            return set()
+        first = _registers(self.operands[0])
+        return {register + i for register in first for i in range(max(1, self.bits // 32))}
+
+    @property
+    def named_registers(self) -> set[int]:
+        """Every register that an operand names: read, or overwritten, which waits for a load as well."""
+        return set().union(*(_registers(operand) for operand in self.operands))
+
+
+def _registers(operand: str) -> set[int]:
+    return {int(number) for number in re.findall(r"\bR(\d+)\b", operand)}
 
 
 class Compiled(NamedTuple):
     """One kernel for one GPU architecture.
 
-    ``load_bits`` is the widest load; ``early_bytes`` are the bytes of 128-bit loads that a program issues before it
-    waits for the previous kernel.
+    ``registers`` are of one thread, ``register_file_percent`` is the share of a multiprocessor's file that one program
+    takes. ``spills`` counts loads from and stores to local memory. ``load_bits`` is the widest load, ``early_bytes``
+    are what a program asks for before it waits for the previous kernel, ``late_bytes`` what it asks for afterwards.
+    ``used_before_trigger`` counts loaded registers that an instruction before the trigger needs: the next kernel cannot
+    start until they have arrived. ``instructions`` and ``after_wait`` are of one warp, loops counted once; without
+    dependent launch (before sm_90) all are after the wait, and nothing is early.
     """
 
     kernel: str
@@ -42,22 +92,31 @@ class Compiled(NamedTuple):
     programs: int
     num_warps: int
     registers: int
+    register_file_percent: float
     shared_bytes: int
-    spilled_bytes: int
+    spills: int
     load_bits: int
     early_bytes: int
+    late_bytes: int
+    used_before_trigger: int
+    instructions: int
+    after_wait: int
 
 
 def distinct(launches: list[Launch]) -> Iterator[Launch]:
     """One launch of every kind that is compiled on its own."""
     seen = set()
     for launch in launches:
-        multiples = tuple(_sixteenfold(value) for value in launch.args)
-        types = tuple(signature(launch).items())
-        kind = (launch.name, types, multiples, tuple(launch.constants.items()), launch.num_warps)
-        if kind not in seen:
-            seen.add(kind)
+        if kind(launch) not in seen:
+            seen.add(kind(launch))
             yield launch
+
+
+def kind(launch: Launch) -> tuple[Any, ...]:
+    """What a kernel is compiled for: launches of the same kind share their machine code."""
+    multiples = tuple(_sixteenfold(value) for value in launch.args)
+    types = tuple(signature(launch).items())
+    return launch.name, types, multiples, tuple(launch.constants.items()), launch.num_warps
 
 
 def signature(launch: Launch) -> dict[str, str]:
@@ -105,52 +164,87 @@ def compile_for(launch: Launch, gpu_arch: int) -> Any:
 
 
 def examine(launch: Launch, gpu_arch: int) -> Compiled:
-    """Compile, and read what came out."""
+    """Compile a launch's kernel for one GPU architecture, and read its machine code."""
     compiled = compile_for(launch, gpu_arch)
-    ptx = compiled.asm["ptx"]
-    early, _, _ = ptx.rpartition("griddepcontrol.wait")
-    said = assembler_report(ptx, gpu_arch)
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
-    constants = " ".join(f"{name}={value}" for name, value in launch.constants.items() if name != "EPS")
-    registers = re.search(r"Used (\d+) registers", said)
-    assert registers and spills, said
+    cubin = compiled.asm["cubin"]
+    registers = register_count(cubin)
+    code = instructions(disassemble(cubin))
+    wait = next((index for index, one in enumerate(code) if one.opcode == WAIT), 0)
+    threads = WARP * launch.num_warps
+    loads = [one.bits for one in code if one.is_load]
+    early = [one.bits for one in code[:wait] if one.is_load]
     return Compiled(
         kernel=launch.name,
-        constants=constants,
+        constants=" ".join(f"{name}={value}" for name, value in launch.constants.items() if name != "EPS"),
         gpu_arch=gpu_arch,
         programs=torch.Size(launch.grid).numel(),
         num_warps=launch.num_warps,
-        registers=int(registers[1]),
+        registers=registers,
+        register_file_percent=100 * allocated_registers(registers, launch.num_warps) / REGISTER_FILE,
         shared_bytes=compiled.metadata.shared,
-        spilled_bytes=sum(spills),
-        load_bits=max(load_widths(ptx), default=0),
-        early_bytes=16 * 32 * launch.num_warps * load_widths(early).count(128),
+        spills=sum(one.opcode.startswith(("LDL", "STL")) for one in code),
+        load_bits=max(loads, default=0),
+        early_bytes=sum(early) // 8 * threads,
+        late_bytes=(sum(loads) - sum(early)) // 8 * threads,
+        used_before_trigger=used_before_trigger(code),
+        instructions=len(code),
+        after_wait=len(code) - wait,
     )
 
 
-def assembler_report(ptx: str, gpu_arch: int) -> str:
-    """What ptxas says of a kernel's resources."""
-    ptxas = triton.knobs.nvidia.ptxas.path
-    arch = re.search(r"\.target (sm_\w+)", ptx)
-    assert arch, ptx[:300]
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [ptxas, "-v", f"--gpu-name={arch[1]}", str(source), "-o", str(Path(folder, "kernel.cubin"))]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+def allocated_registers(registers: int, num_warps: int) -> int:
+    """Registers that a program occupies: a warp gets them in units of 256 (CUDA occupancy calculator)."""
+    return num_warps * -(-registers * WARP // 256) * 256
 
 
-def load_widths(ptx: str) -> list[int]:
-    """Bits of every load from memory that stands in the code."""
-    loads = re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)(\S*)(?: \[[^]]*\], \[[^]]*\], (\w+))?", ptx)
-    widths = []
-    for suffix, copied in loads:
-        parts = re.search(r"(?:\.v(\d))?\.[bufs](\d+)$", suffix)
-        if parts:
-            widths.append(int(parts[1] or 1) * int(parts[2]))
-        elif copied:
-            widths.append(8 * int(copied, 0))
-    return widths
+def register_count(cubin: bytes) -> int:
+    """Registers of one thread of the kernel in a cubin."""
+    usage = _run_on(cubin, triton.knobs.nvidia.cuobjdump.path, "-res-usage")
+    found = re.search(r"\bREG:(\d+)", usage)
+    assert found, usage
+    return int(found[1])
+
+
+def disassemble(cubin: bytes) -> str:
+    """The machine code of a cubin as nvdisasm prints it."""
+    return _run_on(cubin, triton.knobs.nvidia.nvdisasm.path, "-c")
+
+
+def _run_on(cubin: bytes, *command: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def instructions(sass: str) -> list[Instruction]:
+    """The instructions of one kernel in the order of their addresses, without the padding behind its end."""
+    found = []
+    for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*)", sass):
+        text = re.sub(r"^@!?U?P\w+\s+", "", re.split(r"\s[&?]|;", line.strip())[0].strip())
+        opcode, _, operands = text.partition(" ")
+        found.append(Instruction(opcode, tuple(part.strip() for part in operands.split(",") if part.strip())))
+    while found and found[-1].opcode in ("NOP", "BRA"):  # a branch to itself, then padding
+        found.pop()
+    return found
+
+
+def used_before_trigger(code: Sequence[Instruction]) -> int:
+    """Loaded registers that are read or overwritten before the trigger; 0 without a trigger.
+
+    A wait for copies into shared memory (DEPBAR) before the trigger counts as one.
+    """
+    trigger = next((index for index, one in enumerate(code) if one.opcode == TRIGGER), 0)
+    in_flight: set[int] = set()
+    used: set[int] = set()
+    copies = waited = False
+    for one in code[:trigger]:
+        used |= in_flight & one.named_registers
+        in_flight -= used
+        in_flight |= one.loaded_registers
+        copies |= one.opcode.startswith("LDGSTS")
+        waited |= copies and one.opcode.startswith("DEPBAR")
+    return len(used) + waited
 
 
 def compiled_kernels(
@@ -162,7 +256,11 @@ def compiled_kernels(
 ) -> list[Compiled]:
     """Every kernel of a frame at these batch sizes, compiled for every GPU architecture."""
     seen = [launch for batch in batches for launch in frame_launches(config, batch, dtype)]
-    jobs = [(launch, gpu_arch) for launch in distinct(seen) for gpu_arch in gpu_archs]
+    return examine_all([(launch, gpu_arch) for launch in distinct(seen) for gpu_arch in gpu_archs], quiet)
+
+
+def examine_all(jobs: Sequence[tuple[Launch, int]], quiet: bool) -> list[Compiled]:
+    """``examine`` each launch and architecture, in threads, with a progress bar."""
     with ThreadPoolExecutor() as pool:
         done = pool.map(lambda job: examine(*job), jobs)
         return list(tqdm(done, total=len(jobs), unit="kernel", disable=quiet, leave=False))
@@ -173,4 +271,4 @@ def kernels_report(
 ) -> tuple[str, dict[str, Any]]:
     """The table of compiled kernels: Markdown, and the same for JSON."""
     rows = [kernel._asdict() for kernel in compiled_kernels(config, batches, dtype, quiet)]
-    return table(rows), {"kernels": rows, "spilled": [row for row in rows if row["spilled_bytes"]]}
+    return table(rows), {"kernels": rows, "spilled": [row for row in rows if row["spills"]]}

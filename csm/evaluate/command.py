@@ -40,8 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=int, default=1, help="generations per sentence, with seeds 0, 1, ... (default: 1)"
     )
-    parser.add_argument("--temperature", type=float, default=0.9, help="0 is greedy (default: 0.9)")
-    parser.add_argument("--top-k", type=int, default=50, help="sample among the k most likely codes (default: 50)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the checkpoint's, else 0.9)")
+    parser.add_argument(
+        "--top-k", type=int, help="sample among the k most likely codes (default: the checkpoint's, else 50)"
+    )
     parser.add_argument("--max-seconds", type=float, default=20.0, help="maximum audio per sentence (default: 20)")
     parser.add_argument("--batch", type=int, default=4, help="sentences generated at once (default: 4)")
     parser.add_argument("--limit", type=int, help="use only the first sentences, up to this number")

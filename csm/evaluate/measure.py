@@ -55,11 +55,14 @@ class Utterance:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How a model generates the sentences. ``context`` precedes every sentence; ``batch`` are generated at once."""
+    """How a model generates the sentences. ``context`` precedes every sentence; ``batch`` are generated at once.
+
+    A ``temperature`` or ``top_k`` of None is the checkpoint's own default.
+    """
 
     seeds: int = 1
-    temperature: float = 0.9
-    top_k: int = 50
+    temperature: float | None = None
+    top_k: int | None = None
     max_seconds: float = 20.0
     batch: int = 4
     context: tuple[Segment, ...] = ()

@@ -20,6 +20,7 @@ from csm.weights.layouts import export, hf_table, mimi_table, target_shapes
 SHARD_BYTES = 4 << 30
 COPIED = (
     "tokenizer.json",
+    "pronunciation.json.gz",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "preprocessor_config.json",

@@ -1,1 +1,1 @@
-"""How the embedded voice is made: sentences, recordings of them by open synthesisers, the codec, and its judge."""
+"""The recipe of the embedded voice: sentences, synthesised recordings, codec, model. docs/voice.md describes it."""

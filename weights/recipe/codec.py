@@ -1,15 +1,15 @@
-"""Train the small Mimi: ``python -m csm.weights.recipe.codec train.jsonl RUN``, again to go on where it stopped.
+"""Train the small Mimi: ``python -m csm.weights.recipe.codec train.jsonl RUN``. The same command resumes a run.
 
-moshi's own MimiModel, as an autoencoder of clips of about a second: L1 distances of mel spectrograms at several sizes,
-plain and logarithmic, and the quantiser's commitment. First the plain autoencoder, then k-means codebooks over many
-clips, then quantised, with a random number of codebooks in some steps so that the first ones say the most.
-``--decoder-only CODES.npz`` goes on with the decoder of a codec whose codes must stay what they are, from codes that
-``csm.weights.recipe.drawn`` wrote, half of them as a model draws them.
+moshi's MimiModel is trained as an autoencoder of clips of about a second. The losses are L1 distances of mel
+spectrograms at several sizes, linear and logarithmic, and the quantiser's commitment loss. The autoencoder starts
+unquantised. Codebooks are then made by k-means over many clips. After that it is quantised, in some steps with a random
+number of codebooks, so that the first ones carry the most information. ``--decoder-only CODES.npz`` trains only the
+decoder of an existing codec, whose codes must not change, on codes that ``csm.weights.recipe.drawn`` wrote.
 
-A language model has to predict the codes, so they are to hold what is said and not where in a frame a wave happens to
-stand: every clip is read twice, each time some milliseconds off what is to be given back, both readings are to have the
-same latents, and there is no waveform loss. And codebook 0, which moshi's quantiser keeps beside the others to be
-taught, is taught the phones and nothing else.
+A language model has to predict the codes, so they must not depend on the position of a wave within a frame. Every clip
+is encoded twice, each time shifted by some milliseconds; both must have the same latents, and there is no waveform
+loss. moshi's quantiser keeps codebook 0 apart from the others; here it is trained to predict the phones and nothing
+else.
 
 Shapes: B clips, N samples, K codebooks, T frames, C latent channels, M mel bands, L phone labels a frame, P phones.
 """
@@ -39,38 +39,38 @@ from csm.config import CodecConfig
 from csm.weights.recipe.recordings import read_manifest
 from csm.weights.recipe.shape import CODEC
 
-# FFT size, bands. No window is shorter than two periods of a low voice: a shorter one sees where each period begins.
+# FFT size, bands. A window shorter than two periods of a low voice would show where each period begins.
 MELS = ((512, 40), (1024, 80), (2048, 80))
 PHONES = (  # of flite's voices, pauses first
     "pau aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th uh uw v w y z zh"
 ).split()
-LABEL_SAMPLES = 480  # 20 ms have one phone, that of their middle
-COLD_FRAMES = 2  # which a decoder that starts in the middle of a recording hears nothing before
-UNKNOWN = 255  # the label of a recording whose phones nobody wrote down
+LABEL_SAMPLES = 480  # 20 ms have one label: the phone in their middle
+COLD_FRAMES = 2  # the decoder lacks context for these where a clip starts in the middle of a recording
+UNKNOWN = 255  # the label where a recording has no phones
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a run is told. ``steps`` is the whole run's, at whose end the learning rate is zero."""
+    """Options of a run. The learning rate falls to zero over ``steps``."""
 
     steps: int = 16_000
-    warm_steps: int = 500  # unquantised, before the codebooks are made
-    clips: int = 4  # per worker and step
+    warm_steps: int = 500  # unquantised steps before the codebooks are made
+    clips: int = 4  # of each worker in a step
     clip_frames: int = 16
     learning_rate: float = 7e-4
     warmup: int = 100
     fewest_codebooks: int = 1
-    dropout: float = 0.25  # share of the steps whose number of codebooks is drawn
+    dropout: float = 0.25  # share of the steps with a random number of codebooks
     commitment: float = 0.5
     phones: float = 0.5  # weight of the phones' cross-entropy
-    likeness: float = 5.0  # weight of the distance between the latents of two readings
-    jitter: float = 5.0  # milliseconds that a reading is off, at most
-    codebook_clips: int = 512  # per worker, for the k-means start
+    likeness: float = 5.0  # weight of the distance between the latents of a clip's two shifts
+    jitter: float = 5.0  # largest shift in milliseconds
+    codebook_clips: int = 512  # of each worker, for k-means
     workers: int = 2
     seed: int = 0
     save_every: int = 250
-    drawn_share: float = 0.5  # of the clips from which the decoder alone learns: their codes as a model draws them
-    compiled: bool = True  # torch.compile of the convolutions: half the time of a step, a minute before the first
+    drawn_share: float = 0.5  # share of a decoder-only run's clips whose codes a model generated
+    compiled: bool = True  # torch.compile of the convolutions halves a step's time and takes a minute once
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup", "clips", "clip_frames", "fewest_codebooks", "workers", "save_every"):
@@ -84,7 +84,7 @@ class MelLoss(nn.Module):
     Multi-scale mel losses as in EnCodec (https://arxiv.org/abs/2210.13438, section 3.4).
     """
 
-    floor = 1e-3  # about 60 dB below a voiced frame: quieter than that need not be matched
+    floor = 1e-3  # about 60 dB below a voiced frame; quieter differences do not count
 
     def __init__(self, sample_rate: int):
         super().__init__()
@@ -111,15 +111,15 @@ class MelLoss(nn.Module):
         return magnitude.transpose(1, 2) @ filters
 
 
-# What each scale of a transformer's layer multiplies.
+# Layer scales and the weights whose outputs they multiply.
 SCALED = {"layer_scale_1.scale": "self_attn.out_projs.0.weight", "layer_scale_2.scale": "linear2.weight"}
 
 
 def fold_layer_scales(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same codec with layer scales of 1, multiplied into the weights before them.
+    """The same codec with layer scales of 1: the scales are multiplied into the weights before them.
 
-    moshi's begin at 0.01. AdamW moves every number by about the learning rate a step, whatever its size: behind such a
-    scale, a layer's weights count for a hundredth of what they learn, and after thousands of steps for little more.
+    moshi's scales start at 0.01. AdamW changes every weight by about the learning rate in a step, whatever its size, so
+    a layer behind such a scale learns a hundred times more slowly.
     """
     state = dict(state)
     for scale, weight in SCALED.items():
@@ -131,18 +131,18 @@ def fold_layer_scales(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Clips:
-    """Random clips of the recordings of a manifest, kept as one array of 16-bit samples and one of phones beside it."""
+    """Random clips of a manifest's recordings, which are kept as an array of 16-bit samples and one of phones."""
 
     def __init__(self, manifest: Path, samples: int):
         self.samples = samples
-        digest = hashlib.sha256(manifest.read_bytes()).hexdigest()[:8]  # of other recordings there are other arrays
+        digest = hashlib.sha256(manifest.read_bytes()).hexdigest()[:8]  # changed recordings get new arrays
         names = ("samples", "ends", "labels")
         array, ends, labels = (manifest.with_suffix(f".{digest}.{what}.npy") for what in names)
         if not array.exists():
             self._gather(manifest, array, ends, labels)
         self.array = np.load(array, mmap_mode="r")
         self.ends = np.load(ends)  # of each recording within the array
-        self.labels = np.load(labels)  # one a 10 ms, of each recording as many as begin in it
+        self.labels = np.load(labels)  # one for every 10 ms that begins in a recording
         lengths = np.diff(self.ends, prepend=0)
         self.label_begins = np.cumsum(-(-lengths // self._label_step)) - -(-lengths // self._label_step)
 
@@ -162,9 +162,9 @@ class Clips:
         part.replace(array)
 
     def draw(self, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """(count, 1, samples) of audio, silence before and after a recording included, and (count, labels) of phones.
+        """Audio (count, 1, samples), with silence before and after a recording, and phone labels (count, labels).
 
-        Each clip is of one recording. A label is the phone in the middle of LABEL_SAMPLES.
+        A clip is of one recording. A label is the phone in the middle of LABEL_SAMPLES samples.
         """
         clips = np.zeros((count, 1, self.samples), np.float32)
         labels = np.zeros((count, self.samples // LABEL_SAMPLES), np.int64)
@@ -182,7 +182,7 @@ class Clips:
 
 
 def read_phones(audio: Path, count: int, step: int) -> np.ndarray:
-    """The phone at every ``step`` samples of a recording, (count,) places in PHONES; UNKNOWN if nobody wrote them."""
+    """The phone at every ``step`` samples of a recording, (count,) indices into PHONES; UNKNOWN without a file."""
     path = audio.with_suffix(".phones")
     if not path.exists():
         return np.full(count, UNKNOWN, np.uint8)
@@ -192,7 +192,7 @@ def read_phones(audio: Path, count: int, step: int) -> np.ndarray:
 
 
 class CodedClips:
-    """Random clips with their codes, true ones or drawn, of a file that ``csm.weights.recipe.drawn`` wrote."""
+    """Random clips with recorded or generated codes, from a file that ``csm.weights.recipe.drawn`` wrote."""
 
     def __init__(self, clips: Clips, path: Path):
         self.clips, self.num_frames = clips, clips.samples // CODEC.frame_size
@@ -204,9 +204,9 @@ class CodedClips:
         self.long_enough = np.flatnonzero(self.ends - self.begins >= self.num_frames)
 
     def draw(self, count: int, drawn_share: float, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """(count, 1, samples) of audio, (count, K, frames) of codes, and whether a clip is a recording's beginning.
+        """Audio (count, 1, samples), codes (count, K, frames), and whether each clip starts its recording.
 
-        A clip begins with a frame. A quarter are beginnings: there alone a decoder starts where one does in use.
+        Clips start at frame boundaries. A quarter start their recording, where a decoder starts in use.
         """
         audio = np.zeros((count, 1, self.clips.samples), np.float32)
         codes = np.zeros((count, self.codes_2FK.shape[2], self.num_frames), np.int64)
@@ -223,7 +223,7 @@ class CodedClips:
 
 
 class Trainer:
-    """One worker of a training run: workers see different clips and take the same steps."""
+    """One worker of a training run. Workers train on different clips and apply the same averaged gradients."""
 
     def __init__(
         self,
@@ -237,7 +237,7 @@ class Trainer:
         from moshi.models import loaders
 
         self.config, self.training, self.clips, self.folder, self.rank = config, training, clips, folder, rank
-        self.coded = coded  # what the decoder learns from where it learns alone
+        self.coded = coded  # clips of a decoder-only run
         torch.manual_seed(training.seed)
         self.mimi = loaders.get_mimi(None, mimi_config=moshi_config(config), num_codebooks=config.num_codebooks)
         self.mimi.load_state_dict(fold_layer_scales(self.mimi.state_dict()))
@@ -261,9 +261,9 @@ class Trainer:
         self._load()
 
     def start_from(self, state: dict[str, Tensor]) -> None:
-        """Begin with a trained codec's weights and codebooks; a run that has begun already goes on as it is.
+        """Take a trained codec's weights and codebooks, unless this run has already started.
 
-        Layers that it lacks add nothing at first: their last weights are zero. Codebooks beyond mine are left out.
+        Layers that ``state`` lacks start as the identity: their last weights are zero. Surplus codebooks are dropped.
         """
         if self.step == 0:
             mine = self.mimi.state_dict()
@@ -274,14 +274,14 @@ class Trainer:
             self.has_codebooks = True
 
     def run(self, until: int | None = None) -> None:
-        """Train to the end, or to a step before it, saving now and then."""
+        """Train to the end or to step ``until``, with regular checkpoints."""
         until = self.training.steps if until is None else until
         parent = os.getppid()
         begin = time.time() - self.seconds
         steps = range(self.step, until)
         for step in tqdm(steps, initial=self.step, total=until, disable=self.rank > 0, mininterval=30, desc="codec"):
             if self.training.workers > 1 and os.getppid() != parent:
-                raise SystemExit("the process that began this worker is gone")
+                raise SystemExit("worker stopped: its parent process has ended")
             if step >= self.training.warm_steps and not self.has_codebooks:
                 self.make_codebooks()
             losses = self.take_step()
@@ -292,7 +292,7 @@ class Trainer:
                     self.save()
 
     def take_step(self) -> dict[str, float]:
-        """One step of every worker together; the losses of this worker."""
+        """One step, in all workers together. Returns the losses of this worker."""
         rng = self._seeded()
         number = self._codebooks_of_step()
         for group in self.optimizer.param_groups:
@@ -303,7 +303,7 @@ class Trainer:
         self.optimizer.zero_grad()
         torch.stack([loss * weights.get(name, 1.0) for name, loss in losses.items()]).sum().backward()
         for codebook in self._codebooks():
-            # moshi replaces unused codes by latents with their graph: undone, each step's graph would hold the last's.
+            # moshi replaces unused codes by latents that keep their graph. Without detach, graphs would accumulate.
             codebook.embedding_sum.detach_()
             codebook.cluster_usage.detach_()
         self._share_gradients()
@@ -314,7 +314,7 @@ class Trainer:
         return {"codebooks": number} | {name: round(float(value.detach()), 5) for name, value in losses.items()}
 
     def _decoder_losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The loss of a step of the decoder alone, without the first frames of clips out of a recording's middle."""
+        """The loss of a decoder-only step. The first frames of a clip from the middle of a recording do not count."""
         assert self.coded is not None
         audio_B1N, code_BKT, begins_B = self.coded.draw(self.training.clips, self.training.drawn_share, rng)
         decoded_BN, audio_BN = self._decode(self.mimi.decode_latent(code_BKT)), audio_B1N[:, 0]
@@ -322,7 +322,7 @@ class Trainer:
         return {"mel": self.mel_loss(torch.where(early_N & ~begins_B[:, None], audio_BN, decoded_BN), audio_BN)}
 
     def _losses(self, number: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The losses of a step with a number of codebooks; with 0, of the codec as it would be unquantised."""
+        """The losses of a step with ``number`` codebooks; 0 is unquantised."""
         audio_B1N, label_BX = self.clips.draw(self.training.clips, rng)
         mimi, zero = self.mimi, audio_B1N.new_zeros(())
         mimi.set_num_codebooks(max(number, 1))
@@ -340,7 +340,7 @@ class Trainer:
         phones = F.cross_entropy(logits.flatten(0, 2), label_BX.repeat(2, 1).flatten(), ignore_index=UNKNOWN)
         if (label_BX == UNKNOWN).all():
             phones = zero
-        # What is to be given back tells codebook 0 nothing: it has the phones alone.
+        # Detached: the reconstruction loss must not train codebook 0.
         output_BCT = first.output_proj(spoken_2BCT.chunk(2)[0].detach())
         if number == 0:
             output_BCT = output_BCT + rest.output_proj(one_BCT)
@@ -351,7 +351,7 @@ class Trainer:
         return {"mel": mel, "phones": phones, "likeness": likeness, "commitment": commitment}
 
     def _off(self, audio_B1N: Tensor, rng: np.random.Generator) -> Tensor:
-        """The same clips, each read up to ``jitter`` milliseconds too early or too late."""
+        """The same clips, each shifted by up to ``jitter`` milliseconds in either direction."""
         most = int(self.training.jitter * self.config.sample_rate / 1000)
         padded_B1N = F.pad(audio_B1N, (most, most))
         begins = rng.integers(0, 2 * most + 1, size=len(audio_B1N))
@@ -368,7 +368,7 @@ class Trainer:
 
     @torch.no_grad()
     def make_codebooks(self) -> None:
-        """moshi's k-means start, a codebook at a time, on many clips rather than on one step's."""
+        """moshi's k-means initialisation, one codebook after the other, on many clips instead of one step's."""
         rng = self._seeded()
         self.mimi.set_num_codebooks(self.config.num_codebooks)
         latents = []
@@ -394,13 +394,13 @@ class Trainer:
         return self.training.learning_rate * warm * (1 - self.step / self.training.steps)
 
     def _seeded(self) -> np.random.Generator:
-        """Every draw of a step comes from its number, so that going on is as not having stopped."""
+        """Random numbers of this step. They depend on its number, so a resumed run equals an uninterrupted one."""
         torch.manual_seed((self.training.seed * 1_000_003 + self.step) * 64 + self.rank)
         return np.random.default_rng((self.training.seed, 0, self.step, self.rank))
 
     def _share_gradients(self) -> None:
         for parameter in self.parameters:
-            if parameter.grad is None:  # unquantised, a codebook's projections may be unused
+            if parameter.grad is None:  # a codebook's projections are unused in an unquantised step
                 parameter.grad = torch.zeros_like(parameter)
         if self.training.workers == 1:
             return
@@ -415,7 +415,7 @@ class Trainer:
         return [module for module in self.mimi.modules() if hasattr(module, "_next_unused_check")]
 
     def save(self) -> None:
-        """Write ``checkpoint.pt`` whole or not at all."""
+        """Write ``checkpoint.pt`` atomically."""
         state = {
             "decoder_only": self.coded is not None,
             "step": self.step,
@@ -439,7 +439,9 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         if state["decoder_only"] != (self.coded is not None):
-            raise ValueError(f"{self.folder} holds a run that trains other parts (--decoder-only): give another folder")
+            raise ValueError(
+                f"{self.folder} holds a run that trains other parts (--decoder-only): choose another folder"
+            )
         self.mimi.load_state_dict(state["mimi"])
         self.phone_head.load_state_dict(state["phone_head"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -448,7 +450,7 @@ class Trainer:
         self.step, self.seconds, self.has_codebooks = state["step"], state["seconds"], state["has_codebooks"]
 
     def _forget_later_losses(self) -> None:
-        """Leave in the log what led to the checkpoint: the steps after it are taken again."""
+        """Remove the rows after the checkpoint from the log: those steps are repeated."""
         log = self.folder / "losses.csv"
         if log.exists():
             rows = [row for row in log.read_text(encoding="utf-8").splitlines(keepends=True) if row.endswith("\n")]
@@ -475,8 +477,8 @@ def work(
     codes: Path | None = None,
     until: int | None = None,
 ) -> None:
-    """What one worker process does."""
-    torch.set_num_threads(1)  # workers wait for each other once a step, threads would hundreds of times
+    """Run one worker process."""
+    torch.set_num_threads(1)  # workers synchronise once a step, threads would hundreds of times
     if training.workers > 1:
         store = distributed.FileStore(str(folder / "workers"), training.workers)
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=training.workers)
@@ -491,8 +493,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--start", type=Path, help="a codec that export wrote, to begin with instead of from nothing")
-    parser.add_argument("--decoder-only", type=Path, metavar="CODES.npz", help="the codes stay, the decoder learns")
+    parser.add_argument("--start", type=Path, help="start from the weights of a codec that export wrote")
+    parser.add_argument("--decoder-only", type=Path, metavar="CODES.npz", help="train only the decoder")
     for field in fields(Training):
         flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
         how: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
@@ -501,10 +503,10 @@ def main() -> None:
     manifest, folder, start, codes = (options.pop(name) for name in ("manifest", "folder", "start", "decoder_only"))
     training = Training(**options)
     if codes is not None and start is None and not (folder / "checkpoint.pt").exists():
-        raise SystemExit("--decoder-only goes on with a codec that is there: name it with --start")
+        raise SystemExit("--decoder-only needs a trained codec: give it with --start")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "workers").unlink(missing_ok=True)
-    Clips(manifest, 1)  # gathered once, before there are several
+    Clips(manifest, 1)  # writes the arrays once, before the workers start
     if training.workers == 1:
         work(0, CODEC, training, manifest, folder, start, codes)
     else:

@@ -1,9 +1,8 @@
-"""Put recordings into conversations: ``python -m csm.weights.recipe.conversations train.jsonl talks.jsonl``.
+"""Group recordings into conversations: ``python -m csm.weights.recipe.conversations train.jsonl talks.jsonl``.
 
-One to three turns by one or two voices. In half of those with several turns every voice has the speaker id that the
-model knows it by; in the others it has one of OPEN_IDS, another one each time, so that nothing but the turns before
-tells whose voice an id stands for. From the first a model learns to go on, from the second to take a voice from
-reference audio.
+A conversation has one to three turns by one or two voices. In half of those with several turns, each voice has its own
+speaker id, and the model learns to continue. In the others each has a random one of OPEN_IDS, so only the earlier turns
+tell which voice the id has, and the model learns to take a voice from reference audio.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from pathlib import Path
 
 from csm.weights.recipe.recordings import VOICES, Utterance, read_manifest
 
-TURNS = (1, 2, 2, 3)  # drawn from
+TURNS = (1, 2, 2, 3)  # numbers of turns, equally likely
 OPEN_IDS = range(len(VOICES), 2 * len(VOICES))
 OPEN_SHARE = 0.5
 
 
 def conversations(utterances: Sequence[Utterance], seed: int = 0) -> Iterator[Utterance]:
-    """Every utterance once, the first speaker ids being those of VOICES; which go together is drawn from ``seed``."""
+    """Every utterance once, in random conversations. The speakers of ``utterances`` are indices into VOICES."""
     rng = random.Random(f"conversations/{seed}")
     left = [[line for line in utterances if line.speaker == voice] for voice in range(len(VOICES))]
     for lines in left:
@@ -45,7 +44,7 @@ def conversations(utterances: Sequence[Utterance], seed: int = 0) -> Iterator[Ut
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a manifest of recordings")
-    parser.add_argument("target", type=Path, help="the manifest to write, in the same folder")
+    parser.add_argument("target", type=Path, help="the manifest to write, in the folder of the source")
     arguments = parser.parse_args()
     folder = arguments.target.parent
     lines = [

@@ -1,9 +1,9 @@
-"""The codes of recordings as a model draws them: ``python -m csm.weights.recipe.drawn train.jsonl MODEL OUT.npz``.
+"""Generate codes along recordings: ``python -m csm.weights.recipe.drawn train.jsonl MODEL OUT.npz``.
 
-A decoder that has only seen the encoder's codes is taken aback by a model's: two frames that are drawn fit each other
-less well than two that were said. So ``csm.weights.recipe.codec --decoder-only OUT.npz`` teaches it both, as Tacotron 2
-has its vocoder learn from spectrograms that were predicted along the true ones (https://arxiv.org/abs/1712.05884,
-section 3.1). Codebook 0, the phones, is kept: the others are drawn given it and the true frames before.
+A decoder trained on the encoder's codes alone reconstructs a model's codes worse: generated frames fit each other less
+well than recorded ones. ``csm.weights.recipe.codec --decoder-only OUT.npz`` therefore trains it on both, as Tacotron 2
+trains its vocoder on predicted spectrograms (https://arxiv.org/abs/1712.05884, section 3.1). Codebook 0, the phones, is
+the recording's. The other codebooks are sampled given it and the recording's earlier frames.
 
 Shapes: K codebooks, T frames of a recording, F frames of all of them; others as in ``csm.finetune.batches``.
 """
@@ -33,7 +33,7 @@ AT_ONCE = 16
 
 
 def draw(logits_NV: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """An id a row, (N,) int64, among the ``top_k`` best ones."""
+    """One sampled id for each row, (N,) int64, from the ``top_k`` most likely ones."""
     best_NJ, id_NJ = (logits_NV / temperature).topk(top_k, dim=-1)
     place_N1 = torch.multinomial(best_NJ.softmax(-1), 1, generator=generator)
     return id_NJ.gather(-1, place_N1)[:, 0]
@@ -43,28 +43,28 @@ def draw(logits_NV: Tensor, temperature: float, top_k: int, generator: torch.Gen
 def draw_codes(
     trainee: Trainee, turns: Sequence[Turn], temperature: float, top_k: int, generator: torch.Generator
 ) -> list[Tensor]:
-    """Codes (T, K) of each turn: codebook 0 its own, the others drawn given those before in the frame."""
+    """Codes (T, K) of each turn: codebook 0 is its own, the others are sampled given the earlier ones in the frame."""
     batch = collate([Example((turn,)) for turn in turns], [""] * len(turns), depth_share=1.0)
     h_ND = trainee.predicting_states(batch)
     code_NK = batch.code_AK[batch.target_N]
     for codebook in range(1, code_NK.shape[1]):
         logits_NV = trainee.depth_logits(h_ND, code_NK)[codebook - 1, :, : trainee.model.config.codebook_size]
         code_NK[:, codebook] = draw(logits_NV, temperature, top_k, generator)
-    frames = [len(turn.codes_TK) + 1 for turn in turns]  # with the one of zeros that ends a turn
+    frames = [len(turn.codes_TK) + 1 for turn in turns]  # with the frame of zeros that ends a turn
     return [codes[:-1] for codes in code_NK.split(frames)]
 
 
 def draw_recordings(
     checkpoint: Checkpoint, clips: Sequence[Clip], codes: Sequence[Tensor], args: argparse.Namespace
 ) -> Tensor:
-    """The codes of recordings, those that are there and those that are drawn: (2, F, K) int16."""
+    """Recorded and sampled codes of recordings, (2, F, K) int16."""
     tokenizer = TextTokenizer(checkpoint.tokenizer_path, checkpoint.config.text_vocab_size)
     texts = [tokenizer.encode(clip.speaker, clip.text) for clip in clips]
     turns = [Turn(text, codes_TK) for text, codes_TK in zip(texts, codes, strict=True)]
     model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, CPU, torch.float32), CPU)
     trainee, generator = Trainee(model).eval(), torch.Generator().manual_seed(args.seed)
     drawn: dict[int, Tensor] = {}
-    # Of like length together: little padding, and few new shapes.
+    # Batches of similar length have little padding and few different shapes.
     order = sorted(range(len(turns)), key=lambda index: turns[index].num_positions)
     for first in tqdm(range(0, len(order), AT_ONCE), desc="drawing", mininterval=5):
         which = order[first : first + AT_ONCE]
@@ -75,7 +75,7 @@ def draw_recordings(
 
 
 def fingerprint(checkpoint: Checkpoint, args: argparse.Namespace) -> str:
-    """A hash of all that drawn codes depend on: weights, manifest, options."""
+    """A hash of everything that sampled codes depend on: weights, manifest, options."""
     digest = hashlib.sha256(repr((args.temperature, args.top_k, args.seed)).encode())
     for path in (args.manifest, *sorted(checkpoint.folder.glob("*.safetensors"))):
         digest.update(path.read_bytes())
@@ -97,7 +97,7 @@ def main() -> None:
     if args.out.exists():
         with np.load(args.out) as file:
             if str(file["digest"]) == digest:
-                print(f"{args.out}: drawn already")
+                print(f"{args.out}: up to date")
                 return
     source = CodecSource(checkpoint, None, checkpoint.config.num_codebooks)
     store = CodeStore(args.codes or args.manifest.parent / "codes", source)

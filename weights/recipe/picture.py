@@ -1,6 +1,6 @@
-"""Draw what a model says: ``python -m csm.weights.recipe.picture test.jsonl tiny OUT.png``, and OUT.wav.
+"""Plot a sentence of a model: ``python -m csm.weights.recipe.picture test.jsonl tiny OUT.png``. Writes OUT.wav too.
 
-Waveform and mel spectrogram of one sentence, the recording above, the model below.
+The plot shows waveform and mel spectrogram, the recording above and the model below.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from csm.weights.recipe.recordings import SPEAKERS, read_manifest
 
 
 def draw(sounds: dict[str, Tensor], sample_rate: int, path: Path) -> None:
-    """A row for each sound, (samples,): its waveform and its spectrogram, all of one scale."""
+    """Plot each sound, (samples,), as a row of waveform and spectrogram on common scales."""
     from matplotlib.figure import Figure
 
     mel = MelLoss(sample_rate)
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("manifest", type=Path)
     parser.add_argument("model")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--line", type=int, default=0, help="of the manifest (default: the first)")
+    parser.add_argument("--line", type=int, default=0, help="index of the manifest's line (default: 0)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     line = read_manifest(arguments.manifest)[arguments.line]

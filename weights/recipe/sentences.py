@@ -1,7 +1,7 @@
 """Write English sentences to be read aloud: ``python -m csm.weights.recipe.sentences --split train --count 10``.
 
-Templates over word lists, from a seed. Which split a sentence belongs to is decided by a hash of its words, so that
-what is held out stays held out, however many are made and whatever is added to the lists.
+Templates are filled from word lists at random. A hash of a sentence's words decides its split, so a held-out sentence
+stays held out, however many are made and whatever is added to the lists.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import random
 import re
 from collections.abc import Callable, Iterator
 
+from csm.pronounce import ONES, number_in_words
 from csm.weights.recipe import words
 
 SPLITS = ("train", "valid", "test")
 SEED = 20_251_121
 
-# What a slot in braces may become; a slot's own text may hold slots again.
+# Slots in braces are replaced by words of SLOTS.
 TEMPLATES = (
     """
 The {char} {job} {did} the {adj} {object} {past}.|{name} {did} a {color} {object} {past}.
@@ -70,36 +71,22 @@ No, I do not like {food}.
     .split("|")
 )
 
-_ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-seventeen eighteen nineteen""".split()
-_TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
 _PLURALS = {"mouse": "mice", "knife": "knives", "wolf": "wolves", "sheep": "sheep", "fireman": "firemen"}
 _PLURALS |= {"policeman": "policemen"}
 
 
-def number_in_words(number: int) -> str:
-    """0 to 999,999 as it is said: 341 is "three hundred forty one"."""
-    if number < 20:
-        return _ONES[number]
-    for size, name in ((1000, "thousand"), (100, "hundred")):
-        if number >= size:
-            rest = number % size
-            return f"{number_in_words(number // size)} {name}" + (f" {number_in_words(rest)}" if rest else "")
-    return _TENS[number // 10] + (f" {_ONES[number % 10]}" if number % 10 else "")
-
-
 def year_in_words(year: int) -> str:
-    """1100 to 2099 as a year is said: 1984 is "nineteen eighty four"."""
+    """A year from 1100 to 2099 in words: 1984 is "nineteen eighty four"."""
     century, rest = divmod(year, 100)
     if century == 20 and rest < 10:
-        return "two thousand" + (f" {_ONES[rest]}" if rest else "")
-    return f"{_ONES[century] if century < 20 else 'twenty'} " + _year_rest(rest)
+        return "two thousand" + (f" {ONES[rest]}" if rest else "")
+    return f"{ONES[century] if century < 20 else 'twenty'} " + _year_rest(rest)
 
 
 def _year_rest(rest: int) -> str:
     if rest == 0:
         return "hundred"
-    return f"oh {_ONES[rest]}" if rest < 10 else number_in_words(rest)
+    return f"oh {ONES[rest]}" if rest < 10 else number_in_words(rest)
 
 
 def plural(noun: str) -> str:
@@ -117,7 +104,7 @@ def _third_person(verb: str) -> str:
 
 
 def _clock(rng: random.Random) -> str:
-    hour = _ONES[rng.randint(1, 12)]
+    hour = ONES[rng.randint(1, 12)]
     return hour + rng.choice((" o'clock", " thirty", " forty five", " twenty"))
 
 
@@ -173,7 +160,7 @@ SLOTS: dict[str, Callable[[random.Random], str]] = {
     "number": lambda rng: number_in_words(
         rng.choice((rng.randint(2, 99), rng.randint(2, 9) * 100, rng.randint(2, 999)))
     ),
-    "digit": lambda rng: rng.choice(_ONES[:10]),
+    "digit": lambda rng: rng.choice(ONES[:10]),
     "year": lambda rng: year_in_words(rng.randint(1900, 2029)),
     "clock": _clock,
     "phrase": _one(words.PHRASES),
@@ -189,11 +176,11 @@ def split_of(sentence: str) -> str:
 
 
 def sentences(split: str, count: int, seed: int = SEED) -> list[str]:
-    """``count`` different sentences of a split, always the same and in the same order; more only adds to the end."""
+    """``count`` different sentences of a split, the same for a seed; a larger count only adds to the end."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     found: dict[str, None] = {}
-    for sentence in _endless(random.Random(seed)):
+    for sentence in endless_sentences(random.Random(seed)):
         if len(found) >= count:
             break
         if split_of(sentence) == split:
@@ -201,7 +188,8 @@ def sentences(split: str, count: int, seed: int = SEED) -> list[str]:
     return list(found)
 
 
-def _endless(rng: random.Random) -> Iterator[str]:
+def endless_sentences(rng: random.Random) -> Iterator[str]:
+    """Sentences of the templates without end, of every split."""
     while True:
         sentence = re.sub(r"{(\w+)}", lambda match: _fill(match[1], rng), rng.choice(TEMPLATES))
         sentence = re.sub(r"\b([Aa]) (?=[aeiou]|hon)(?!use|uni|one)", r"\1n ", sentence)

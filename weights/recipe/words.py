@@ -1,6 +1,6 @@
-"""The words that the sentences are made of: common English, all of it spelt the way that it is said in full.
+"""Words for the templates of ``sentences.py``: common English, without abbreviations.
 
-Words that the recogniser often mishears even in the recordings are not here: a voice is judged by what is heard of it.
+Words that the recogniser often mishears in the recordings themselves are left out: it could not evaluate them.
 """
 
 NAMES = """
@@ -32,7 +32,7 @@ jacket key knife lamp letter magazine necklace newspaper painting pencil picture
 suitcase sweater telephone ticket toy umbrella violin wallet watch whistle
 """.split()
 
-# Things that stand somewhere.
+# Things with a fixed place.
 FURNITURE = "bed bench chair cupboard desk door fence fireplace piano sofa stove table television window".split()
 
 VEHICLES = "airplane bicycle boat bus car helicopter ship taxi train".split()
@@ -127,7 +127,7 @@ medicine music painting physics poetry politics science Spanish swimming tennis 
 
 PREPOSITIONS = "behind beside close_to in_front_of near next_to outside under".split()
 
-# Whole sayings, for the sound of everyday speech.
+# Whole sentences of everyday speech.
 PHRASES = (
     """
 Hello there.|Good morning, everyone.|Good evening and welcome.|How are you today?|I am fine, thank you.|See you soon.

@@ -1,0 +1,167 @@
+"""Every op of the step at the shapes of a model, for comparing kernels with their references (``csm.selfcheck``).
+
+Shapes: B slots, T rows, C columns of a row, K codebooks, V ids, N candidates, D model dim, F hidden dim, H query heads,
+G key/value heads, S cache positions, d head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from csm.kernels import attention_linear_add, draw_noise, linear_add, norm_rope_cache, norm_swiglu, sample
+from csm.model import CSM, Block, Transformer
+
+TEMPERATURES = (0.0, 0.9)  # greedy and sampled
+TOP_K = 8
+
+
+@dataclass(frozen=True)
+class Check:
+    """One op: ``run`` computes it at one shape, with kernels or by its reference, and returns what it wrote."""
+
+    name: str
+    run: Callable[[], Sequence[Tensor]]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference, relative to the largest expected value; infinite for NaN. Integers must be equal."""
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(actual, expected) else float("inf")
+    difference = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-12)
+    return float(difference.nan_to_num(nan=float("inf")))
+
+
+class RandomTensors:
+    """Reproducible random tensors on the model's device."""
+
+    def __init__(self, model: CSM):
+        self._model = model
+        self._generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        values = scale * torch.randn(shape, generator=self._generator)
+        return values.to(self._model.device, self._model.dtype)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self._generator).to(self._model.device)
+
+
+def op_checks(model: CSM, batch_sizes: Sequence[int]) -> Iterator[Check]:
+    """Every op of a step, at every shape that it has. All layers of a transformer have the same shapes."""
+    random, config = RandomTensors(model), model.config
+    for batch in sorted(set(batch_sizes)):
+        shapes = [
+            ("backbone", model.backbone, 1, config.backbone.max_positions),
+            ("depth decoder, 2 rows,", model.depth_decoder, 2, config.num_codebooks),
+            ("depth decoder", model.depth_decoder, 1, config.num_codebooks),
+        ]
+        for part, transformer, num_rows, context in shapes:
+            for check in _block_checks(random, transformer, batch, num_rows, context):
+                yield replace(check, name=f"{check.name} of the {part} at batch {batch}")
+        for check in (*_embedding_and_head_checks(random, model, batch), *_sample_checks(random, model, batch)):
+            yield replace(check, name=f"{check.name} at batch {batch}")
+
+
+def _block_checks(
+    random: RandomTensors, transformer: Transformer, batch: int, num_rows: int, context: int
+) -> Iterator[Check]:
+    """The ops of a block, for ``num_rows`` rows a slot at positions spread over a cache of ``context`` random ones."""
+    block, config = transformer.layers[0], transformer.config
+    assert isinstance(block, Block)
+    attention, mlp = block.attention, block.mlp
+    x_BTD = random.normal(batch, num_rows, config.dim)
+    residual_BTD = random.normal(batch, num_rows, config.dim, scale=0.01)  # so that it does not hide the product
+    q_BTHd = random.normal(batch, num_rows, config.num_heads, config.head_dim)
+    hidden_BTF = random.normal(batch, num_rows, config.hidden_dim)
+    kv_BGSd = [random.normal(batch, config.num_kv_heads, context, config.head_dim) for _ in range(2)]
+    slot_B1 = torch.arange(batch, device=x_BTD.device).unsqueeze(1)
+    first_B1 = (context - num_rows) * (slot_B1 + 1) // batch
+    position_BT = first_B1 + torch.arange(num_rows, device=x_BTD.device)
+
+    def rope() -> Sequence[Tensor]:
+        meta = transformer.attention_metadata(position_BT, context)
+        k_BGSd, v_BGSd = (cache.clone() for cache in kv_BGSd)
+        q_BTHd = norm_rope_cache(
+            x_BTD=x_BTD,
+            norm_D=attention.norm,
+            qkv_ED=attention.qkv,
+            eps=attention.eps,
+            rope_BTp2=meta.rope_BTp2,
+            k_cache_BGSd=k_BGSd,
+            v_cache_BGSd=v_BGSd,
+            slot_B1=slot_B1,
+            position_BT=meta.position_BT,
+        )
+        return q_BTHd, k_BGSd, v_BGSd
+
+    def attend() -> Sequence[Tensor]:
+        meta = transformer.attention_metadata(position_BT, context)
+        out_BTD = attention_linear_add(
+            q_BTHd=q_BTHd,
+            k_cache_BGSd=kv_BGSd[0],
+            v_cache_BGSd=kv_BGSd[1],
+            bias_BTS=meta.bias_BTS,
+            position_BT=meta.position_BT,
+            weight_DE=attention.output,
+            residual_BTD=residual_BTD,
+        )
+        return (out_BTD,)
+
+    yield Check("norm_rope_cache", rope)
+    yield Check("attention_linear_add", attend)
+    yield Check("norm_swiglu", lambda: (norm_swiglu(x_BTD, mlp.norm, mlp.gate_up, mlp.eps),))
+    yield Check("linear_add", lambda: (linear_add(hidden_BTF, mlp.down, residual_BTD=residual_BTD),))
+
+
+def _embedding_and_head_checks(random: RandomTensors, model: CSM, batch: int) -> Iterator[Check]:
+    config = model.config
+    codes_BTK = random.integers(config.codebook_size, batch, 1, config.num_codebooks)
+    text_BT1 = random.integers(config.text_vocab_size, batch, 1, 1)
+    row_BTC = torch.cat((codes_BTK, text_BT1), dim=-1)
+    mask_BTC = torch.ones_like(row_BTC, dtype=torch.bool)
+    hidden_BTD = random.normal(batch, 1, config.backbone.dim)
+    depth_BTD = random.normal(batch, 1, config.depth_decoder.dim)
+    yield Check("embed_rows", lambda: (model.embed_rows(row_BTC, mask_BTC),))
+    yield Check("norm_linear (projection)", lambda: (model.enter_depth(hidden_BTD),))
+    yield Check("norm_linear (codebook 0)", lambda: (model.logits(0, hidden_BTD),))
+    yield Check("norm_linear (codebook 1)", lambda: (model.logits(1, depth_BTD),))
+
+
+def _sample_checks(random: RandomTensors, model: CSM, batch: int) -> Iterator[Check]:
+    """Sampling, greedy and not, from logits of which TOP_K differ by more than any rounding."""
+    config, device = model.config, model.device
+    num_candidates = min(TOP_K, config.codebook_size)
+    logits_BV = torch.full((batch, config.codebook_size), -8.0, device=device, dtype=model.dtype)
+    ids_BN = random.normal(batch, config.codebook_size).argsort(dim=1)[:, :num_candidates]
+    values_N = 0.25 * torch.arange(num_candidates, device=device, dtype=model.dtype)
+    logits_BV.scatter_(1, ids_BN, values_N.expand(batch, -1))
+    seed_B = random.integers(2**62, batch)
+    frame_B = random.integers(100, batch)
+    top_k_B = torch.full_like(frame_B, num_candidates)
+
+    def run(codebook: int, temperature: float) -> Sequence[Tensor]:
+        temperature_B = torch.full((batch,), temperature, device=device)
+        noise = draw_noise(
+            seed_B=seed_B,
+            frame_B=frame_B,
+            temperature_B=temperature_B,
+            top_k_B=top_k_B,
+            num_codebooks=config.num_codebooks,
+            codebook_size=config.codebook_size,
+            head_VD=model.codebook0_head,
+        )
+        codes_BK = torch.zeros(batch, config.num_codebooks, device=device, dtype=torch.int64)
+        is_last = codebook + 1 == config.num_codebooks
+        row_BD = sample(logits_BV, codebook, noise, codes_BK, None if is_last else model.code_embedding(codebook))
+        return (codes_BK,) if row_BD is None else (codes_BK, row_BD)
+
+    for codebook in (0, config.num_codebooks - 1):
+        for temperature in TEMPERATURES:
+            yield Check(
+                f"sample (codebook {codebook}, temperature {temperature:g})", partial(run, codebook, temperature)
+            )
