@@ -2,7 +2,8 @@
 
 A voice is one safetensors file, NAME.safetensors: a tensor codes_0, codes_1, ... (T, K) for each clip, and in the
 metadata its format, name, texts (JSON), speaker and consent. Voices are found in ``voices_folder()``, then in the
-folder ``voices`` beside a checkpoint's weights. Sesame's six prompts are voices where the checkpoint has their recordings.
+folder ``voices`` beside a checkpoint's weights. Sesame's six prompts are voices where the checkpoint has their
+recordings.
 """
 
 from __future__ import annotations
