@@ -1,6 +1,7 @@
 """CSM, from scratch: Sesame's CSM-1B text-to-speech in plain PyTorch."""
 
 from csm.audio import WavWriter, read_audio
+from csm.conversation import Conversation
 from csm.errors import (
     AudioError,
     CheckpointError,
@@ -27,6 +28,7 @@ __all__ = [
     "CSMError",
     "CheckpointError",
     "CheckpointWarning",
+    "Conversation",
     "FallbackWarning",
     "Generator",
     "PromptError",

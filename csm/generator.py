@@ -277,7 +277,7 @@ class Generator:
 
     def room_ms(self, speech: SpeechRequest) -> float:
         """The most audio, in milliseconds, that the positions left by a request's prompt hold."""
-        return self._room(self._prompt(speech)) * self._frame_ms
+        return self._room(self._prompt(speech)) * self.frame_ms
 
     def num_positions(self, turn: Segment) -> int:
         """Positions of the backbone that a context turn takes; without audio and codes, those of its text."""
@@ -286,8 +286,13 @@ class Generator:
         text_ids, codes_TK = self._turn(turn)
         return len(text_ids) + codes_TK.shape[0] + 1
 
+    def num_frames(self, milliseconds: float) -> int:
+        """Whole frames in so much audio."""
+        return int(milliseconds / self.frame_ms + 1e-6)  # 16.08 s are 201 frames despite binary fractions
+
     @property
-    def _frame_ms(self) -> float:
+    def frame_ms(self) -> float:
+        """Milliseconds of audio in a frame."""
         return 1000 / self._checkpoint.codec_config.frame_rate
 
     def _room(self, prompt: Prompt) -> int:
@@ -304,7 +309,7 @@ class Generator:
 
     def _request(self, speech: SpeechRequest, audio: bool = True) -> Request:
         """A checked and tokenised request. ``audio`` asks for samples, not codes alone."""
-        frame_ms = self._frame_ms
+        frame_ms = self.frame_ms
         limit_ms = (
             self.defaults.max_audio_length_ms if speech.max_audio_length_ms is None else speech.max_audio_length_ms
         )

@@ -149,6 +149,11 @@ def save_voice(voice: Voice, path: Path) -> None:
         "speaker": str(voice.speaker),
         "consent": voice.consent,
     }
+    save_tensors(tensors, path, metadata)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically, its folder included. Raises VoiceError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".csm-") as folder:

@@ -27,6 +27,8 @@ LAYERS = [
     {"csm.engine"},
     {"csm.worker"},
     {"csm.generator"},
+    {"csm.conversation"},
+    {"csm.script", "csm.player"},
     {"csm.voice_command"},
     {"csm.finetune"},
     {"csm.bench", "csm.evaluate"},
