@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from csm.voices import Voice, save_tensors
 
 FORMAT = "csm-conversation-1"
 LOW_WATER = 0.6  # share of the window that turns and voices take after an eviction
+RESERVE = 0.25  # share of the window that is kept free for the next turn, at most
 MAX_TURN_MS = 30_000
-SETTINGS = ("max_turn_ms", "low_water", "temperature", "topk", "seed")
+SETTINGS = ("max_turn_ms", "low_water", "max_turns", "temperature", "topk", "seed")
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Conversation:
         voices: Mapping[int, str | Voice] | None = None,
         max_turn_ms: float = MAX_TURN_MS,
         low_water: float = LOW_WATER,
+        max_turns: int | None = None,
         temperature: float | None = None,
         topk: int | None = None,
         seed: int | None = None,
@@ -67,20 +69,28 @@ class Conversation:
         Args:
             generator: the model that generates.
             voices: for a speaker's id its voice, or the name of one.
-            max_turn_ms: the most audio of a turn; so much of the window is kept free for it.
+            max_turn_ms: the most audio of a turn. So much of the window is kept free for it, at most a quarter.
             low_water: after an eviction, voices and turns take at most this share of the window.
+            max_turns: the most turns of context; None is as many as fit.
             temperature, topk: of every turn; None is the checkpoint's default.
             seed: turn n, from 0, is drawn with ``seed + n``; None draws a seed for each.
 
         Raises:
             VoiceError: a voice does not exist.
-            PromptError: the voices leave no room for a turn of ``max_turn_ms``.
+            CSMError: an argument is out of range.
         """
         if not 0 < low_water <= 1:
             raise CSMError(f"low_water must be above 0 and at most 1, not {low_water!r}")
+        if not max_turn_ms >= generator.frame_ms:
+            raise CSMError(
+                f"the audio's limit must be at least one frame, {generator.frame_ms:g} ms, not {max_turn_ms!r}"
+            )
+        if max_turns is not None and max_turns < 0:
+            raise CSMError(f"max_turns must be at least 0, not {max_turns!r}")
         self.generator = generator
         self.max_turn_ms = max_turn_ms
         self.low_water = low_water
+        self.max_turns = max_turns
         self.temperature, self.topk, self.seed = temperature, topk, seed
         self.stats = ConversationStats()
         self.voices = {speaker: generator.voice(voice) for speaker, voice in (voices or {}).items()}
@@ -90,12 +100,7 @@ class Conversation:
         self._pinned = sum(generator.num_positions(segment) for segment in self._references)
         self._turns: list[_Turn] = []
         self._window = generator.config.backbone.max_positions
-        self._reserve = generator.num_frames(max_turn_ms)
-        if self._pinned + self._reserve > self._window:
-            raise PromptError(
-                f"the voices take {self._pinned} positions and a turn {self._reserve}, but the model has "
-                f"{self._window}: use shorter clips or a smaller max_turn_ms"
-            )
+        self._reserve = min(generator.num_frames(max_turn_ms), int(RESERVE * self._window))
 
     @property
     def turns(self) -> list[Segment]:
@@ -139,6 +144,13 @@ class Conversation:
             return self._say(request, self.generator.stream_frames(request))
         return self._say_pieces(speaker, text)
 
+    def check(self, speaker: int, text: str) -> None:
+        """Raise what ``say`` would raise for this text, after the earlier turns have left. Generates nothing."""
+        request = SpeechRequest(
+            text, speaker, self._references, self.max_turn_ms, self.temperature, self.topk, self.seed
+        )
+        self.generator.stream_frames(request)
+
     def _say_pieces(self, speaker: int, pieces: Iterable[str]) -> Iterator[Tensor]:
         clauses = ClauseBuffer()
         for piece in pieces:
@@ -149,15 +161,13 @@ class Conversation:
 
     def _request(self, speaker: int, text: str) -> SpeechRequest:
         """The request of a turn, after the turns that do not fit have left."""
-        text_positions = self.generator.num_positions(Segment(speaker, text))
-        if self._pinned + text_positions + self._reserve > self._window:
-            raise PromptError(
-                f"the text takes {text_positions} positions, but voices and {self.max_turn_ms / 1000:g} s of audio "
-                f"leave {self._window - self._pinned - self._reserve}: split it, as csm.text.split does"
-            )
-        self._make_room(text_positions)
+        self._make_room(self.generator.num_positions(Segment(speaker, text)))
         seed = None if self.seed is None else self.seed + self.stats.num_turns
-        return SpeechRequest(text, speaker, self.context, self.max_turn_ms, self.temperature, self.topk, seed)
+        request = SpeechRequest(text, speaker, self.context, self.max_turn_ms, self.temperature, self.topk, seed)
+        room_ms = self.generator.room_ms(request)
+        if room_ms < self._reserve * self.generator.frame_ms:
+            return request  # voices and text alone leave less than a turn may take: the generator warns
+        return replace(request, max_audio_length_ms=min(self.max_turn_ms, room_ms))
 
     def _say(self, request: SpeechRequest, frames: Iterator[Frame]) -> Iterator[Tensor]:
         codes: list[Tensor] = []
@@ -177,14 +187,19 @@ class Conversation:
         self.stats.num_turns += 1
 
     def _make_room(self, num_positions: int) -> None:
-        """Let the oldest turns leave if so many more positions and a turn's audio would not fit."""
+        """Let the oldest turns leave: those beyond ``max_turns``, and more if the next turn would not fit."""
+        while self.max_turns is not None and len(self._turns) > self.max_turns:
+            self._evict()
         if self.num_positions + num_positions + self._reserve <= self._window:
             return
         limit = min(self.low_water * self._window, self._window - num_positions - self._reserve)
         while self._turns and self.num_positions > limit:
-            turn = self._turns.pop(0)
-            self.stats.num_evicted += 1
-            self.stats.positions_evicted += turn.num_positions
+            self._evict()
+
+    def _evict(self) -> None:
+        turn = self._turns.pop(0)
+        self.stats.num_evicted += 1
+        self.stats.positions_evicted += turn.num_positions
 
     def save(self, path: str | Path) -> None:
         """Write voices, turns and settings to one safetensors file, atomically."""

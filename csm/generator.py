@@ -288,7 +288,7 @@ class Generator:
 
     def num_frames(self, milliseconds: float) -> int:
         """Whole frames in so much audio."""
-        return int(milliseconds / self.frame_ms + 1e-6)  # 16.08 s are 201 frames despite binary fractions
+        return int(min(milliseconds / self.frame_ms, 2**31) + 1e-6)  # 16.08 s are 201 frames despite binary fractions
 
     @property
     def frame_ms(self) -> float:

@@ -62,9 +62,14 @@ def normalize(text: str) -> str:
     Markdown, brackets and emoji are removed. A list item or a row of a table becomes a paragraph. Lines without a word
     become empty. Surrogates and other scripts are left as they are.
     """
+    return "\n".join(_normalize_line(line) for line in strip_markup(text).splitlines()).strip("\n")
+
+
+def strip_markup(text: str) -> str:
+    """Text without Markdown, HTML, brackets and emoji, with addresses in words; numbers stay as they are written."""
     for pattern, replacement in MARKUP_RULES:
         text = pattern.sub(replacement, text)
-    return "\n".join(_normalize_line(line) for line in text.splitlines()).strip("\n")
+    return text
 
 
 def _normalize_line(line: str) -> str:
