@@ -18,7 +18,7 @@ from torch import Tensor
 
 from csm.cache import KVCache
 from csm.config import CSMConfig, TransformerConfig
-from csm.kernels import draw_noise, sample
+from csm.kernels import advance_frame, draw_noise, sample
 from csm.model import CSM
 
 STEP_OUTPUTS = ("pending_row_BC", "pending_mask_BC", "position_B", "frame_B", "codes_BK")  # what the step changes
@@ -161,7 +161,9 @@ def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = Non
     projected_BD = model.enter_depth(hidden_B1D).squeeze(1)
 
     # Depth positions: 0 reads the backbone's hidden state, i >= 1 reads code i - 1 and predicts code i.
-    depth_meta = model.depth_decoder.attention_metadata(state.depth_position_BK, context_bucket=num_codebooks)
+    depth_meta = model.depth_decoder.attention_metadata(
+        state.depth_position_BK, context_bucket=num_codebooks, max_rows=2
+    )
     code_BD = sample_code(0, hidden_B1D)
     assert code_BD is not None
     x_BTD = torch.stack((projected_BD, code_BD), dim=1)
@@ -171,15 +173,12 @@ def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = Non
         code_BD = sample_code(codebook, hidden_BTD)
         x_BTD = x_BTD if code_BD is None else code_BD.unsqueeze(1)
 
-    _advance(state)
-
-
-def _advance(state: FrameState) -> None:
-    """Make the generated frame the pending row of the next position."""
-    state.pending_row_BC[:, :-1] = state.codes_BK
-    state.pending_row_BC[:, -1] = 0
-    state.pending_mask_BC[:, :-1] = True
-    state.pending_mask_BC[:, -1] = False
-    state.frame_B.add_(1)
-    # A finished slot keeps stepping with its batch, so its position must stay within the cache.
-    state.position_B.add_(1).clamp_(max=state.backbone_cache.max_positions - 1)
+    advance_frame(
+        codes_BK=state.codes_BK,
+        pending_row_BC=state.pending_row_BC,
+        pending_mask_BC=state.pending_mask_BC,
+        position_B=state.position_B,
+        frame_B=state.frame_B,
+        max_position=state.backbone_cache.max_positions - 1,
+        head_VD=model.codebook0_head,
+    )

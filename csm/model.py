@@ -16,23 +16,26 @@ from torch import Tensor, nn
 
 from csm.cache import KVCache
 from csm.config import CSMConfig, RopeScaling, TransformerConfig
-from csm.kernels import attention_linear_add, embed_rows, linear_add, norm_linear, norm_rope_cache, norm_swiglu
+from csm.kernels import BlockWeights, block, causal_bias, embed_rows, norm_linear, use_kernels
 
 
 class AttentionMetadata(NamedTuple):
     """Positions of the rows, their rotary embeddings, and the additive attention mask.
 
     ``rope_BTp2`` holds cosine and sine. ``bias_BTS`` is 0 at cache positions up to a row's own and -inf beyond (a
-    causal mask).
+    causal mask); it is None if the kernels run, which compare positions. ``context`` is the number of cache positions
+    that attention covers.
     """
 
     position_BT: Tensor
     rope_BTp2: Tensor
-    bias_BTS: Tensor
+    bias_BTS: Tensor | None
+    context: int
 
     def rows(self, first: int, last: int) -> AttentionMetadata:
         """Metadata of rows ``first`` (inclusive) to ``last`` (exclusive)."""
-        return AttentionMetadata(*(x[:, first:last] for x in self))
+        bias_BTS = None if self.bias_BTS is None else self.bias_BTS[:, first:last]
+        return AttentionMetadata(self.position_BT[:, first:last], self.rope_BTp2[:, first:last], bias_BTS, self.context)
 
 
 class RoPE(nn.Module):
@@ -66,63 +69,42 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.eps = config.norm_eps
         self.norm = nn.Parameter(torch.ones(config.dim))
         self.qkv = nn.Parameter(torch.empty(config.qkv_dim, config.dim))
         self.output = nn.Parameter(torch.empty(config.dim, config.num_heads * config.head_dim))
-
-    def forward(
-        self, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, meta: AttentionMetadata
-    ) -> Tensor:
-        # x + attention(norm(x)), in two fused ops.
-        q_BTHd = norm_rope_cache(
-            x_BTD=x_BTD,
-            norm_D=self.norm,
-            qkv_ED=self.qkv,
-            eps=self.eps,
-            rope_BTp2=meta.rope_BTp2,
-            k_cache_BGSd=k_BGSd,
-            v_cache_BGSd=v_BGSd,
-            slot_B1=slot_B1,
-            position_BT=meta.position_BT,
-        )
-        return attention_linear_add(
-            q_BTHd=q_BTHd,
-            k_cache_BGSd=k_BGSd,
-            v_cache_BGSd=v_BGSd,
-            bias_BTS=meta.bias_BTS,
-            position_BT=meta.position_BT,
-            weight_DE=self.output,
-            residual_BTD=x_BTD,
-        )
 
 
 class MLP(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.eps = config.norm_eps
         self.norm = nn.Parameter(torch.ones(config.dim))
         self.gate_up = nn.Parameter(torch.empty(2 * config.hidden_dim, config.dim))
         self.down = nn.Parameter(torch.empty(config.dim, config.hidden_dim))
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        # x + down(silu(gate(norm(x))) * up(norm(x))), in two fused ops.
-        hidden_BTF = norm_swiglu(x_BTD, self.norm, self.gate_up, self.eps)
-        return linear_add(hidden_BTF, self.down, residual_BTD=x_BTD)
 
 
 class Block(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        self.eps = config.norm_eps
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
     def forward(
         self, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, meta: AttentionMetadata
     ) -> Tensor:
-        # h = x + attention(norm(x)); out = h + mlp(norm(h)). The ops of both sublayers include norm and residual.
-        h_BTD = self.attention(x_BTD, k_BGSd, v_BGSd, slot_B1, meta)
-        return self.mlp(h_BTD)
+        attention, mlp = self.attention, self.mlp
+        return block(
+            x_BTD=x_BTD,
+            weights=BlockWeights(attention.norm, attention.qkv, attention.output, mlp.norm, mlp.gate_up, mlp.down),
+            eps=self.eps,
+            rope_BTp2=meta.rope_BTp2,
+            bias_BTS=meta.bias_BTS,
+            k_cache_BGSd=k_BGSd,
+            v_cache_BGSd=v_BGSd,
+            slot_B1=slot_B1,
+            position_BT=meta.position_BT,
+            context=meta.context,
+        )
 
 
 class Transformer(nn.Module):
@@ -135,11 +117,18 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.Parameter(torch.ones(config.dim))
 
-    def attention_metadata(self, position_BT: Tensor, context_bucket: int) -> AttentionMetadata:
-        """Metadata of rows at ``position_BT``: causal attention over the first ``context_bucket`` cache positions."""
-        future_BTS = torch.arange(context_bucket, device=position_BT.device) > position_BT.unsqueeze(-1)
-        bias_BTS = torch.zeros_like(future_BTS, dtype=self.norm.dtype).masked_fill_(future_BTS, -torch.inf)
-        return AttentionMetadata(position_BT, self.rope.rope_Sp2[position_BT], bias_BTS)
+    def attention_metadata(
+        self, position_BT: Tensor, context_bucket: int, max_rows: int | None = None
+    ) -> AttentionMetadata:
+        """Metadata of rows at ``position_BT``: causal attention over the first ``context_bucket`` cache positions.
+
+        ``max_rows`` is the most rows per slot that one ``forward`` gets (None: all of them).
+        """
+        num_rows = position_BT.shape[0] * (max_rows or position_BT.shape[1])
+        bias_BTS = None
+        if not use_kernels(self.norm, num_rows):
+            bias_BTS = causal_bias(position_BT, context_bucket, self.norm.dtype)
+        return AttentionMetadata(position_BT, self.rope.rope_Sp2[position_BT], bias_BTS, context_bucket)
 
     def forward(self, x_BTD: Tensor, cache: KVCache, meta: AttentionMetadata) -> Tensor:
         """(B, T, D) -> (B, T, D). Writes the keys and values of the rows into the cache at ``meta.position_BT``."""

@@ -5,7 +5,9 @@ It starts with the first request and ends after some idle seconds, so that an un
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -13,6 +15,8 @@ import torch
 from csm.engine import Engine, Frame, Request, Ticket
 
 LINGER_SECONDS = 10.0  # a new thread costs a new pool of compute threads
+
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
 class Worker:
@@ -24,12 +28,16 @@ class Worker:
         self._changed = False
         self._thread: threading.Thread | None = None
         self._num_threads = torch.get_num_threads()
+        self._closed = False
+        _workers.add(self)
 
     def submit(
         self, request: Request, max_unread: int | None = None, notify: Callable[[], None] | None = None
     ) -> Ticket:
         """``Engine.submit``, and see to it that somebody steps the engine."""
         with self._work:
+            if self._closed:
+                raise RuntimeError("the engine is closed: the process is ending")
             ticket = self.engine.submit(request, max_unread, notify)
             self._num_threads = torch.get_num_threads()  # PyTorch keeps this per thread; the caller's counts
             if self._thread is None:
@@ -91,11 +99,28 @@ class Worker:
         """One step, or a wait for work if there was nothing to do. False after ``LINGER_SECONDS`` without work."""
         if torch.get_num_threads() != self._num_threads:
             torch.set_num_threads(self._num_threads)
-        if self.engine.step():
+        if not self._closed and self.engine.step():
             return True
         with self._work:
+            if self._closed:
+                return False
             if not self._work.wait_for(lambda: self._changed, LINGER_SECONDS) and self.engine.idle:
                 self._thread = None
                 return False
             self._changed = False
         return True
+
+    def close(self) -> None:
+        """End the thread after its current step. Requests that have not finished get no more frames."""
+        with self._work:
+            thread, self._closed = self._thread, True
+        self.wake()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that is inside PyTorch while the interpreter is finalised would abort the process."""
+    for worker in list(_workers):
+        worker.close()

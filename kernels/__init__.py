@@ -7,9 +7,12 @@ G key/value heads, R query heads per key/value head, d head dim, S cache positio
 N outputs (rows of the weight) and K inputs of a program's weight tile, M rows of a tensor-core tile.
 """
 
-from csm.kernels.attention import attention
+from csm.kernels.advance_frame import advance_frame
+from csm.kernels.attention import attention, causal_bias
 from csm.kernels.attention_linear_add import attention_linear_add
+from csm.kernels.block import BlockWeights, block
 from csm.kernels.embed_rows import embed_rows
+from csm.kernels.launch import use_kernels
 from csm.kernels.linear_add import linear_add
 from csm.kernels.norm_linear import norm_linear, rms_norm
 from csm.kernels.norm_swiglu import norm_swiglu
@@ -17,8 +20,12 @@ from csm.kernels.rope_cache import norm_rope_cache, rope_cache
 from csm.kernels.sample import draw_noise, sample
 
 __all__ = [
+    "BlockWeights",
+    "advance_frame",
     "attention",
     "attention_linear_add",
+    "block",
+    "causal_bias",
     "draw_noise",
     "embed_rows",
     "linear_add",
@@ -28,4 +35,5 @@ __all__ = [
     "rms_norm",
     "rope_cache",
     "sample",
+    "use_kernels",
 ]

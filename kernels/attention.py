@@ -16,6 +16,12 @@ MIN_DOT = 16  # the smallest side of tl.dot's operands
 SHORT_CHUNK, CHUNK = 32, 64  # cache positions per program: of the depth decoder's cache, and of longer ones
 
 
+def causal_bias(position_BT: Tensor, context: int, dtype: torch.dtype) -> Tensor:
+    """The mask that ``attention_reference`` adds: 0 up to a row's position, -inf beyond (B, T, context)."""
+    future_BTS = torch.arange(context, device=position_BT.device) > position_BT.unsqueeze(-1)
+    return torch.zeros_like(future_BTS, dtype=dtype).masked_fill_(future_BTS, -torch.inf)
+
+
 def attention_reference(q_BTHd: Tensor, k_cache_BGSd: Tensor, v_cache_BGSd: Tensor, bias_BTS: Tensor) -> Tensor:
     """``attention`` in PyTorch. Query heads of the same key head become extra rows: keys are not repeated in memory."""
     B, T, H, d = q_BTHd.shape
@@ -134,25 +140,41 @@ def combine_chunks(
     tl.store(out_ptr + (row * H + head) * d + d_D, out_D.to(out_ptr.dtype.element_ty), mask=d_D < d)
 
 
+def covered_positions(bias_BTS: Tensor | None, context: int | None) -> int:
+    """The cache positions that attention covers."""
+    if bias_BTS is not None:
+        return bias_BTS.shape[-1]
+    assert context is not None, "attention needs a context or a bias"
+    return context
+
+
 def chunk_size(context: int) -> int:
     """Cache positions per program. Every context of a cache shares it, so that a longer context changes no bit."""
     return SHORT_CHUNK if context <= SHORT_CHUNK else CHUNK
 
 
 def attention(
-    q_BTHd: Tensor, k_cache_BGSd: Tensor, v_cache_BGSd: Tensor, bias_BTS: Tensor, position_BT: Tensor
+    q_BTHd: Tensor,
+    k_cache_BGSd: Tensor,
+    v_cache_BGSd: Tensor,
+    bias_BTS: Tensor | None,
+    position_BT: Tensor,
+    context: int | None = None,
 ) -> Tensor:
     """Causal softmax attention with scale 1/sqrt(d): (B, T, H, d) -> (B, T, H * d).
 
-    Attention covers the first S positions of the cache. ``bias_BTS`` is added to the scores: 0 up to ``position_BT``,
-    -inf beyond. The two hold the same information: PyTorch's op reads the bias, the kernels read the position.
+    Attention covers the first ``context`` positions of the cache. The reference adds ``bias_BTS``, from
+    ``causal_bias``; the kernels compare positions with ``position_BT`` instead, so the bias may be None if they run,
+    and only then. ``context`` may be left out if there is a bias, whose last dimension it is.
     """
     (B, T, H, d), G = q_BTHd.shape, k_cache_BGSd.shape[1]
     if not use_kernels(q_BTHd, B * T):
+        assert bias_BTS is not None, "the attention reference needs a bias"
         return attention_reference(q_BTHd, k_cache_BGSd, v_cache_BGSd, bias_BTS)
     assert q_BTHd.is_contiguous() and k_cache_BGSd.stride() == v_cache_BGSd.stride()
-    chunk = chunk_size(bias_BTS.shape[-1])
-    chunks = -(-bias_BTS.shape[-1] // chunk)
+    context = covered_positions(bias_BTS, context)
+    chunk = chunk_size(context)
+    chunks = -(-context // chunk)
     sum_BTHC, max_BTHC = q_BTHd.new_empty((2, B, T, H, chunks), dtype=torch.float32)
     acc_BTHCd = q_BTHd.new_empty((B, T, H, chunks, d), dtype=torch.float32)
     out_BTE = q_BTHd.new_empty(B, T, H * d)

@@ -10,13 +10,16 @@ Shapes of the fused kernel: M heads, padded to a tensor-core tile; C keys of all
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
-from csm.kernels.attention import MIN_DOT, attention, softmax_dot
+from csm.kernels.attention import MIN_DOT, attention, covered_positions, softmax_dot
 from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
 from csm.kernels.launch_config import launch_config
 from csm.kernels.linear_add import linear_add
+from csm.kernels.native import ops as native
+from csm.kernels.quantized import Weight
 from csm.kernels.tiles import gemv_tile, release_next_kernel, wait_for_inputs
 
 MAX_FUSED_CONTEXT = 32  # and a single row: every program repeats the attention and holds its tiles in registers
@@ -111,22 +114,29 @@ def attention_linear_add(
     q_BTHd: Tensor,
     k_cache_BGSd: Tensor,
     v_cache_BGSd: Tensor,
-    bias_BTS: Tensor,
+    bias_BTS: Tensor | None,
     position_BT: Tensor,
-    weight_DE: Tensor,
+    weight_DE: Weight,
     residual_BTD: Tensor,
+    context: int | None = None,
 ) -> Tensor:
     """``linear_add(attention(q, ...), weight, residual)``: (B, T, H, d), (B, T, D) -> (B, T, D)."""
     (B, T, H, d), G = q_BTHd.shape, k_cache_BGSd.shape[1]
-    context = bias_BTS.shape[-1]
+    if B * T <= native.MAX_ROWS and native.use_native(q_BTHd, B * T, weight_DE):
+        cache = (k_cache_BGSd, v_cache_BGSd, position_BT)
+        return native.attention_linear_add(q_BTHd, *cache, weight_DE, residual_BTD)
+    context = covered_positions(bias_BTS, context)
     fused = B * T == 1 and context <= MAX_FUSED_CONTEXT and use_kernels(q_BTHd, 1)
     config = launch_config("attention_linear_add", weight_DE, 1) if fused else None
     if config is None:
-        attended_BTE = attention(q_BTHd, k_cache_BGSd, v_cache_BGSd, bias_BTS, position_BT)
+        attended_BTE = attention(q_BTHd, k_cache_BGSd, v_cache_BGSd, bias_BTS, position_BT, context)
         return linear_add(attended_BTE, weight_DE, residual_BTD)
     assert q_BTHd.is_contiguous() and k_cache_BGSd.stride() == v_cache_BGSd.stride()
     out_BTD = q_BTHd.new_empty(residual_BTD.shape)
     groups, heads_per_group = power_of_two(G), power_of_two(H // G)
+    constants: dict[str, Any] = dict(H=H, G=G, d=d, N=weight_DE.shape[0], CONTEXT=context)
+    constants |= dict(GROUPS=groups, R=heads_per_group, M=max(MIN_DOT, groups * heads_per_group))
+    constants |= dict(D=max(MIN_DOT, power_of_two(d)), S=max(MIN_DOT, power_of_two(context)))
     launch(
         attention_linear_add_row,
         [config.num_programs(weight_DE.shape[0])],
@@ -139,9 +149,8 @@ def attention_linear_add(
         position_ptr=position_BT,
         head_stride=k_cache_BGSd.stride(1),
         scale=1 / math.sqrt(d),
-        **dict(H=H, G=G, d=d, N=weight_DE.shape[0], CONTEXT=context, BLOCK_N=config.constants["BLOCK_N"]),
-        **dict(GROUPS=groups, R=heads_per_group, M=max(MIN_DOT, groups * heads_per_group)),
-        **dict(D=max(MIN_DOT, power_of_two(d)), S=max(MIN_DOT, power_of_two(context))),
+        BLOCK_N=config.constants["BLOCK_N"],
         num_warps=config.num_warps,
+        **constants,
     )
     return out_BTD

@@ -1,13 +1,16 @@
 """Whether an op uses its Triton kernels, and how they are launched and recorded.
 
-An op's wrapper asks ``use_kernels``, then either launches its kernels or runs its PyTorch reference. ``CSM_OPS``
-overrides the choice: ``reference`` means PyTorch everywhere; ``triton`` means kernels on any device (a CPU needs
-``TRITON_INTERPRET=1``; on the meta device launches are recorded and nothing runs).
+An op's wrapper asks ``use_kernels``, then either launches its kernels or runs its PyTorch reference. A GPU uses kernels
+unless ``csm.selfcheck`` has found that it cannot. ``CSM_OPS`` overrides the choice: ``reference`` means PyTorch
+everywhere; ``triton`` means kernels on any device (a CPU needs ``TRITON_INTERPRET=1``; on the meta device launches are
+recorded and nothing runs).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -15,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from csm.kernels.quantized import Weight
 
 try:
     import triton
@@ -27,6 +32,7 @@ except ImportError:  # some builds of PyTorch come without Triton; every op then
 MAX_ROWS = 64  # above this the step is compute-bound rather than bound by reading weights, and cuBLAS is faster
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PDL_CAPABILITY = (9, 0)  # programmatic dependent launch needs Hopper or later
+PDL_DRIVER = 12030  # CUDA 12.3: the first driver whose graphs keep programmatic dependencies
 # Raised by a launch configuration that exceeds the GPU's registers or shared memory.
 COMPILE_ERRORS: tuple[type[Exception], ...] = ()
 if triton is not None:
@@ -77,7 +83,7 @@ def jit(*args: Any, **options: Any) -> Any:
     return args[0] if args else lambda kernel: kernel
 
 
-def use_kernels(x: Tensor, num_rows: int) -> bool:
+def use_kernels(x: Weight, num_rows: int) -> bool:
     """Whether an op on ``num_rows`` rows of ``x`` launches kernels. ValueError if ``CSM_OPS`` has no known value."""
     forced = os.environ.get("CSM_OPS", "")
     if forced not in ("", "reference", "triton"):
@@ -101,21 +107,39 @@ def gpu_arch(device: torch.device) -> str:
     return "sm_{}{}".format(*_capability(device)) if device.type == "cuda" else device.type
 
 
-def launch(kernel: Any, grid: Sequence[int], *, num_warps: int = 4, **arguments: Any) -> None:
+@cache
+def supports_pdl(device: torch.device) -> bool:
+    """Whether kernels on this device use programmatic dependent launch."""
+    if device.type != "cuda" or _capability(device) < PDL_CAPABILITY:
+        return False
+    return driver_version() >= PDL_DRIVER
+
+
+def driver_version() -> int:
+    """The CUDA version of the installed driver, such as 12030 for 12.3. Raises OSError if there is no driver."""
+    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    version = ctypes.c_int()
+    status = driver.cuDriverGetVersion(ctypes.byref(version))
+    if status != 0:
+        raise OSError(f"cuDriverGetVersion failed with status {status}")
+    return version.value
+
+
+def launch(kernel: Any, grid: Sequence[int], *, num_warps: int = 4, dependent: bool = True, **arguments: Any) -> None:
     """Launch a kernel on the device of its tensors. Every argument is passed by the name of its parameter.
 
-    From Hopper on, kernels use programmatic dependent launch: a kernel may start before its predecessor has ended, and
-    waits (``gdc_wait``) before it reads anything that an earlier kernel writes. ``CSM_PDL=0`` turns this off. A kernel
-    releases its successor before it waits itself, so several kernels may be in flight. Therefore a kernel must not read
-    before its wait what any kernel writes. (A plain PyTorch op advances the frame counter; it starts only when all
-    earlier kernels have ended.)
+    From Hopper on, with a driver of CUDA 12.3 or later, kernels use programmatic dependent launch: a kernel may start
+    before its predecessor has ended, and waits (``gdc_wait``) before it reads anything that an earlier kernel writes.
+    ``CSM_PDL=0`` turns this off. A kernel releases its successor before it waits itself, so several kernels may be in
+    flight. Therefore a kernel must not read before its wait what such a kernel writes. A kernel that
+    is not ``dependent`` starts when all earlier kernels have ended, as PyTorch's do, and releases no other early.
     """
     for recorded in _observers:
         recorded.append(Launch(kernel, tuple(grid), arguments, num_warps))
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type == "meta":
         return
-    pdl = device.type == "cuda" and _capability(device) >= PDL_CAPABILITY and os.environ.get("CSM_PDL") != "0"
+    pdl = dependent and supports_pdl(device) and os.environ.get("CSM_PDL") != "0"
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton uses the current device
         kernel[tuple(grid)](**arguments, PDL=pdl, num_warps=num_warps, **options)

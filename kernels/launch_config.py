@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from csm.kernels.launch import gpu_arch, power_of_two
+from csm.kernels.quantized import Weight
 
 TABLE = Path(__file__).parent / "tuned.json"
 MAX_GEMV_ROWS = 8  # up to here a program multiplies its weight tile by one row after another; above, tensor cores
@@ -38,12 +39,14 @@ class LaunchConfig(NamedTuple):
         return -(-n // self.constants["BLOCK_N"])
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         return {"num_warps": self.num_warps, **self.constants}
 
 
-def launch_config(op: str, weight: Tensor, num_rows: int) -> LaunchConfig | None:
+def launch_config(op: str, weight: Weight, num_rows: int) -> LaunchConfig | None:
     """For the product of ``num_rows`` rows and a weight (N, K): from the table, else by rule. None: fall back."""
+    if not isinstance(weight, Tensor):  # quantised: no kernel reads it
+        return None
     assert weight.is_contiguous()
     n, k = weight.shape
     m = 0 if num_rows <= MAX_GEMV_ROWS else max(16, power_of_two(num_rows))

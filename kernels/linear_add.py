@@ -7,12 +7,14 @@ from torch import Tensor
 
 from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
 from csm.kernels.launch_config import launch_config
+from csm.kernels.native import ops as native
+from csm.kernels.quantized import Weight, dense
 from csm.kernels.tiles import gemv_tile, load_row, matmul_tile, release_next_kernel, wait_for_inputs, weight_tile
 
 
-def linear_add_reference(x_BTF: Tensor, weight_DF: Tensor, residual_BTD: Tensor) -> Tensor:
+def linear_add_reference(x_BTF: Tensor, weight_DF: Weight, residual_BTD: Tensor) -> Tensor:
     """``linear_add`` in PyTorch."""
-    return residual_BTD + F.linear(x_BTF, weight_DF)
+    return residual_BTD + F.linear(x_BTF, dense(weight_DF))
 
 
 @jit
@@ -72,9 +74,11 @@ def linear_add_matmul(
     tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], acc_MN.to(x_ptr.dtype.element_ty), mask=mask_MN)
 
 
-def linear_add(x_BTF: Tensor, weight_DF: Tensor, residual_BTD: Tensor) -> Tensor:
+def linear_add(x_BTF: Tensor, weight_DF: Weight, residual_BTD: Tensor) -> Tensor:
     """``residual + x @ weight.T``: (B, T, F), (B, T, D) -> (B, T, D)."""
     B, T, D = residual_BTD.shape
+    if native.use_native(x_BTF, B * T, weight_DF):
+        return native.linear_add(x_BTF, weight_DF, residual_BTD)
     config = launch_config("linear_add", weight_DF, B * T) if use_kernels(x_BTF, B * T) else None
     if config is None:
         return linear_add_reference(x_BTF, weight_DF, residual_BTD)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
 from csm.kernels.launch_config import launch_config
+from csm.kernels.native import ops as native
+from csm.kernels.quantized import Weight, dense
 from csm.kernels.tiles import (
     gemv_tile,
     inverse_rms,
@@ -28,9 +30,9 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight_D
 
 
-def norm_linear_reference(x_BTD: Tensor, norm_D: Tensor, weight_ED: Tensor, eps: float) -> Tensor:
+def norm_linear_reference(x_BTD: Tensor, norm_D: Tensor, weight_ED: Weight, eps: float) -> Tensor:
     """``norm_linear`` in PyTorch."""
-    return F.linear(rms_norm(x_BTD, norm_D, eps), weight_ED)
+    return F.linear(rms_norm(x_BTD, norm_D, eps), dense(weight_ED))
 
 
 @jit
@@ -86,9 +88,11 @@ def norm_linear_matmul(
     tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], acc_MN.to(x_ptr.dtype.element_ty), mask=mask_MN)
 
 
-def norm_linear(x_BTD: Tensor, norm_D: Tensor, weight_ED: Tensor, eps: float) -> Tensor:
+def norm_linear(x_BTD: Tensor, norm_D: Tensor, weight_ED: Weight, eps: float) -> Tensor:
     """``rms_norm(x) @ weight.T``: (B, T, D) -> (B, T, E)."""
     (B, T, D), E = x_BTD.shape, weight_ED.shape[0]
+    if native.use_native(x_BTD, B * T, weight_ED):
+        return native.norm_linear(x_BTD, norm_D, weight_ED, eps)
     config = launch_config("norm_linear", weight_ED, B * T) if use_kernels(x_BTD, B * T) else None
     if config is None:
         return norm_linear_reference(x_BTD, norm_D, weight_ED, eps)

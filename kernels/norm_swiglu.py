@@ -7,7 +7,9 @@ from torch import Tensor
 
 from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
 from csm.kernels.launch_config import launch_config
+from csm.kernels.native import ops as native
 from csm.kernels.norm_linear import rms_norm
+from csm.kernels.quantized import Weight, dense
 from csm.kernels.tiles import (
     gemv_tile,
     inverse_rms,
@@ -20,9 +22,9 @@ from csm.kernels.tiles import (
 )
 
 
-def norm_swiglu_reference(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Tensor, eps: float) -> Tensor:
+def norm_swiglu_reference(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Weight, eps: float) -> Tensor:
     """``norm_swiglu`` in PyTorch."""
-    gate_BTF, up_BTF = F.linear(rms_norm(x_BTD, norm_D, eps), gate_up_2FD).chunk(2, dim=-1)
+    gate_BTF, up_BTF = F.linear(rms_norm(x_BTD, norm_D, eps), dense(gate_up_2FD)).chunk(2, dim=-1)
     return F.silu(gate_BTF) * up_BTF
 
 
@@ -99,12 +101,14 @@ def norm_swiglu_matmul(
     tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], hidden_MN, mask=mask_MN)
 
 
-def norm_swiglu(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Tensor, eps: float) -> Tensor:
+def norm_swiglu(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Weight, eps: float) -> Tensor:
     """SwiGLU (https://arxiv.org/abs/2002.05202): (B, T, D) -> (B, T, F).
 
     ``gate_up_2FD`` holds the F rows of the gate (Sesame's w1), then the F rows of up (w3).
     """
     (B, T, D), F_ = x_BTD.shape, gate_up_2FD.shape[0] // 2
+    if native.use_native(x_BTD, B * T, gate_up_2FD):
+        return native.norm_swiglu(x_BTD, norm_D, gate_up_2FD, eps)
     config = launch_config("norm_swiglu", gate_up_2FD, B * T) if use_kernels(x_BTD, B * T) else None
     if config is None:
         return norm_swiglu_reference(x_BTD, norm_D, gate_up_2FD, eps)

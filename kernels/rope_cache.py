@@ -9,7 +9,9 @@ from torch import Tensor
 
 from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
 from csm.kernels.launch_config import MAX_GEMV_ROWS, launch_config
+from csm.kernels.native import ops as native
 from csm.kernels.norm_linear import norm_linear
+from csm.kernels.quantized import Weight
 from csm.kernels.tiles import gemv_tile, load_row, release_next_kernel, rms_norm_row, wait_for_inputs, weight_tile
 
 BLOCK_N = 512  # outputs per program of rope_cache_row
@@ -154,7 +156,7 @@ def rope_cache_row(
 def norm_rope_cache(
     x_BTD: Tensor,
     norm_D: Tensor,
-    qkv_ED: Tensor,
+    qkv_ED: Weight,
     eps: float,
     rope_BTp2: Tensor,
     k_cache_BGSd: Tensor,
@@ -165,6 +167,9 @@ def norm_rope_cache(
     """``rope_cache(norm_linear(x, norm, qkv, eps), ...)``: (B, T, D) -> q (B, T, H, d)."""
     (B, T, D), (G, d) = x_BTD.shape, (k_cache_BGSd.shape[1], k_cache_BGSd.shape[3])
     H = qkv_ED.shape[0] // d - 2 * G
+    if native.use_native(x_BTD, B * T, qkv_ED):
+        cache = (k_cache_BGSd, v_cache_BGSd, slot_B1, position_BT)
+        return native.norm_rope_cache(x_BTD, norm_D, qkv_ED, eps, rope_BTp2, *cache)
     use_rows_kernel = B * T <= MAX_GEMV_ROWS and use_kernels(x_BTD, B * T)
     config = launch_config("norm_rope_cache", qkv_ED, B * T) if use_rows_kernel else None
     if config is None:

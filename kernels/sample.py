@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
+from csm.kernels.native import ops as native
+from csm.kernels.quantized import Weight
 from csm.kernels.tiles import release_next_kernel, wait_for_inputs
 
 # Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
@@ -87,10 +89,10 @@ def draw_noise(
     top_k_B: Tensor,
     num_codebooks: int,
     codebook_size: int,
-    head_VD: Tensor,
+    head_VD: Weight,
 ) -> Noise:
     """Inputs of ``sample`` for every codebook of a frame. ``head_VD`` gives the dtype and device of the logits."""
-    if use_kernels(head_VD, seed_B.shape[0]):
+    if use_kernels(head_VD, seed_B.shape[0]) or native.use_native_sampling(head_VD):
         return Noise(seed_B, frame_B, temperature_B, top_k_B, None)
     gumbel_BKV = gumbel_noise(seed_B, frame_B, num_codebooks, codebook_size)
     return Noise(seed_B, frame_B, temperature_B, top_k_B, gumbel_BKV * temperature_B.view(-1, 1, 1))
@@ -173,6 +175,8 @@ def sample(logits_BV: Tensor, codebook: int, noise: Noise, codes_BK: Tensor, tab
         code_B = draw_ids(logits_BV, noise.noise_BKV[:, codebook], noise.top_k_B)
         codes_BK[:, codebook] = code_B
         return None if table_VD is None else F.embedding(code_B, table_VD)
+    if native.use_native_sampling(logits_BV):
+        return native.sample(logits_BV, codebook, noise[:4], codes_BK, table_VD)
     (B, V), D = logits_BV.shape, 1 if table_VD is None else table_VD.shape[1]
     assert logits_BV.stride(1) == 1 and codes_BK.stride(1) == 1
     out_BD = logits_BV.new_empty(B, D)

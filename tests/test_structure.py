@@ -20,8 +20,8 @@ LAYERS = [
     {"csm.prefix_cache", "csm.voices"},
     {"csm.request"},
     {"csm.model"},
-    {"csm.lora"},
-    {"csm.frame"},
+    {"csm.lora", "csm.quantize"},
+    {"csm.frame", "csm.quantized_model", "csm.threads"},
     {"csm.prefill", "csm.opchecks"},
     {"csm.selfcheck", "csm.runner"},
     {"csm.engine"},
@@ -53,6 +53,7 @@ FOLDERS = {
     "csm/finetune": "csm.finetune",
     "csm/text": "csm.text",
     "kernels": "csm.kernels",
+    "kernels/native": "csm.kernels.native",
     "weights": "csm.weights",
     "weights/recipe": "csm.weights.recipe",
 }

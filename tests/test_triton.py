@@ -10,6 +10,7 @@ import torch
 
 from csm.frame import FrameState, decode_frame
 from csm.kernels import (
+    advance_frame,
     attention,
     attention_linear_add,
     embed_rows,
@@ -21,6 +22,8 @@ from csm.kernels import (
     rope_cache,
     sample,
 )
+from csm.kernels import launch as launch_module
+from csm.kernels.advance_frame import advance_frame_reference
 from csm.kernels.launch import MAX_ROWS, launches, use_kernels
 from csm.kernels.sample import Noise, draw_ids, gumbel_noise
 from csm.prefill import Prefill
@@ -188,7 +191,7 @@ class TestCacheOps:
         weight = randn(20, num_heads * head_dim, dtype=dtype, seed=3) / math.sqrt(num_heads * head_dim)
         residual = randn(*rows, 20, dtype=dtype, seed=4)
         with launches() as seen:
-            result = attention_linear_add(q, k, v, bias, position, weight, residual)
+            result = attention_linear_add(q, k, v, None, position, weight, residual, context=context)
         close(result, linear_add(expected, *wide(weight, residual)), dtype)
         assert (names(seen) == ["attention_linear_add_row"]) == (context <= 32 and rows == (1, 1))
 
@@ -250,6 +253,25 @@ def test_sample_terminates_on_nan_and_infinite_logits():
         assert 0 <= codes.item() < 8
 
 
+@pytest.mark.parametrize(("batch", "codebooks"), [(1, 4), (3, 7), (5, 32)])
+def test_advance_frame(batch, codebooks):
+    """The same state as the reference, with one slot at the last position."""
+    generator = torch.Generator().manual_seed(batch)
+    codes = torch.randint(2051, (batch, codebooks), generator=generator).to(DEVICE)
+    row = torch.randint(9, (batch, codebooks + 1), generator=generator).to(DEVICE)
+    mask = torch.zeros(batch, codebooks + 1, dtype=torch.bool, device=DEVICE)
+    mask[:, -1] = True
+    position = torch.arange(10, 10 - batch, -1, device=DEVICE)
+    state = (codes, row, mask, position, torch.arange(batch, device=DEVICE))
+    actual, expected = ([tensor.clone() for tensor in state] for _ in range(2))
+    with launches() as seen:
+        advance_frame(*actual, 10, torch.zeros(1, device=DEVICE))
+    assert names(seen) == ["advance_slot"]
+    advance_frame_reference(*expected, 10)
+    assert all(torch.equal(own, other) for own, other in zip(actual, expected, strict=True))
+    assert actual[3].tolist() == [min(p + 1, 10) for p in position.tolist()]
+
+
 def test_use_kernels(monkeypatch):
     def run(x, rows=1):
         return use_kernels(x, rows)
@@ -264,6 +286,17 @@ def test_use_kernels(monkeypatch):
     monkeypatch.setenv("CSM_OPS", "fast")
     with pytest.raises(ValueError, match="CSM_OPS"):
         run(x)
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "expected"),
+    [((9, 0), 12030, True), ((12, 0), 13000, True), ((9, 0), 12020, False), ((8, 9), 12080, False)],
+)
+def test_dependent_launch_needs_hopper_and_a_driver_of_cuda_12_3(monkeypatch, capability, driver, expected):
+    monkeypatch.setattr(launch_module, "_capability", lambda device: capability)
+    monkeypatch.setattr(launch_module, "driver_version", lambda: driver)
+    assert launch_module.supports_pdl.__wrapped__(torch.device("cuda", 7)) is expected
+    assert not launch_module.supports_pdl(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -1,0 +1,184 @@
+"""``python -m csm quantize``: write a model with int8 or int4 weights to a folder that loads fast and in little memory.
+
+The folder has the model's tensors under this package's names in ``quantized.safetensors``: quantised weights packed, as
+uint8, and what they are in the file's metadata; and ``config.json``, ``tokenizer.json`` and the codec.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from csm.errors import CheckpointError, CSMError
+from csm.kernels.native.ops import is_available
+from csm.kernels.quantized import QuantizedWeight, huge_page_buffer, packed_shape
+from csm.model import CSM
+from csm.quantize import (
+    ALIGNMENT,
+    BITS,
+    PRESETS,
+    ModelWeight,
+    parse_scheme,
+    quantize_model,
+    quantized_weights,
+    set_weight,
+)
+from csm.weights import Checkpoint, open_checkpoint, read_codec, read_model
+from csm.weights.checkpoint import MIMI_FILE
+from csm.weights.config_json import read_config
+
+FILE = "quantized.safetensors"
+SCHEME, DTYPE = "csm.scheme", "csm.dtype"  # keys of the file's metadata
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def read_quantized(checkpoint: Checkpoint, scheme: str, dtype: torch.dtype, progress: bool = False) -> CSM:
+    """Read a checkpoint's model and quantise it weight by weight: one of them at a time is in memory in ``dtype``."""
+    types, cpu = parse_scheme(scheme), torch.device("cpu")
+
+    def read(name: str) -> Tensor:
+        table = [entry for entry in checkpoint.table if entry.target == name]
+        return read_model(replace(checkpoint, table=table), cpu, dtype)[name]
+
+    model = _empty_model(checkpoint.config)
+    later = {weight.name for weight in quantized_weights(model) if weight.part in types}
+    for name, _ in list(model.named_parameters()):
+        if name not in later:
+            set_weight(model, name, nn.Parameter(read(name), requires_grad=False))
+    if "projection" in later:
+        set_weight(model, "projection", nn.Parameter(read("projection"), requires_grad=False))
+    model.precompute_depth_embedding()
+    quantize_model(model, scheme, progress, read)
+    return model.eval()
+
+
+def save_quantized(
+    checkpoint: Checkpoint, scheme: str, folder: Path, dtype: torch.dtype = torch.bfloat16, progress: bool = False
+) -> Path:
+    """Quantise a checkpoint and write it to ``folder``; the path of its weights.
+
+    ``dtype`` is that of embeddings, norms and activations. The codec is written where the checkpoint has one. Raises
+    CSMError for an unknown scheme, and where there are no native ops.
+    """
+    if not is_available():
+        raise CSMError("a quantised model is for the native ops, which need a C++ compiler: install g++")
+    model = read_quantized(checkpoint, scheme, dtype, progress)
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tensors["depth_embedding"] = model.depth_embedding
+    for weight in quantized_weights(model):
+        value = weight.value
+        if isinstance(value, QuantizedWeight):
+            tensors[weight.name] = value.packed.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    name = next(name for name, known in DTYPES.items() if known == dtype)
+    save_file(tensors, folder / f"{FILE}.part", metadata={"format": "pt", SCHEME: scheme, DTYPE: name})
+    os.replace(folder / f"{FILE}.part", folder / FILE)
+    shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
+    shutil.copyfile(checkpoint.tokenizer_path, folder / "tokenizer.json")
+    if checkpoint.has_codec or (checkpoint.folder / MIMI_FILE).is_file():
+        save_file(read_codec(checkpoint, None, torch.device("cpu")), folder / MIMI_FILE, metadata={"format": "pt"})
+    return folder / FILE
+
+
+def open_quantized(name: str | Path) -> tuple[Checkpoint, CSM] | None:
+    """The checkpoint and model of a folder that ``save_quantized`` wrote; None for anything else.
+
+    Embeddings stay on disk, memory-mapped: only the rows that are used are read. Raises CheckpointError, which names
+    the file and the tensor.
+    """
+    folder = Path(name).expanduser()
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    config, codec_config = read_config(folder / "config.json")
+    model = _empty_model(config)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get(DTYPE) not in DTYPES or SCHEME not in metadata:
+                raise CheckpointError(
+                    f"{path}: metadata without {SCHEME} and {DTYPE}; write it again with csm quantize"
+                )
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or corrupt; write it again with csm quantize ({error})") from error
+    types, dtype = parse_scheme(metadata[SCHEME]), DTYPES[metadata[DTYPE]]
+    _check(model, found, types, path)
+    _fill(model, types, dtype, path)
+    return Checkpoint(folder, config, codec_config, table=[], file_of={}, shape_of={}), model.eval()
+
+
+def _empty_model(config) -> CSM:  # type: ignore[no-untyped-def]
+    with torch.device("meta"):
+        return CSM(config, torch.device("cpu"))
+
+
+def _check(model: CSM, found: dict[str, tuple[int, ...]], types: dict[str, str], path: Path) -> None:
+    """Raise CheckpointError at the first missing tensor, wrong shape or unexpected tensor."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected["depth_embedding"] = tuple(model.depth_embedding.shape)
+    for weight in _quantized(model, types):
+        expected[weight.name] = packed_shape(weight.value.shape, BITS[types[weight.part]])
+    for name, shape in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{path}: missing tensor {name}")
+        if found[name] != shape:
+            raise CheckpointError(f"{path}: tensor {name}: expected shape {shape}, got {found[name]}")
+    unexpected = sorted(set(found) - set(expected))
+    if unexpected:
+        raise CheckpointError(f"{path}: unexpected tensor {unexpected[0]}")
+
+
+def _quantized(model: CSM, types: dict[str, str]) -> list[ModelWeight]:
+    return [weight for weight in quantized_weights(model) if weight.part in types]
+
+
+def _fill(model: CSM, types: dict[str, str], dtype: torch.dtype, path: Path) -> None:
+    """Put the file's tensors into the model, those of quantised weights copied to huge pages."""
+    weights = _quantized(model, types)
+    shapes = [packed_shape(weight.value.shape, BITS[types[weight.part]]) for weight in weights]
+    sizes = [-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes]
+    names = [name for name, _ in model.named_parameters()]
+    for weight, shape, buffer in zip(weights, shapes, huge_page_buffer(sum(sizes)).split(sizes), strict=True):
+        packed = buffer[: math.prod(shape)].view(shape)
+        packed.copy_(_mapped(path, weight.name))
+        value = QuantizedWeight(packed, weight.value.shape, BITS[types[weight.part]], dtype)
+        set_weight(model, weight.name, value if is_available() else nn.Parameter(value.dequantize(), False))
+        names.remove(weight.name)
+    model.depth_embedding = _mapped(path, "depth_embedding")
+    for name in names:
+        set_weight(model, name, nn.Parameter(_mapped(path, name), requires_grad=False))
+
+
+def _mapped(path: Path, name: str) -> Tensor:
+    """One tensor, through a memory map of its own: pages that were copied leave memory with it."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to ``parser``."""
+    parser.add_argument("model", help="hub name, folder, or tiny")
+    parser.add_argument(
+        "--scheme", required=True, help=f"{', '.join(PRESETS)}, or types by part: backbone=int4,depth=int4,heads=int8"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="of embeddings and activations (default: bfloat16)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> str:
+    """Quantise the model; return what was written."""
+    path = save_quantized(open_checkpoint(args.model), args.scheme, args.out, DTYPES[args.dtype], not args.quiet)
+    return f"{path}: {path.stat().st_size / 1e6:.0f} MB, {args.scheme}"

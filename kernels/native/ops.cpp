@@ -1,0 +1,375 @@
+// The ops of csm.kernels for few rows on a CPU, with a C interface. See docs/cpu.md.
+//
+// x, out, residual, q and the caches are all float32 or all bfloat16 (`dtype`, a Kind); what is between them is float32,
+// rounded where the references in PyTorch round. An output is computed by one thread from beginning to end, in an order
+// that does not depend on the number of threads.
+#include <cmath>
+
+#include "pool.h"
+#include "product.h"
+#include "quantize.h"
+#include "sample.h"
+
+namespace csm {
+namespace {
+
+constexpr int64_t SERIAL_ROWS = 4;             // up to here a row is prepared sooner than a thread is woken
+constexpr int64_t LEAST_TILES = 4, PIECES = 8;  // of a thread's part: what another may take over while it is held up
+constexpr int64_t SERIAL_ATTENTION = 1 << 15;  // multiplications
+
+template <class F>
+void parallel(int64_t threads, int64_t n, const F& f) {
+    if (threads > 1 && n > 1)
+        Pool::instance().run(threads, n, 1, f);
+    else if (n > 0)
+        f(0, n);
+}
+
+// Buffers of the calling thread: they grow to the largest call and stay.
+Input& input_buffer() {
+    static thread_local Input buffer;
+    return buffer;
+}
+std::vector<float>& output_buffer(int64_t size) {
+    static thread_local std::vector<float> buffer;
+    buffer.resize(std::max(int64_t(buffer.size()), size));
+    return buffer;
+}
+
+// RMSNorm, rounded where PyTorch rounds: after the norm and after the weight.
+template <class T>
+void norm_row(const T* x, const T* norm, float eps, int64_t k, float* out) {
+    Vector squares = {};
+    int64_t i = 0;
+    for (; i + WIDTH <= k; i += WIDTH) {
+        Vector v = load_vector(x + i);
+        squares += v * v;
+    }
+    float sum = sum_of(squares);
+    for (; i < k; i++) sum += to_float(x[i]) * to_float(x[i]);
+    const float scale = 1 / std::sqrt(sum / k + eps);
+    for (int64_t j = 0; j < k; j++) out[j] = rounded<T>(rounded<T>(to_float(x[j]) * scale) * to_float(norm[j]));
+}
+
+// What a weight is multiplied with: the rows of x, normed where there is a norm.
+template <class T>
+const Input& prepare(const T* x, int64_t x_stride, int64_t rows, const T* norm, float eps, const Weight& w,
+                     int64_t threads) {
+    Input& input = input_buffer();
+    input.reset(rows, w.k);
+    parallel(rows > SERIAL_ROWS ? threads : 1, rows, [&](int64_t first, int64_t last) {
+        for (int64_t m = first; m < last; m++) {
+            float* row = input.row(m);
+            if (norm)
+                norm_row(x + m * x_stride, norm, eps, w.k, row);
+            else
+                for (int64_t i = 0; i < w.k; i++) row[i] = to_float(x[m * x_stride + i]);
+            std::fill(row + w.k, row + input.filled, 0.0f);
+            if (w.packed()) input.quantise(m);
+        }
+    });
+    return input;
+}
+
+// f(first, last) over the outputs, cut where tiles begin.
+template <class F>
+void parallel_outputs(int64_t threads, int64_t n, const F& f) {
+    const int64_t tiles = (n + LANES - 1) / LANES, piece = std::max(LEAST_TILES, tiles / (threads * PIECES));
+    const auto outputs = [&](int64_t first, int64_t last) { f(first * LANES, std::min(last * LANES, n)); };
+    if (threads > 1)
+        Pool::instance().run(threads, tiles, piece, outputs);
+    else
+        outputs(0, tiles);
+}
+
+template <class T>
+void norm_linear(const T* x, int64_t x_stride, int64_t rows, const T* norm, float eps, const Weight& w, T* out,
+                 int64_t threads) {
+    const Input& input = prepare(x, x_stride, rows, norm, eps, w, threads);
+    float* sums = output_buffer(rows * w.n).data();
+    parallel_outputs(threads, w.n, [&](int64_t first, int64_t last) {
+        product(w, input, first, last, sums, w.n);
+        for (int64_t m = 0; m < rows; m++)
+            for (int64_t n = first; n < last; n++) put(out[m * w.n + n], sums[m * w.n + n]);
+    });
+}
+
+template <class T>
+void norm_swiglu(const T* x, int64_t x_stride, int64_t rows, const T* norm, float eps, const Weight& w, T* out,
+                 int64_t threads) {
+    const Input& input = prepare(x, x_stride, rows, norm, eps, w, threads);
+    const int64_t hidden = w.n / 2;
+    float* sums = output_buffer(rows * w.n).data();
+    parallel_outputs(threads, hidden, [&](int64_t first, int64_t last) {
+        product(w, input, first, last, sums, w.n);
+        product(w, input, hidden + first, hidden + last, sums, w.n);
+        for (int64_t m = 0; m < rows; m++)
+            for (int64_t n = first; n < last; n++) {
+                float gate = sums[m * w.n + n], up = sums[m * w.n + hidden + n];
+                put(out[m * hidden + n], gate / (1 + std::exp(-gate)) * up);
+            }
+    });
+}
+
+template <class T>
+void linear_add(const T* x, int64_t x_stride, int64_t rows, const Weight& w, const T* residual,
+                int64_t residual_stride, T* out, int64_t threads) {
+    const Input& input = prepare<T>(x, x_stride, rows, nullptr, 0, w, threads);
+    float* sums = output_buffer(rows * w.n).data();
+    parallel_outputs(threads, w.n, [&](int64_t first, int64_t last) {
+        product(w, input, first, last, sums, w.n);
+        for (int64_t m = 0; m < rows; m++)
+            for (int64_t n = first; n < last; n++)
+                put(out[m * w.n + n], to_float(residual[m * residual_stride + n]) + sums[m * w.n + n]);
+    });
+}
+
+// A code of each slot into codes[slot * codes_stride + codebook]; and the row of `table`, if there is one, that it names.
+template <class T>
+void sample(const T* logits, int64_t stride, int64_t slots, int64_t size, const int64_t* seeds, const int64_t* frames,
+            const float* temperatures, const int64_t* top_k, int64_t codebook, int64_t* codes, int64_t codes_stride,
+            const T* table, int64_t dim, T* out) {
+    for (int64_t slot = 0; slot < slots; slot++) {
+        const Draw draw{seeds[slot], frames[slot], codebook, top_k[slot], temperatures[slot]};
+        const int64_t id = sample_id(logits + slot * stride, size, draw);
+        codes[slot * codes_stride + codebook] = id;
+        if (table) std::copy(table + id * dim, table + (id + 1) * dim, out + slot * dim);
+    }
+}
+
+// Where a row's keys and values are: its slot and position, and the strides of the caches (B, G, S, d).
+struct Cache {
+    const int64_t* slots;  // of each slot that steps, or null: they are 0, 1, 2...
+    const int64_t* positions;
+    int64_t position_stride, rows_per_slot, slot_stride, head_stride, num_heads, head_dim;
+
+    int64_t at(int64_t row) const { return row / rows_per_slot * position_stride + row % rows_per_slot; }
+    int64_t position(int64_t row) const { return positions[at(row)]; }
+    int64_t slot(int64_t row) const { return slots ? slots[row / rows_per_slot] : row / rows_per_slot; }
+};
+
+// The heads of q, k and v of one row: q and k turned by pairs, k and v written into the caches.
+template <class T>
+void rope_cache_row(const float* qkv, int64_t row, const Cache& cache, const float* rope, T* q, T* keys, T* values,
+                    int64_t n) {
+    const int64_t d = cache.head_dim, kv = cache.num_heads, heads = n / d;
+    const float* turn = rope + cache.at(row) * d;
+    const int64_t place = cache.slot(row) * cache.slot_stride + cache.position(row) * d;
+    for (int64_t head = 0; head < heads; head++) {
+        const bool is_value = head >= heads - kv, is_key = !is_value && head >= heads - 2 * kv;
+        T* to = is_value ? values + place + (head - heads + kv) * cache.head_stride
+                : is_key ? keys + place + (head - heads + 2 * kv) * cache.head_stride
+                         : q + row * (heads - 2 * kv) * d + head * d;
+        const float* from = qkv + head * d;
+        for (int64_t i = 0; i < d; i += 2) {
+            float even = rounded<T>(from[i]), odd = rounded<T>(from[i + 1]);
+            float cos = is_value ? 1 : turn[i], sin = is_value ? 0 : turn[i + 1];
+            put(to[i], even * cos - odd * sin);
+            put(to[i + 1], even * sin + odd * cos);
+        }
+    }
+}
+
+template <class T>
+void norm_rope_cache(const T* x, int64_t x_stride, int64_t rows, const T* norm, float eps, const Weight& w,
+                     const Cache& cache, const float* rope, T* q, T* keys, T* values, int64_t threads) {
+    const Input& input = prepare(x, x_stride, rows, norm, eps, w, threads);
+    float* sums = output_buffer(rows * w.n).data();
+    parallel_outputs(threads, w.n,
+                     [&](int64_t first, int64_t last) { product(w, input, first, last, sums, w.n); });
+    parallel(rows > SERIAL_ROWS ? threads : 1, rows, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++)
+            rope_cache_row(sums + row * w.n, row, cache, rope, q, keys, values, w.n);
+    });
+}
+
+template <class T>
+float dot(const float* x, const T* y, int64_t n) {
+    Vector sums = {};
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) sums += load_vector(x + i) * load_vector(y + i);
+    float sum = sum_of(sums);
+    for (; i < n; i++) sum += x[i] * to_float(y[i]);
+    return sum;
+}
+
+// The query heads of one row that share key head `group`: out[head * d + i], rounded.
+template <class T>
+void attend(const T* q, const T* keys, const T* values, const Cache& cache, int64_t num_queries, int64_t row,
+            int64_t group, float* out) {
+    const int64_t d = cache.head_dim, together = num_queries / cache.num_heads, length = cache.position(row) + 1;
+    const T* k = keys + cache.slot(row) * cache.slot_stride + group * cache.head_stride;
+    const T* v = values + cache.slot(row) * cache.slot_stride + group * cache.head_stride;
+    static thread_local std::vector<float> query, score, mixed;
+    query.resize(d), score.resize(length), mixed.resize(d);
+    for (int64_t head = group * together; head < (group + 1) * together; head++) {
+        const T* own = q + (row * num_queries + head) * d;
+        for (int64_t i = 0; i < d; i++) query[i] = to_float(own[i]) / std::sqrt(float(d));
+        float best = -INFINITY, sum = 0;
+        for (int64_t s = 0; s < length; s++) best = std::max(best, score[s] = dot(query.data(), k + s * d, d));
+        std::fill(mixed.begin(), mixed.end(), 0.0f);
+        for (int64_t s = 0; s < length; s++) {
+            const float weight = std::exp(score[s] - best);
+            sum += weight;
+            for (int64_t i = 0; i < d; i++) mixed[i] += weight * to_float(v[s * d + i]);
+        }
+        for (int64_t i = 0; i < d; i++) out[head * d + i] = rounded<T>(mixed[i] / sum);
+    }
+}
+
+template <class T>
+void attention_linear_add(const T* q, int64_t rows, int64_t num_queries, const T* keys, const T* values,
+                          const Cache& cache, const Weight& w, const T* residual, int64_t residual_stride, T* out,
+                          int64_t threads) {
+    Input& input = input_buffer();
+    input.reset(rows, w.k);
+    int64_t work = 0;
+    for (int64_t row = 0; row < rows; row++) work += 2 * (cache.position(row) + 1) * num_queries * cache.head_dim;
+    parallel(work > SERIAL_ATTENTION ? threads : 1, rows * cache.num_heads, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) {
+            const int64_t row = i / cache.num_heads;
+            attend(q, keys, values, cache, num_queries, row, i % cache.num_heads, input.row(row));
+        }
+    });
+    for (int64_t m = 0; m < rows; m++) {
+        std::fill(input.row(m) + w.k, input.row(m) + input.filled, 0.0f);
+        if (w.packed()) input.quantise(m);
+    }
+    float* sums = output_buffer(rows * w.n).data();
+    parallel_outputs(threads, w.n, [&](int64_t first, int64_t last) {
+        product(w, input, first, last, sums, w.n);
+        for (int64_t m = 0; m < rows; m++)
+            for (int64_t n = first; n < last; n++)
+                put(out[m * w.n + n], to_float(residual[m * residual_stride + n]) + sums[m * w.n + n]);
+    });
+}
+
+// The weights of a block, and of the RMSNorms before its two halves.
+struct Block {
+    const void *attention_norm, *mlp_norm;
+    float eps;
+    Weight qkv, output, gate_up, down;
+};
+
+// A block is its four ops, one after the other.
+template <class T>
+void block(const T* x, int64_t x_stride, int64_t rows, const Block& w, const Cache& cache, const float* rope, T* keys,
+           T* values, T* out, int64_t threads) {
+    static thread_local std::vector<T> q, h, hidden;
+    const int64_t num_queries = w.output.k / cache.head_dim, dim = w.output.n;
+    q.resize(rows * w.output.k), h.resize(rows * dim), hidden.resize(rows * w.down.k);
+    Cache read = cache;
+    read.slots = nullptr;
+    norm_rope_cache(x, x_stride, rows, static_cast<const T*>(w.attention_norm), w.eps, w.qkv, cache, rope, q.data(),
+                    keys, values, threads);
+    attention_linear_add<T>(q.data(), rows, num_queries, keys, values, read, w.output, x, x_stride, h.data(), threads);
+    norm_swiglu<T>(h.data(), dim, rows, static_cast<const T*>(w.mlp_norm), w.eps, w.gate_up, hidden.data(), threads);
+    linear_add<T>(hidden.data(), w.down.k, rows, w.down, h.data(), dim, out, threads);
+}
+
+}  // namespace
+}  // namespace csm
+
+using csm::Cache;
+using csm::Kind;
+using csm::Weight;
+
+#define CSM_FOR_DTYPE(call)               \
+    if (dtype == csm::FLOAT32) {          \
+        using T = float;                  \
+        call;                             \
+    } else {                              \
+        using T = csm::bf16;              \
+        call;                             \
+    }
+#define CSM_IN(type, name) static_cast<const type*>(name)
+#define CSM_OUT(type, name) static_cast<type*>(name)
+
+extern "C" {
+
+const char* csm_isa() { return CSM_ISA; }
+
+void csm_norm_linear(int64_t dtype, const void* x, int64_t x_stride, int64_t rows, const void* norm, float eps,
+                     int64_t kind, const void* w, int64_t n, int64_t k, void* out, int64_t threads) {
+    const Weight weight{Kind(kind), w, n, k};
+    CSM_FOR_DTYPE(csm::norm_linear(CSM_IN(T, x), x_stride, rows, CSM_IN(T, norm), eps, weight, CSM_OUT(T, out), threads))
+}
+
+void csm_norm_swiglu(int64_t dtype, const void* x, int64_t x_stride, int64_t rows, const void* norm, float eps,
+                     int64_t kind, const void* w, int64_t n, int64_t k, void* out, int64_t threads) {
+    const Weight weight{Kind(kind), w, n, k};
+    CSM_FOR_DTYPE(csm::norm_swiglu(CSM_IN(T, x), x_stride, rows, CSM_IN(T, norm), eps, weight, CSM_OUT(T, out), threads))
+}
+
+void csm_linear_add(int64_t dtype, const void* x, int64_t x_stride, int64_t rows, int64_t kind, const void* w,
+                    int64_t n, int64_t k, const void* residual, int64_t residual_stride, void* out, int64_t threads) {
+    const Weight weight{Kind(kind), w, n, k};
+    CSM_FOR_DTYPE(csm::linear_add(CSM_IN(T, x), x_stride, rows, weight, CSM_IN(T, residual), residual_stride,
+                                  CSM_OUT(T, out), threads))
+}
+
+void csm_norm_rope_cache(int64_t dtype, const void* x, int64_t x_stride, int64_t rows, const void* norm, float eps,
+                         int64_t kind, const void* w, int64_t n, int64_t k, const float* rope, const int64_t* slots,
+                         const int64_t* positions, int64_t position_stride, int64_t rows_per_slot, void* keys,
+                         void* values, int64_t slot_stride, int64_t head_stride, int64_t num_heads, int64_t head_dim,
+                         void* q, int64_t threads) {
+    const Weight weight{Kind(kind), w, n, k};
+    const Cache cache{slots,       positions,   position_stride, rows_per_slot,
+                      slot_stride, head_stride, num_heads,       head_dim};
+    CSM_FOR_DTYPE(csm::norm_rope_cache(CSM_IN(T, x), x_stride, rows, CSM_IN(T, norm), eps, weight, cache, rope,
+                                       CSM_OUT(T, q), CSM_OUT(T, keys), CSM_OUT(T, values), threads))
+}
+
+void csm_attention_linear_add(int64_t dtype, const void* q, int64_t rows, int64_t num_queries, const void* keys,
+                              const void* values, const int64_t* positions, int64_t position_stride,
+                              int64_t rows_per_slot, int64_t slot_stride, int64_t head_stride, int64_t num_heads,
+                              int64_t head_dim, int64_t kind, const void* w, int64_t n, int64_t k,
+                              const void* residual, int64_t residual_stride, void* out, int64_t threads) {
+    const Weight weight{Kind(kind), w, n, k};
+    const Cache cache{nullptr,     positions,   position_stride, rows_per_slot,
+                      slot_stride, head_stride, num_heads,       head_dim};
+    CSM_FOR_DTYPE(csm::attention_linear_add(CSM_IN(T, q), rows, num_queries, CSM_IN(T, keys), CSM_IN(T, values), cache,
+                                            weight, CSM_IN(T, residual), residual_stride, CSM_OUT(T, out), threads))
+}
+
+void csm_block(int64_t dtype, const void* x, int64_t x_stride, int64_t rows, const void* attention_norm,
+               const void* mlp_norm, float eps, int64_t qkv_kind, const void* qkv, int64_t qkv_n, int64_t dim,
+               int64_t output_kind, const void* output, int64_t output_n, int64_t queries, int64_t gate_up_kind,
+               const void* gate_up, int64_t gate_up_n, int64_t gate_up_k, int64_t down_kind, const void* down,
+               int64_t down_n, int64_t hidden, const float* rope, const int64_t* slots, const int64_t* positions,
+               int64_t position_stride, int64_t rows_per_slot, void* keys, void* values, int64_t slot_stride,
+               int64_t head_stride, int64_t num_heads, int64_t head_dim, void* out, int64_t threads) {
+    const Cache cache{slots,       positions,   position_stride, rows_per_slot,
+                      slot_stride, head_stride, num_heads,       head_dim};
+    const csm::Block w{attention_norm,
+                       mlp_norm,
+                       eps,
+                       {Kind(qkv_kind), qkv, qkv_n, dim},
+                       {Kind(output_kind), output, output_n, queries},
+                       {Kind(gate_up_kind), gate_up, gate_up_n, gate_up_k},
+                       {Kind(down_kind), down, down_n, hidden}};
+    CSM_FOR_DTYPE(csm::block(CSM_IN(T, x), x_stride, rows, w, cache, rope, CSM_OUT(T, keys), CSM_OUT(T, values),
+                             CSM_OUT(T, out), threads))
+}
+
+void csm_sample(int64_t dtype, const void* logits, int64_t stride, int64_t slots, int64_t size, const int64_t* seeds,
+                const int64_t* frames, const float* temperatures, const int64_t* top_k, int64_t codebook, int64_t* codes,
+                int64_t codes_stride, const void* table, int64_t dim, void* out) {
+    CSM_FOR_DTYPE(csm::sample(CSM_IN(T, logits), stride, slots, size, seeds, frames, temperatures, top_k, codebook,
+                              codes, codes_stride, CSM_IN(T, table), dim, CSM_OUT(T, out)))
+}
+
+void csm_quantize(int64_t dtype, const void* x, int64_t n, int64_t k, const float* importance, int64_t kind,
+                  float least, float largest, const float* extremes, int64_t count, void* out, int64_t threads) {
+    const Weight packed{Kind(kind), out, n, k};
+    const csm::Levels levels{least, largest, extremes, count};
+    uint8_t* tiles = CSM_OUT(uint8_t, out);
+    csm::parallel(threads, (n + csm::LANES - 1) / csm::LANES, [&](int64_t first, int64_t last) {
+        for (int64_t tile = first; tile < last; tile++) {
+            uint8_t* to = tiles + tile * packed.pairs() * packed.pair_bytes();
+            CSM_FOR_DTYPE(csm::quantise_tile(CSM_IN(T, x), n, k, tile * csm::LANES, importance, levels, packed, to))
+        }
+    });
+}
+
+}  // extern "C"

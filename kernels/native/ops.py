@@ -1,0 +1,232 @@
+"""The native ops, called with tensors. See the wrappers in ``csm.kernels`` for what they compute."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from csm.kernels.launch import row_stride
+from csm.kernels.native import library
+from csm.kernels.quantized import LARGEST, LEAST, QuantizedWeight, Weight
+
+if TYPE_CHECKING:
+    from csm.kernels.block import BlockWeights
+
+MAX_ROWS = 8  # beyond, PyTorch's own products of floats win; those with quantised weights it does not have
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+KINDS = {8: 2, 4: 3}
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_ROWS = [_INT, _POINTER, _INT, _INT]  # dtype, rows, their stride and number
+_NORM = [_POINTER, _FLOAT]
+_WEIGHT = [_INT, _POINTER, _INT, _INT]
+_RESIDUAL = [_POINTER, _INT]
+_OUT = [_POINTER, _INT]  # and the number of threads
+_ARGUMENTS: dict[str, list[Any]] = {
+    "csm_norm_linear": [*_ROWS, *_NORM, *_WEIGHT, *_OUT],
+    "csm_norm_swiglu": [*_ROWS, *_NORM, *_WEIGHT, *_OUT],
+    "csm_linear_add": [*_ROWS, *_WEIGHT, *_RESIDUAL, *_OUT],
+    "csm_norm_rope_cache": [
+        *(*_ROWS, *_NORM, *_WEIGHT, _POINTER, _POINTER, _POINTER, _INT, _INT),
+        *(_POINTER, _POINTER, _INT, _INT, _INT, _INT, *_OUT),
+    ],
+    "csm_attention_linear_add": [
+        *(_INT, _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
+        *(_INT, _INT, _INT, _INT, *_WEIGHT, *_RESIDUAL, *_OUT),
+    ],
+    "csm_block": [
+        *(*_ROWS, _POINTER, _POINTER, _FLOAT, *_WEIGHT, *_WEIGHT, *_WEIGHT, *_WEIGHT, _POINTER, _POINTER, _POINTER),
+        *(_INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _INT, *_OUT),
+    ],
+    "csm_sample": [*_ROWS, _INT, *[_POINTER] * 4, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER],
+    "csm_quantize": [_INT, _POINTER, _INT, _INT, _POINTER, _INT, _FLOAT, _FLOAT, _POINTER, _INT, *_OUT],
+}
+
+
+@cache
+def _ops() -> Any:
+    """The library, its functions typed; None where it could not be built."""
+    ops = library()
+    if ops is not None:
+        for name, arguments in _ARGUMENTS.items():
+            getattr(ops, name).argtypes = arguments
+            getattr(ops, name).restype = None
+        ops.csm_isa.restype = ctypes.c_char_p
+    return ops
+
+
+def is_available() -> bool:
+    """Whether there are native ops: built, or from the cache."""
+    return _ops() is not None
+
+
+def isa() -> str:
+    """The instructions that the int8 and int4 products were compiled for; an empty string without native ops."""
+    return _ops().csm_isa().decode() if _ops() else ""
+
+
+def use_native(x: Tensor, num_rows: int, weight: Weight) -> bool:
+    """Whether an op on so many rows of ``x`` and this weight runs natively."""
+    if not x.is_cpu or x.dtype not in DTYPES or os.environ.get("CSM_OPS"):
+        return False
+    if isinstance(weight, QuantizedWeight):
+        return _ops() is not None
+    if num_rows > MAX_ROWS or weight.dtype != x.dtype or (torch.is_grad_enabled() and weight.requires_grad):
+        return False
+    return weight.is_contiguous() and _ops() is not None
+
+
+def use_native_sampling(like: Tensor | QuantizedWeight) -> bool:
+    """Whether codes are drawn natively from logits on the device and of the dtype of ``like``."""
+    return like.device.type == "cpu" and like.dtype in DTYPES and not os.environ.get("CSM_OPS") and _ops() is not None
+
+
+def use_native_block(x: Tensor, num_rows: int, weights: BlockWeights) -> bool:
+    """Whether a whole block runs natively, in one call."""
+    return (
+        num_rows <= MAX_ROWS
+        and use_native(x, num_rows, weights.qkv_ED)
+        and all(type(weight) is type(weights.qkv_ED) for weight in (weights.output_DE, weights.gate_up_2FD))
+    )
+
+
+def _rows(x_BTD: Tensor) -> tuple[int, int, int, int]:
+    B, T, D = x_BTD.shape
+    return DTYPES[x_BTD.dtype], x_BTD.data_ptr(), D if x_BTD.is_contiguous() else row_stride(x_BTD), B * T
+
+
+def _weight(weight: Weight) -> tuple[int, int, int, int]:
+    n, k = weight.shape
+    if isinstance(weight, QuantizedWeight):
+        return KINDS[weight.bits], weight.packed.data_ptr(), n, k
+    return DTYPES[weight.dtype], weight.data_ptr(), n, k
+
+
+def _residual(x_BTD: Tensor) -> tuple[int, int]:
+    return x_BTD.data_ptr(), x_BTD.shape[2] if x_BTD.is_contiguous() else row_stride(x_BTD)
+
+
+def use_native_quantization(weight: Tensor) -> bool:
+    """Whether the scales of a weight are searched natively."""
+    return weight.is_cpu and weight.dtype in DTYPES and is_available()
+
+
+def quantize(weight_NK: Tensor, importance_K: Tensor, bits: int, largest_becomes: Sequence[float], out: Tensor) -> None:
+    """Write what ``csm.quantize.quantize_blocks`` chooses into ``out``, packed."""
+    (n, k), weight_NK = weight_NK.shape, weight_NK.contiguous()
+    assert out.is_contiguous()
+    extremes, importance_K = torch.tensor(largest_becomes), importance_K.float().contiguous()
+    tensors = (weight_NK.data_ptr(), n, k, importance_K.data_ptr())
+    levels = (KINDS[bits], LEAST[bits], LARGEST[bits], extremes.data_ptr(), len(extremes))
+    _ops().csm_quantize(DTYPES[weight_NK.dtype], *tensors, *levels, out.data_ptr(), torch.get_num_threads())
+
+
+def norm_linear(x_BTD: Tensor, norm_D: Tensor, weight_ED: Weight, eps: float) -> Tensor:
+    """``csm.kernels.norm_linear``."""
+    out_BTE = x_BTD.new_empty(x_BTD.shape[0], x_BTD.shape[1], weight_ED.shape[0])
+    norm = (norm_D.data_ptr(), eps)
+    _ops().csm_norm_linear(*_rows(x_BTD), *norm, *_weight(weight_ED), out_BTE.data_ptr(), torch.get_num_threads())
+    return out_BTE
+
+
+def norm_swiglu(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Weight, eps: float) -> Tensor:
+    """``csm.kernels.norm_swiglu``."""
+    out_BTF = x_BTD.new_empty(x_BTD.shape[0], x_BTD.shape[1], gate_up_2FD.shape[0] // 2)
+    norm = (norm_D.data_ptr(), eps)
+    _ops().csm_norm_swiglu(*_rows(x_BTD), *norm, *_weight(gate_up_2FD), out_BTF.data_ptr(), torch.get_num_threads())
+    return out_BTF
+
+
+def linear_add(x_BTF: Tensor, weight_DF: Weight, residual_BTD: Tensor) -> Tensor:
+    """``csm.kernels.linear_add``."""
+    out_BTD = x_BTF.new_empty(residual_BTD.shape)
+    out = (out_BTD.data_ptr(), torch.get_num_threads())
+    _ops().csm_linear_add(*_rows(x_BTF), *_weight(weight_DF), *_residual(residual_BTD), *out)
+    return out_BTD
+
+
+def norm_rope_cache(
+    x_BTD: Tensor,
+    norm_D: Tensor,
+    qkv_ED: Weight,
+    eps: float,
+    rope_BTp2: Tensor,
+    k_cache_BGSd: Tensor,
+    v_cache_BGSd: Tensor,
+    slot_B1: Tensor,
+    position_BT: Tensor,
+) -> Tensor:
+    """``csm.kernels.norm_rope_cache``."""
+    (B, T), (_, G, _, d) = x_BTD.shape[:2], k_cache_BGSd.shape
+    q_BTHd = x_BTD.new_empty(B, T, qkv_ED.shape[0] // d - 2 * G, d)
+    where = (rope_BTp2.data_ptr(), slot_B1.data_ptr(), position_BT.data_ptr(), position_BT.stride(0), T)
+    caches = (k_cache_BGSd.data_ptr(), v_cache_BGSd.data_ptr(), *k_cache_BGSd.stride()[:2], G, d)
+    out = (q_BTHd.data_ptr(), torch.get_num_threads())
+    _ops().csm_norm_rope_cache(*_rows(x_BTD), norm_D.data_ptr(), eps, *_weight(qkv_ED), *where, *caches, *out)
+    return q_BTHd
+
+
+def attention_linear_add(
+    q_BTHd: Tensor,
+    k_cache_BGSd: Tensor,
+    v_cache_BGSd: Tensor,
+    position_BT: Tensor,
+    weight_DE: Weight,
+    residual_BTD: Tensor,
+) -> Tensor:
+    """``csm.kernels.attention_linear_add``."""
+    (B, T, H, d), G = q_BTHd.shape, k_cache_BGSd.shape[1]
+    out_BTD = residual_BTD.new_empty(residual_BTD.shape)
+    queries = (DTYPES[q_BTHd.dtype], q_BTHd.data_ptr(), B * T, H)
+    where = (position_BT.data_ptr(), position_BT.stride(0), T, *k_cache_BGSd.stride()[:2], G, d)
+    keys = (k_cache_BGSd.data_ptr(), v_cache_BGSd.data_ptr())
+    out = (out_BTD.data_ptr(), torch.get_num_threads())
+    _ops().csm_attention_linear_add(*queries, *keys, *where, *_weight(weight_DE), *_residual(residual_BTD), *out)
+    return out_BTD
+
+
+def block(
+    x_BTD: Tensor,
+    weights: BlockWeights,
+    eps: float,
+    rope_BTp2: Tensor,
+    k_cache_BGSd: Tensor,
+    v_cache_BGSd: Tensor,
+    slot_B1: Tensor,
+    position_BT: Tensor,
+) -> Tensor:
+    """``csm.kernels.block``."""
+    (_, T, _), (_, G, _, d) = x_BTD.shape, k_cache_BGSd.shape
+    out_BTD = x_BTD.new_empty(x_BTD.shape)
+    norms = (weights.attention_norm_D.data_ptr(), weights.mlp_norm_D.data_ptr(), eps)
+    attention = (*_weight(weights.qkv_ED), *_weight(weights.output_DE))
+    mlp = (*_weight(weights.gate_up_2FD), *_weight(weights.down_DF))
+    where = (rope_BTp2.data_ptr(), slot_B1.data_ptr(), position_BT.data_ptr(), position_BT.stride(0), T)
+    cache = (k_cache_BGSd.data_ptr(), v_cache_BGSd.data_ptr(), *k_cache_BGSd.stride()[:2], G, d)
+    out = (out_BTD.data_ptr(), torch.get_num_threads())
+    _ops().csm_block(*_rows(x_BTD), *norms, *attention, *mlp, *where, *cache, *out)
+    return out_BTD
+
+
+def sample(
+    logits_BV: Tensor,
+    codebook: int,
+    slots: tuple[Tensor, Tensor, Tensor, Tensor],
+    codes_BK: Tensor,
+    table_VD: Tensor | None,
+) -> Tensor | None:
+    """``csm.kernels.sample``."""
+    (B, V), D = logits_BV.shape, 1 if table_VD is None else table_VD.shape[1]
+    assert logits_BV.stride(1) == 1 and codes_BK.stride(1) == 1 and (table_VD is None or table_VD.is_contiguous())
+    out_BD = None if table_VD is None else table_VD.new_empty(B, D)
+    logits = (DTYPES[logits_BV.dtype], logits_BV.data_ptr(), logits_BV.stride(0), B, V)
+    codes = (codes_BK.data_ptr(), codes_BK.stride(0))
+    table = (None if table_VD is None else table_VD.data_ptr(), D, None if out_BD is None else out_BD.data_ptr())
+    _ops().csm_sample(*logits, *(x.data_ptr() for x in slots), codebook, *codes, *table)
+    return out_BD
