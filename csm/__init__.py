@@ -1,6 +1,7 @@
 """CSM, from scratch: Sesame's CSM-1B text-to-speech in plain PyTorch."""
 
 from csm.audio import WavWriter, read_audio
+from csm.conversation import Conversation
 from csm.errors import (
     AudioError,
     CheckpointError,
@@ -13,11 +14,13 @@ from csm.errors import (
     RoomWarning,
     SamplingError,
     UnavailableError,
+    VoiceError,
 )
 from csm.generator import DEFAULT_MODEL, Generator, load_csm_1b
 from csm.prompt import Segment
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
+from csm.voices import Voice
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -25,6 +28,7 @@ __all__ = [
     "CSMError",
     "CheckpointError",
     "CheckpointWarning",
+    "Conversation",
     "FallbackWarning",
     "Generator",
     "PromptError",
@@ -36,6 +40,8 @@ __all__ = [
     "Segment",
     "SpeechRequest",
     "UnavailableError",
+    "Voice",
+    "VoiceError",
     "WavWriter",
     "load_csm_1b",
     "read_audio",

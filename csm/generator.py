@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm.audio import to_mono
+from csm.audio import read_audio, to_mono
 from csm.cache import kv_bytes_per_position
 from csm.codec import Codec, check_codes
 from csm.config import CSMConfig
 from csm.engine import Engine, Frame, Request
-from csm.errors import AudioError, CheckpointError, CSMError, PromptError, RoomWarning, SamplingError
+from csm.errors import AudioError, CheckpointError, CSMError, PromptError, RoomWarning, SamplingError, VoiceError
 from csm.lora import load_adapter
 from csm.model import CSM
 from csm.prefix_cache import PrefixCache
-from csm.prompt import Segment, TextTokenizer, build_prompt, check_length
+from csm.prompt import Prompt, Segment, TextTokenizer, build_prompt, check_length
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
 from csm.selfcheck import default_dtype
+from csm.voices import SESAME_PROMPTS, Voice, find_voice, load_voice
 from csm.weights import Checkpoint, open_checkpoint, read_codec, read_generation_defaults, read_model
 from csm.worker import Worker
 
@@ -63,6 +64,7 @@ class Generator:
         self._progress = progress
         self._worker: Worker | None = None
         self._prefix_cache = PrefixCache(PREFIX_POSITIONS * kv_bytes_per_position(model.config.backbone, model.dtype))
+        self._voices: dict[tuple[Path, int], Voice] = {}
         self._lock = threading.RLock()
 
     @classmethod
@@ -147,6 +149,34 @@ class Generator:
         """Codes (T, K) to (T * 1920,) float32 samples at ``sample_rate``. Raises AudioError."""
         return self.codec.decode(codes)
 
+    def voice(self, name: str | Voice) -> Voice:
+        """A voice by name, read from its file unless that is unchanged.
+
+        Raises VoiceError, also for a voice that another codec encoded.
+        """
+        if isinstance(name, Voice):
+            return self._checked_voice(name)
+        path = find_voice(name, self._checkpoint.folder)
+        key = path, path.stat().st_mtime_ns
+        with self._lock:
+            if key not in self._voices:
+                voice = load_voice(path) if path.suffix == ".safetensors" else self._prompt_voice(name, path)
+                self._voices[key] = self._checked_voice(voice)
+            return self._voices[key]
+
+    def _checked_voice(self, voice: Voice) -> Voice:
+        try:
+            for codes_TK in voice.codes:
+                check_codes(codes_TK, self.config.num_codebooks, self.config.codebook_size)
+        except AudioError as error:
+            raise VoiceError(f"the voice {voice.name!r} was made for another model: {error}") from error
+        return voice
+
+    def _prompt_voice(self, name: str, path: Path) -> Voice:
+        """One of Sesame's prompts, encoded."""
+        text = SESAME_PROMPTS[name]
+        return Voice(name, (text,), (self.encode(*read_audio(path)),), int(name.endswith("_b")))
+
     def prepare(self, turn: Segment) -> Segment:
         """A context turn with codes for audio: encode a reference once, however many sentences follow it."""
         return Segment(turn.speaker, turn.text, codes=self._turn(turn)[1])
@@ -160,6 +190,7 @@ class Generator:
         temperature: float | None = None,
         topk: int | None = None,
         seed: int | None = None,
+        voice: str | Voice | None = None,
     ) -> Tensor:
         """Speak ``text``: (samples,) float32 on the CPU, at ``sample_rate``.
 
@@ -172,14 +203,16 @@ class Generator:
             temperature: 0 is greedy.
             topk: sample among this many most likely ids.
             seed: the same seed gives the same speech; None draws one from ``torch``'s generator.
+            voice: a voice, or the name of one (``python -m csm voice list``). Its clips, as turns of ``speaker``, come
+                before the context.
 
         ``max_audio_length_ms``, ``temperature`` and ``topk`` of None are the checkpoint's defaults
         (``generation_config.json``; without one 90,000, 0.9 and 50).
 
         Raises:
-            PromptError, PromptTooLongError, SamplingError, AudioError: an argument is out of range.
+            PromptError, PromptTooLongError, SamplingError, AudioError, VoiceError: an argument is out of range.
         """
-        chunks = list(self.stream(text, speaker, context, max_audio_length_ms, temperature, topk, seed))
+        chunks = list(self.stream(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice))
         return torch.cat(chunks) if chunks else torch.zeros(0)
 
     def stream(
@@ -191,15 +224,20 @@ class Generator:
         temperature: float | None = None,
         topk: int | None = None,
         seed: int | None = None,
+        voice: str | Voice | None = None,
     ) -> Iterator[Tensor]:
         """``generate``, in chunks of 1920 samples (80 ms) as they are generated.
 
         Arguments are checked at the call. Generation starts with the first chunk that is asked for, runs at most
         ``MAX_UNREAD`` chunks ahead of the reader, and is cancelled when the iterator is closed.
         """
-        speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed)
+        speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice)
+        return (frame.audio_N for frame in self.stream_frames(speech) if frame.audio_N is not None)
+
+    def stream_frames(self, speech: SpeechRequest) -> Iterator[Frame]:
+        """``stream`` with the codes (K,) of each chunk."""
         frames = self._run([self._request(speech)], MAX_UNREAD)
-        return (frame.audio_N for _, frame in frames if frame.audio_N is not None)
+        return (frame for _, frame in frames)
 
     def generate_codes(
         self,
@@ -210,9 +248,10 @@ class Generator:
         temperature: float | None = None,
         topk: int | None = None,
         seed: int | None = None,
+        voice: str | Voice | None = None,
     ) -> Tensor:
         """``generate``, before the codec: codes (T, K) int64 on the CPU."""
-        speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed)
+        speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice)
         return self.generate_codes_batch([speech])[0]
 
     def generate_batch(self, requests: Sequence[SpeechRequest | Mapping[str, Any]]) -> list[Tensor]:
@@ -236,9 +275,41 @@ class Generator:
         empty = torch.zeros(0, self.config.num_codebooks, dtype=torch.int64)
         return [torch.stack(frames) if frames else empty for frames in codes]
 
+    def room_ms(self, speech: SpeechRequest) -> float:
+        """The most audio, in milliseconds, that the positions left by a request's prompt hold."""
+        return self._room(self._prompt(speech)) * self.frame_ms
+
+    def num_positions(self, turn: Segment) -> int:
+        """Positions of the backbone that a context turn takes; without audio and codes, those of its text."""
+        if turn.audio is None and turn.codes is None:
+            return len(self._tokenizer.encode(turn.speaker, turn.text))
+        text_ids, codes_TK = self._turn(turn)
+        return len(text_ids) + codes_TK.shape[0] + 1
+
+    def num_frames(self, milliseconds: float) -> int:
+        """Whole frames in so much audio."""
+        return int(min(milliseconds / self.frame_ms, 2**31) + 1e-6)  # 16.08 s are 201 frames despite binary fractions
+
+    @property
+    def frame_ms(self) -> float:
+        """Milliseconds of audio in a frame."""
+        return 1000 / self._checkpoint.codec_config.frame_rate
+
+    def _room(self, prompt: Prompt) -> int:
+        """Frames that fit behind a prompt. The step that generates the first frame reads the prompt's last row."""
+        return self.config.backbone.max_positions - prompt.row_TC.shape[0] + 1
+
+    def _prompt(self, speech: SpeechRequest) -> Prompt:
+        """The rows of a request: its voice, its context, its text."""
+        text_ids = self._tokenizer.encode(speech.speaker, speech.text)
+        check_length(len(text_ids), self.config)
+        voice = [] if speech.voice is None else self.voice(speech.voice).segments(speech.speaker)
+        turns = [self._turn(segment) for segment in (*voice, *speech.context)]
+        return build_prompt(turns, text_ids, self.config)
+
     def _request(self, speech: SpeechRequest, audio: bool = True) -> Request:
         """A checked and tokenised request. ``audio`` asks for samples, not codes alone."""
-        frame_ms = 1000 / self._checkpoint.codec_config.frame_rate
+        frame_ms = self.frame_ms
         limit_ms = (
             self.defaults.max_audio_length_ms if speech.max_audio_length_ms is None else speech.max_audio_length_ms
         )
@@ -250,18 +321,15 @@ class Generator:
         params = SamplingParams(temperature, topk, seed)
         if topk > self.config.codebook_size:
             raise SamplingError(f"top-k must be at most {self.config.codebook_size}, not {topk}")
-        text_ids = self._tokenizer.encode(speech.speaker, speech.text)
-        check_length(len(text_ids), self.config)
-        prompt = build_prompt([self._turn(segment) for segment in speech.context], text_ids, self.config)
-        # The step that generates the first frame reads the last row of the prompt.
-        room = self.config.backbone.max_positions - prompt.row_TC.shape[0] + 1
+        prompt = self._prompt(speech)
+        room = self._room(prompt)
         asked = limit_ms / frame_ms + 1e-6  # 16.08 s are 201 frames despite binary fractions
         if room < asked:
             message = (
                 f"the prompt leaves room for {room * frame_ms / 1000:.2f} s of audio, "
                 f"of the {limit_ms / 1000:g} s that were asked for"
             )
-            warnings.warn(message, RoomWarning, stacklevel=3)
+            warnings.warn(message, RoomWarning, stacklevel=4)
         return Request(prompt, params, int(min(asked, room)), audio)
 
     def _turn(self, segment: Segment) -> tuple[list[int], Tensor]:

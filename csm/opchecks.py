@@ -88,7 +88,7 @@ def _block_checks(
     attend = partial(_attend, block.attention, q_BTHd, residual_BTD, k_BGSd, v_BGSd)
     yield Check("norm_rope_cache", lambda: rope(metadata()))
     yield Check("attention_linear_add", lambda: attend(metadata()))
-    yield Check("norm_swiglu", lambda: (norm_swiglu(x_BTD, mlp.norm, mlp.gate_up, block.eps),))
+    yield Check("norm_swiglu", lambda: (norm_swiglu(x_BTD, mlp.norm, mlp.gate_up, mlp.eps),))
     yield Check("linear_add", lambda: (linear_add(hidden_BTF, mlp.down, residual_BTD=residual_BTD),))
 
 
@@ -101,7 +101,7 @@ def _rope(
         x_BTD=x_BTD,
         norm_D=block.attention.norm,
         qkv_ED=block.attention.qkv,
-        eps=block.eps,
+        eps=block.attention.eps,
         rope_BTp2=meta.rope_BTp2,
         k_cache_BGSd=k_BGSd,
         v_cache_BGSd=v_BGSd,

@@ -59,9 +59,13 @@ def attend_all_heads(
     """
     m_M, c_C, d_D = tl.arange(0, q_MD.shape[0]), tl.arange(0, GROUPS * S), tl.arange(0, q_MD.shape[1])
     offset_CD = (c_C // S)[:, None] * head_stride + (c_C % S)[:, None] * d + d_D[None, :]
-    mask_CD = ((c_C // S < G) & (c_C % S < CONTEXT))[:, None] & (d_D < d)[None, :]
-    k_CD = tl.load(k_ptr + offset_CD, mask=mask_CD, other=0.0)
-    v_CD = tl.load(v_ptr + offset_CD, mask=mask_CD, other=0.0)
+    exists_CD = ((c_C // S < G) & (c_C % S < CONTEXT))[:, None] & (d_D < d)[None, :]
+    if GROUPS == G and S == CONTEXT and q_MD.shape[1] == d:  # CSM-1B: no padding, and no registers for a mask
+        k_CD = tl.load(k_ptr + offset_CD)
+        v_CD = tl.load(v_ptr + offset_CD)
+    else:
+        k_CD = tl.load(k_ptr + offset_CD, mask=exists_CD, other=0.0)
+        v_CD = tl.load(v_ptr + offset_CD, mask=exists_CD, other=0.0)
     visible_C = c_C % S <= tl.load(position_ptr)
     visible_MC = visible_C[None, :] & ((m_M // R % GROUPS)[:, None] == (c_C // S)[None, :])
     _, sum_M, acc_MD = softmax_dot(q_MD, k_CD, tl.where(visible_C[:, None], v_CD, 0.0), visible_MC, scale)
