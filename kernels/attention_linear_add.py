@@ -127,8 +127,7 @@ def attention_linear_add(
     """``linear_add(attention(q, ...), weight, residual)``: (B, T, H, d), (B, T, D) -> (B, T, D)."""
     (B, T, H, d), G = q_BTHd.shape, k_cache_BGSd.shape[1]
     if B * T <= native.MAX_ROWS and native.use_native(q_BTHd, B * T, weight_DE):
-        cache = (k_cache_BGSd, v_cache_BGSd, position_BT)
-        return native.attention_linear_add(q_BTHd, *cache, weight_DE, residual_BTD)
+        return native.attention_linear_add(q_BTHd, k_cache_BGSd, v_cache_BGSd, position_BT, weight_DE, residual_BTD)
     context = covered_positions(bias_BTS, context)
     fused = B * T == 1 and context <= MAX_FUSED_CONTEXT and use_kernels(q_BTHd, 1)
     config = launch_config("attention_linear_add", weight_DE, 1) if fused else None
