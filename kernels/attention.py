@@ -40,14 +40,15 @@ def softmax_dot(q_MD, k_SD, v_SD, visible_MS, scale):
 
     Returns, per head, the maximum score, the sum of exp(score - maximum), and the values weighted by those terms
     (M, D), all in float32. Every head needs a visible position. The weights are rounded to the dtype of the values.
+    float32 inputs are multiplied as three TF32 products, almost as precise as float32, which needs fewer registers.
     """
     if INTERPRETED:
         q_MD, k_SD, v_SD = q_MD.to(tl.float32), k_SD.to(tl.float32), v_SD.to(tl.float32)
-    score_MS = tl.dot(q_MD, tl.trans(k_SD), input_precision="ieee") * scale
+    score_MS = tl.dot(q_MD, tl.trans(k_SD), input_precision="tf32x3") * scale
     score_MS = tl.where(visible_MS, score_MS, -float("inf"))
     max_M = tl.max(score_MS, axis=1)
     weight_MS = tl.exp(score_MS - max_M[:, None])
-    acc_MD = tl.dot(weight_MS.to(v_SD.dtype), v_SD, input_precision="ieee")
+    acc_MD = tl.dot(weight_MS.to(v_SD.dtype), v_SD, input_precision="tf32x3")
     return max_M, tl.sum(weight_MS, axis=1), acc_MD
 
 
