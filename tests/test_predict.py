@@ -88,7 +88,7 @@ def test_a_frame_is_kernels_and_a_few_plain_ops():
     sequence = frame_sequence(CSM_1B, 1, torch.bfloat16)
     plain = [one for one in sequence if isinstance(one, str)]
     assert 0 < len(plain) < 40 and len(sequence) <= 700
-    assert sequence[-1] == plain[-1]  # the position advances last
+    assert sequence[-1].name == "advance_slot"
 
 
 @pytest.mark.slow
