@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-from csm import quantized_model
+from csm import compare, quantized_model
 from csm import voice_command as voice
 from csm.errors import CSMError
 from csm.evaluate import command as evaluate
@@ -24,6 +24,7 @@ class Parser(argparse.ArgumentParser):
 COMMANDS = (
     ("finetune", "train all weights or LoRA adapters on recordings", finetune),
     ("voice", "add, list, show, say, remove and export voices", voice),
+    ("compare", "compare the weights and the logits of two models", compare),
     ("quantize", "write a model with int8 or int4 weights to a folder", quantized_model),
     ("eval", "measure generated speech: word error rate, length, voice similarity", evaluate),
 )

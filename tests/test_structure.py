@@ -31,7 +31,7 @@ LAYERS = [
     {"csm.script", "csm.player"},
     {"csm.voice_command"},
     {"csm.finetune"},
-    {"csm.bench", "csm.evaluate"},
+    {"csm.bench", "csm.compare", "csm.evaluate"},
     {"csm"},
     {"csm.__main__"},
     {"csm.weights.recipe"},
