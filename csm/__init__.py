@@ -13,6 +13,7 @@ from csm.errors import (
     UnavailableError,
 )
 from csm.generator import DEFAULT_MODEL, Generator, load_csm_1b
+from csm.guards import GuardEvent, Guards
 from csm.prompt import Segment
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
@@ -23,6 +24,8 @@ __all__ = [
     "CSMError",
     "CheckpointError",
     "Generator",
+    "GuardEvent",
+    "Guards",
     "PromptError",
     "PromptTooLongError",
     "QueueFullError",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numbers
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from csm.codec import Codec, check_codes
 from csm.config import CSMConfig
 from csm.engine import Engine, Frame, Request
 from csm.errors import AudioError, CheckpointError, CSMError, PromptError, RoomWarning, SamplingError
+from csm.guards import DEFAULT_GUARDS, NO_GUARDS, GuardedTicket, Guards, Opener, guarded_frames
 from csm.lora import load_adapter
 from csm.model import CSM
 from csm.prefix_cache import PrefixCache
@@ -155,6 +156,7 @@ class Generator:
         temperature: float = 0.9,
         topk: int = 50,
         seed: int | None = None,
+        guards: Guards = DEFAULT_GUARDS,
     ) -> Tensor:
         """Speak ``text``: (samples,) float32 on the CPU, at ``sample_rate``.
 
@@ -167,12 +169,13 @@ class Generator:
             temperature: 0 is greedy.
             topk: draw among this many best ids.
             seed: the same seed gives the same speech; None draws one from ``torch``'s generator.
+            guards: when to stop speech that runs on, and to generate again what is empty or far too short.
 
         Raises:
             PromptError, PromptTooLongError, SamplingError, AudioError: an argument is out of range.
         """
-        chunks = list(self.stream(text, speaker, context, max_audio_length_ms, temperature, topk, seed))
-        return torch.cat(chunks) if chunks else torch.zeros(0)
+        speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed)
+        return self.generate_batch([speech], guards)[0]
 
     def stream(
         self,
@@ -183,6 +186,7 @@ class Generator:
         temperature: float = 0.9,
         topk: int = 50,
         seed: int | None = None,
+        guards: Guards = DEFAULT_GUARDS,
     ) -> Iterator[Tensor]:
         """``generate``, in chunks of 1920 samples (80 ms) as they are generated.
 
@@ -190,8 +194,22 @@ class Generator:
         ``MAX_UNREAD`` chunks ahead of the reader, and is cancelled when the iterator is closed.
         """
         speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed)
-        frames = self._run([self._request(speech)], MAX_UNREAD)
+        frames = self._run([self._opener(speech, guards, max_unread=MAX_UNREAD)])
         return (frame.audio_N for _, frame in frames if frame.audio_N is not None)
+
+    def submit(
+        self,
+        speech: SpeechRequest,
+        guards: Guards = DEFAULT_GUARDS,
+        max_unread: int | None = MAX_UNREAD,
+        notify: Callable[[], None] | None = None,
+    ) -> GuardedTicket:
+        """Start to generate; frames of codes and samples arrive at the ticket. For event loops, which must not block.
+
+        ``notify`` is called from the engine's thread when the ticket may have a frame or has ended. ``max_unread``
+        pauses the request while its reader is so many frames behind.
+        """
+        return self._opener(speech, guards, max_unread=max_unread)(notify)
 
     def generate_codes(
         self,
@@ -203,27 +221,29 @@ class Generator:
         topk: int = 50,
         seed: int | None = None,
     ) -> Tensor:
-        """``generate``, before the codec: codes (T, K) int64 on the CPU."""
+        """``generate`` before the codec and without guards: codes (T, K) int64 on the CPU."""
         speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed)
         return self.generate_codes_batch([speech])[0]
 
-    def generate_batch(self, requests: Sequence[SpeechRequest | Mapping[str, Any]]) -> list[Tensor]:
+    def generate_batch(
+        self, requests: Sequence[SpeechRequest | Mapping[str, Any]], guards: Guards = DEFAULT_GUARDS
+    ) -> list[Tensor]:
         """Several requests at once, each a SpeechRequest or a mapping of its fields; the audio of each, in order.
 
         A request draws the codes that it would draw alone, up to the rounding of a matrix product over more rows.
         """
-        checked = [self._request(SpeechRequest.of(request)) for request in requests]
-        chunks: list[list[Tensor]] = [[] for _ in checked]
-        for index, frame in self._run(checked):
+        openers = [self._opener(SpeechRequest.of(request), guards, hold=True) for request in requests]
+        chunks: list[list[Tensor]] = [[] for _ in openers]
+        for index, frame in self._run(openers):
             assert frame.audio_N is not None
             chunks[index].append(frame.audio_N)
         return [torch.cat(parts) if parts else torch.zeros(0) for parts in chunks]
 
     def generate_codes_batch(self, requests: Sequence[SpeechRequest | Mapping[str, Any]]) -> list[Tensor]:
-        """``generate_batch``, before the codec: codes (T, K) of each request."""
-        checked = [self._request(SpeechRequest.of(request), audio=False) for request in requests]
-        codes: list[list[Tensor]] = [[] for _ in checked]
-        for index, frame in self._run(checked):
+        """``generate_batch`` before the codec and without guards: codes (T, K) of each request."""
+        openers = [self._opener(SpeechRequest.of(request), NO_GUARDS, audio=False) for request in requests]
+        codes: list[list[Tensor]] = [[] for _ in openers]
+        for index, frame in self._run(openers):
             codes[index].append(frame.codes_K)
         empty = torch.zeros(0, self.config.num_codebooks, dtype=torch.int64)
         return [torch.stack(frames) if frames else empty for frames in codes]
@@ -249,7 +269,7 @@ class Generator:
                 f"the prompt leaves room for {room * frame_ms / 1000:.2f} s of audio, "
                 f"of the {limit_ms / 1000:g} s that were asked for"
             )
-            warnings.warn(message, RoomWarning, stacklevel=3)
+            warnings.warn(message, RoomWarning, stacklevel=4)
         return Request(prompt, params, int(min(asked, room)), audio)
 
     def _turn(self, segment: Segment) -> tuple[list[int], Tensor]:
@@ -269,10 +289,28 @@ class Generator:
         check_length(-(-mono.shape[0] // self._checkpoint.codec_config.frame_size), self.config)
         return text_ids, self.codec.encode(mono)
 
-    def _run(self, requests: Sequence[Request], max_unread: int | None = None) -> Iterator[tuple[int, Frame]]:
+    def _opener(
+        self,
+        speech: SpeechRequest,
+        guards: Guards,
+        audio: bool = True,
+        hold: bool = False,
+        max_unread: int | None = None,
+    ) -> Opener:
+        """Check a request; the result submits it. ``hold`` hands frames out only once the request has ended."""
+        request = self._request(speech, audio)
+        rate = self._checkpoint.codec_config.frame_rate
+
+        def open_ticket(notify: Callable[[], None] | None) -> GuardedTicket:
+            return GuardedTicket(self._worker_for(1), request, speech.text, guards, rate, hold, max_unread, notify)
+
+        return open_ticket
+
+    def _run(self, openers: Sequence[Opener]) -> Iterator[tuple[int, Frame]]:
         """Frames of all requests as they are generated, each with the index of its request."""
-        if requests:
-            yield from self._worker_for(len(requests)).frames(requests, max_unread)
+        if openers:
+            self._worker_for(len(openers))  # with slots for all of them
+            yield from guarded_frames(openers)
 
     def _worker_for(self, num_slots: int) -> Worker:
         """The engine's worker. An idle engine with fewer slots is replaced by a larger one; a busy one queues."""

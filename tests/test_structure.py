@@ -25,6 +25,7 @@ LAYERS = [
     {"csm.runner"},
     {"csm.engine"},
     {"csm.worker"},
+    {"csm.guards"},
     {"csm.generator"},
     {"csm.finetune"},
     {"csm.bench", "csm.evaluate"},
