@@ -8,7 +8,7 @@ from __future__ import annotations
 import numbers
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from csm.codec import Codec, check_codes
 from csm.config import CSMConfig
 from csm.engine import Engine, Frame, Request
 from csm.errors import AudioError, CheckpointError, CSMError, PromptError, RoomWarning, SamplingError, VoiceError
+from csm.guards import DEFAULT_GUARDS, NO_GUARDS, GuardedTicket, Guards, Opener, guarded_frames
 from csm.lora import load_adapter
 from csm.model import CSM
 from csm.prefix_cache import PrefixCache
@@ -191,6 +192,7 @@ class Generator:
         topk: int | None = None,
         seed: int | None = None,
         voice: str | Voice | None = None,
+        guards: Guards = DEFAULT_GUARDS,
     ) -> Tensor:
         """Speak ``text``: (samples,) float32 on the CPU, at ``sample_rate``.
 
@@ -205,6 +207,7 @@ class Generator:
             seed: the same seed gives the same speech; None draws one from ``torch``'s generator.
             voice: a voice, or the name of one (``python -m csm voice list``). Its clips, as turns of ``speaker``, come
                 before the context.
+            guards: when to stop speech that runs on, and to generate again what is empty or far too short.
 
         ``max_audio_length_ms``, ``temperature`` and ``topk`` of None are the checkpoint's defaults
         (``generation_config.json``; without one 90,000, 0.9 and 50).
@@ -212,8 +215,8 @@ class Generator:
         Raises:
             PromptError, PromptTooLongError, SamplingError, AudioError, VoiceError: an argument is out of range.
         """
-        chunks = list(self.stream(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice))
-        return torch.cat(chunks) if chunks else torch.zeros(0)
+        speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice)
+        return self.generate_batch([speech], guards)[0]
 
     def stream(
         self,
@@ -225,6 +228,7 @@ class Generator:
         topk: int | None = None,
         seed: int | None = None,
         voice: str | Voice | None = None,
+        guards: Guards = DEFAULT_GUARDS,
     ) -> Iterator[Tensor]:
         """``generate``, in chunks of 1920 samples (80 ms) as they are generated.
 
@@ -232,12 +236,26 @@ class Generator:
         ``MAX_UNREAD`` chunks ahead of the reader, and is cancelled when the iterator is closed.
         """
         speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice)
-        return (frame.audio_N for frame in self.stream_frames(speech) if frame.audio_N is not None)
+        return (frame.audio_N for frame in self.stream_frames(speech, guards) if frame.audio_N is not None)
 
-    def stream_frames(self, speech: SpeechRequest) -> Iterator[Frame]:
+    def stream_frames(self, speech: SpeechRequest, guards: Guards = DEFAULT_GUARDS) -> Iterator[Frame]:
         """``stream`` with the codes (K,) of each chunk."""
-        frames = self._run([self._request(speech)], MAX_UNREAD)
+        frames = self._run([self._opener(speech, guards, max_unread=MAX_UNREAD)])
         return (frame for _, frame in frames)
+
+    def submit(
+        self,
+        speech: SpeechRequest,
+        guards: Guards = DEFAULT_GUARDS,
+        max_unread: int | None = MAX_UNREAD,
+        notify: Callable[[], None] | None = None,
+    ) -> GuardedTicket:
+        """Start to generate; frames of codes and samples arrive at the ticket. For event loops, which must not block.
+
+        ``notify`` is called from the engine's thread when the ticket may have a frame or has ended. ``max_unread``
+        pauses the request while its reader is so many frames behind.
+        """
+        return self._opener(speech, guards, max_unread=max_unread)(notify)
 
     def generate_codes(
         self,
@@ -250,27 +268,29 @@ class Generator:
         seed: int | None = None,
         voice: str | Voice | None = None,
     ) -> Tensor:
-        """``generate``, before the codec: codes (T, K) int64 on the CPU."""
+        """``generate`` before the codec and without guards: codes (T, K) int64 on the CPU."""
         speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice)
         return self.generate_codes_batch([speech])[0]
 
-    def generate_batch(self, requests: Sequence[SpeechRequest | Mapping[str, Any]]) -> list[Tensor]:
+    def generate_batch(
+        self, requests: Sequence[SpeechRequest | Mapping[str, Any]], guards: Guards = DEFAULT_GUARDS
+    ) -> list[Tensor]:
         """Several requests at once, each a SpeechRequest or a mapping of its fields; the audio of each, in order.
 
         A request draws the codes that it would draw alone, up to the rounding of a matrix product over more rows.
         """
-        checked = [self._request(SpeechRequest.of(request)) for request in requests]
-        chunks: list[list[Tensor]] = [[] for _ in checked]
-        for index, frame in self._run(checked):
+        openers = [self._opener(SpeechRequest.of(request), guards, hold=True) for request in requests]
+        chunks: list[list[Tensor]] = [[] for _ in openers]
+        for index, frame in self._run(openers):
             assert frame.audio_N is not None
             chunks[index].append(frame.audio_N)
         return [torch.cat(parts) if parts else torch.zeros(0) for parts in chunks]
 
     def generate_codes_batch(self, requests: Sequence[SpeechRequest | Mapping[str, Any]]) -> list[Tensor]:
-        """``generate_batch``, before the codec: codes (T, K) of each request."""
-        checked = [self._request(SpeechRequest.of(request), audio=False) for request in requests]
-        codes: list[list[Tensor]] = [[] for _ in checked]
-        for index, frame in self._run(checked):
+        """``generate_batch`` before the codec and without guards: codes (T, K) of each request."""
+        openers = [self._opener(SpeechRequest.of(request), NO_GUARDS, audio=False) for request in requests]
+        codes: list[list[Tensor]] = [[] for _ in openers]
+        for index, frame in self._run(openers):
             codes[index].append(frame.codes_K)
         empty = torch.zeros(0, self.config.num_codebooks, dtype=torch.int64)
         return [torch.stack(frames) if frames else empty for frames in codes]
@@ -329,7 +349,7 @@ class Generator:
                 f"the prompt leaves room for {room * frame_ms / 1000:.2f} s of audio, "
                 f"of the {limit_ms / 1000:g} s that were asked for"
             )
-            warnings.warn(message, RoomWarning, stacklevel=4)
+            warnings.warn(message, RoomWarning, stacklevel=5)
         return Request(prompt, params, int(min(asked, room)), audio)
 
     def _turn(self, segment: Segment) -> tuple[list[int], Tensor]:
@@ -349,10 +369,28 @@ class Generator:
         check_length(-(-mono.shape[0] // self._checkpoint.codec_config.frame_size), self.config)
         return text_ids, self.codec.encode(mono)
 
-    def _run(self, requests: Sequence[Request], max_unread: int | None = None) -> Iterator[tuple[int, Frame]]:
+    def _opener(
+        self,
+        speech: SpeechRequest,
+        guards: Guards,
+        audio: bool = True,
+        hold: bool = False,
+        max_unread: int | None = None,
+    ) -> Opener:
+        """Check a request; the result submits it. ``hold`` hands frames out only once the request has ended."""
+        request = self._request(speech, audio)
+        rate = self._checkpoint.codec_config.frame_rate
+
+        def open_ticket(notify: Callable[[], None] | None) -> GuardedTicket:
+            return GuardedTicket(self._worker_for(1), request, speech.text, guards, rate, hold, max_unread, notify)
+
+        return open_ticket
+
+    def _run(self, openers: Sequence[Opener]) -> Iterator[tuple[int, Frame]]:
         """Frames of all requests as they are generated, each with the index of its request."""
-        if requests:
-            yield from self._worker_for(len(requests)).frames(requests, max_unread)
+        if openers:
+            self._worker_for(len(openers))  # with slots for all of them
+            yield from guarded_frames(openers)
 
     def _worker_for(self, num_slots: int) -> Worker:
         """The engine's worker. An idle engine with fewer slots is replaced by a larger one; a busy one queues."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 import atexit
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import torch
 
-from csm.engine import Engine, Frame, Request, Ticket
+from csm.engine import Engine, Request, Ticket
 
 LINGER_SECONDS = 10.0  # a new thread costs a new pool of compute threads
 
@@ -56,34 +56,6 @@ class Worker:
         with self._work:
             self._changed = True
             self._work.notify()
-
-    def frames(self, requests: Sequence[Request], max_unread: int | None = None) -> Iterator[tuple[int, Frame]]:
-        """Frames of all requests as they arrive, each with the index of its request. Closing it cancels them.
-
-        Raises the exception of the first request that failed.
-        """
-        arrived = threading.Semaphore(0)
-        tickets: list[Ticket] = []
-        try:
-            for request in requests:
-                tickets.append(self.submit(request, max_unread, arrived.release))
-            pending = dict(enumerate(tickets))
-            while pending:
-                arrived.acquire()
-                for index, ticket in list(pending.items()):
-                    finished = ticket.finished  # before the last look for frames
-                    while (frame := ticket.take()) is not None:
-                        if max_unread is not None and ticket.num_unread == max_unread - 1:
-                            self.wake()
-                        yield index, frame
-                    if finished:
-                        del pending[index]
-                        if ticket.error is not None:
-                            raise ticket.error
-        finally:
-            for ticket in tickets:
-                if not ticket.finished:
-                    self.cancel(ticket)
 
     def _run(self) -> None:
         try:

@@ -11,8 +11,8 @@ from csm.bench.report import table
 from csm.config import CSM_1B, MIMI
 from csm.frame import FrameState, decode_frame
 from csm.graph import Graph, Pool
+from csm.guards import NO_GUARDS
 from csm.kernels.sample import gumbel_noise
-from csm.model import CSM
 from csm.prefill import Prefill
 from csm.prompt import text_rows
 from csm.sampling import SamplingParams
@@ -219,7 +219,7 @@ def test_the_codec_and_the_step_do_not_disturb_each_other(captured):
 def test_an_abandoned_batch_does_not_disturb_the_next_request(captured):
     expected = captured.generate(**REQUESTS[0])
     for _ in range(20):
-        frames = captured._run([captured._request(SpeechRequest("Something else.", seed=9))] * 4)
+        frames = captured._run([captured._opener(SpeechRequest("Something else.", seed=9), NO_GUARDS)] * 4)
         next(frames)
         frames.close()
         assert torch.equal(captured.generate(**REQUESTS[0]), expected)

@@ -26,6 +26,7 @@ LAYERS = [
     {"csm.selfcheck", "csm.runner"},
     {"csm.engine"},
     {"csm.worker"},
+    {"csm.guards"},
     {"csm.generator"},
     {"csm.conversation"},
     {"csm.script", "csm.player"},
