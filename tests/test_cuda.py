@@ -12,7 +12,6 @@ from csm.config import CSM_1B, MIMI
 from csm.frame import FrameState, decode_frame
 from csm.graph import Graph, Pool
 from csm.kernels.sample import gumbel_noise
-from csm.model import CSM
 from csm.prefill import Prefill
 from csm.prompt import text_rows
 from csm.sampling import SamplingParams
