@@ -26,9 +26,11 @@ from csm.lora import load_adapter
 from csm.model import CSM
 from csm.prefix_cache import PrefixCache
 from csm.prompt import Prompt, Segment, TextTokenizer, build_prompt, check_length
+from csm.quantized_model import open_quantized, read_quantized
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
 from csm.selfcheck import default_dtype
+from csm.threads import choose_threads
 from csm.voices import SESAME_PROMPTS, Voice, find_voice, load_voice
 from csm.weights import Checkpoint, open_checkpoint, read_codec, read_generation_defaults, read_model
 from csm.worker import Worker
@@ -51,6 +53,7 @@ class Generator:
         graphs: bool = True,
         max_streams: int = MAX_STREAMS,
         progress: bool = False,
+        threads: int | None = None,
     ):
         self.config: CSMConfig = model.config
         self.model = model
@@ -63,6 +66,8 @@ class Generator:
         self._max_streams = max_streams
         self._graphs = graphs
         self._progress = progress
+        self._threads = threads
+        choose_threads(model, threads)  # a wrong number is an error now
         self._worker: Worker | None = None
         self._prefix_cache = PrefixCache(PREFIX_POSITIONS * kv_bytes_per_position(model.config.backbone, model.dtype))
         self._voices: dict[tuple[Path, int], Voice] = {}
@@ -79,6 +84,8 @@ class Generator:
         lora: str | Path | None = None,
         graphs: bool = True,
         max_streams: int = MAX_STREAMS,
+        quantize: str | None = None,
+        threads: int | None = None,
     ) -> Generator:
         """Load a checkpoint.
 
@@ -94,6 +101,10 @@ class Generator:
             graphs: on a GPU, capture each frame as a CUDA graph on first use; False runs eagerly.
             max_streams: how many requests are generated at a time; further ones wait. Each takes KV cache for all
                 positions (64 MB for CSM-1B in bfloat16).
+            quantize: on a CPU, weights in "int8", "int4" or by part, "backbone=int4,depth=int4,heads=int8"
+                (docs/cpu.md). A folder that ``python -m csm quantize`` wrote is quantised already.
+            threads: on a CPU, compute threads; None is ``CSM_THREADS``, else one for a small model and PyTorch's number
+                for a large one.
 
         Raises:
             CheckpointError: it is damaged or of another shape; the message names the file and the tensor.
@@ -102,12 +113,12 @@ class Generator:
         where = find_device(device)
         if dtype is not None and dtype not in DTYPES:
             raise CSMError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
-        dtype = dtype or default_dtype(where)
-        checkpoint = open_checkpoint(name, progress)
-        model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, where, dtype, progress), where)
+        checkpoint, model = _open_model(name, where, dtype or default_dtype(where), quantize, progress)
         if lora is not None:
+            if quantize is not None:
+                raise CSMError("an adapter cannot be merged into quantised weights: give either lora or quantize")
             load_adapter(lora, checkpoint.config).merge(model)
-        return cls(checkpoint, model, codec, graphs, max_streams, progress)
+        return cls(checkpoint, model, codec, graphs, max_streams, progress, threads)
 
     @property
     def device(self) -> torch.device:
@@ -409,8 +420,25 @@ class Generator:
                     self._graphs,
                     self._progress,
                 )
-                worker = self._worker = Worker(engine)
+                worker = self._worker = Worker(engine, lambda: choose_threads(self.model, self._threads))
             return worker
+
+
+def _open_model(
+    name: str | Path, device: torch.device, dtype: torch.dtype, quantize: str | None, progress: bool
+) -> tuple[Checkpoint, CSM]:
+    """A checkpoint and its model; see ``Generator.from_pretrained``."""
+    quantized = open_quantized(name)
+    if (quantized or quantize) and device.type != "cpu":
+        raise CSMError(f"quantised weights run on a CPU only, not on {device}")
+    if quantized is not None:
+        if quantize is not None:
+            raise CSMError(f"{name} is quantised already: load it without quantize={quantize!r}")
+        return quantized
+    checkpoint = open_checkpoint(name, progress)
+    if quantize is not None:
+        return checkpoint, read_quantized(checkpoint, quantize, dtype, progress)
+    return checkpoint, CSM.from_state_dict(checkpoint.config, read_model(checkpoint, device, dtype, progress), device)
 
 
 def find_device(name: str | torch.device | None) -> torch.device:

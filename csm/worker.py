@@ -22,12 +22,14 @@ _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 class Worker:
     """Runs one engine; any number of threads may submit and read."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, num_threads: Callable[[], int] = torch.get_num_threads):
+        """``num_threads`` is asked at each request, in the caller's thread: PyTorch keeps the number per thread."""
         self.engine = engine
         self._work = threading.Condition()
         self._changed = False
         self._thread: threading.Thread | None = None
-        self._num_threads = torch.get_num_threads()
+        self._choose_threads = num_threads
+        self._num_threads = num_threads()
         self._closed = False
         _workers.add(self)
 
@@ -39,7 +41,7 @@ class Worker:
             if self._closed:
                 raise RuntimeError("the engine is closed: the process is ending")
             ticket = self.engine.submit(request, max_unread, notify)
-            self._num_threads = torch.get_num_threads()  # PyTorch keeps this per thread; the caller's counts
+            self._num_threads = self._choose_threads()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="csm-engine", daemon=True)
                 self._thread.start()
