@@ -13,8 +13,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from csm.kernels import attention_linear_add, draw_noise, linear_add, norm_rope_cache, norm_swiglu, sample
-from csm.model import CSM, Block, Transformer
+from csm.kernels import (
+    advance_frame,
+    attention_linear_add,
+    draw_noise,
+    linear_add,
+    norm_rope_cache,
+    norm_swiglu,
+    sample,
+)
+from csm.model import CSM, Attention, AttentionMetadata, Block, Transformer
 
 TEMPERATURES = (0.0, 0.9)  # greedy and sampled
 TOP_K = 8
@@ -73,50 +81,63 @@ def _block_checks(
     """The ops of a block, for ``num_rows`` rows a slot at positions spread over a cache of ``context`` random ones."""
     block, config = transformer.layers[0], transformer.config
     assert isinstance(block, Block)
-    attention, mlp = block.attention, block.mlp
+    mlp = block.mlp
     x_BTD = random.normal(batch, num_rows, config.dim)
     residual_BTD = random.normal(batch, num_rows, config.dim, scale=0.01)  # so that it does not hide the product
-    q_BTHd = random.normal(batch, num_rows, config.num_heads, config.head_dim)
     hidden_BTF = random.normal(batch, num_rows, config.hidden_dim)
-    kv_BGSd = [random.normal(batch, config.num_kv_heads, context, config.head_dim) for _ in range(2)]
+    q_BTHd = random.normal(batch, num_rows, config.num_heads, config.head_dim)
+    k_BGSd, v_BGSd = (random.normal(batch, config.num_kv_heads, context, config.head_dim) for _ in range(2))
     slot_B1 = torch.arange(batch, device=x_BTD.device).unsqueeze(1)
     first_B1 = (context - num_rows) * (slot_B1 + 1) // batch
     position_BT = first_B1 + torch.arange(num_rows, device=x_BTD.device)
-
-    def rope() -> Sequence[Tensor]:
-        meta = transformer.attention_metadata(position_BT, context)
-        k_BGSd, v_BGSd = (cache.clone() for cache in kv_BGSd)
-        q_BTHd = norm_rope_cache(
-            x_BTD=x_BTD,
-            norm_D=attention.norm,
-            qkv_ED=attention.qkv,
-            eps=block.eps,
-            rope_BTp2=meta.rope_BTp2,
-            k_cache_BGSd=k_BGSd,
-            v_cache_BGSd=v_BGSd,
-            slot_B1=slot_B1,
-            position_BT=meta.position_BT,
-        )
-        return q_BTHd, k_BGSd, v_BGSd
-
-    def attend() -> Sequence[Tensor]:
-        meta = transformer.attention_metadata(position_BT, context)
-        out_BTD = attention_linear_add(
-            q_BTHd=q_BTHd,
-            k_cache_BGSd=kv_BGSd[0],
-            v_cache_BGSd=kv_BGSd[1],
-            bias_BTS=meta.bias_BTS,
-            position_BT=meta.position_BT,
-            weight_DE=attention.output,
-            residual_BTD=residual_BTD,
-            context=meta.context,
-        )
-        return (out_BTD,)
-
-    yield Check("norm_rope_cache", rope)
-    yield Check("attention_linear_add", attend)
-    yield Check("norm_swiglu", lambda: (norm_swiglu(x_BTD, mlp.norm, mlp.gate_up, block.eps),))
+    # The metadata is made in the check, because it may differ between kernels and references.
+    metadata = partial(transformer.attention_metadata, position_BT, context)
+    rope = partial(_rope, block, x_BTD, k_BGSd, v_BGSd, slot_B1)
+    attend = partial(_attend, block.attention, q_BTHd, residual_BTD, k_BGSd, v_BGSd)
+    yield Check("norm_rope_cache", lambda: rope(metadata()))
+    yield Check("attention_linear_add", lambda: attend(metadata()))
+    yield Check("norm_swiglu", lambda: (norm_swiglu(x_BTD, mlp.norm, mlp.gate_up, mlp.eps),))
     yield Check("linear_add", lambda: (linear_add(hidden_BTF, mlp.down, residual_BTD=residual_BTD),))
+
+
+def _rope(
+    block: Block, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, meta: AttentionMetadata
+) -> tuple[Tensor, ...]:
+    """Queries, and copies of the caches with the new keys and values."""
+    k_BGSd, v_BGSd = k_BGSd.clone(), v_BGSd.clone()
+    q_BTHd = norm_rope_cache(
+        x_BTD=x_BTD,
+        norm_D=block.attention.norm,
+        qkv_ED=block.attention.qkv,
+        eps=block.attention.eps,
+        rope_BTp2=meta.rope_BTp2,
+        k_cache_BGSd=k_BGSd,
+        v_cache_BGSd=v_BGSd,
+        slot_B1=slot_B1,
+        position_BT=meta.position_BT,
+    )
+    return q_BTHd, k_BGSd, v_BGSd
+
+
+def _attend(
+    attention: Attention,
+    q_BTHd: Tensor,
+    residual_BTD: Tensor,
+    k_BGSd: Tensor,
+    v_BGSd: Tensor,
+    meta: AttentionMetadata,
+) -> tuple[Tensor, ...]:
+    out_BTD = attention_linear_add(
+        q_BTHd=q_BTHd,
+        k_cache_BGSd=k_BGSd,
+        v_cache_BGSd=v_BGSd,
+        bias_BTS=meta.bias_BTS,
+        position_BT=meta.position_BT,
+        weight_DE=attention.output,
+        residual_BTD=residual_BTD,
+        context=meta.context,
+    )
+    return (out_BTD,)
 
 
 def _embedding_and_head_checks(random: RandomTensors, model: CSM, batch: int) -> Iterator[Check]:
@@ -131,6 +152,23 @@ def _embedding_and_head_checks(random: RandomTensors, model: CSM, batch: int) ->
     yield Check("norm_linear (projection)", lambda: (model.enter_depth(hidden_BTD),))
     yield Check("norm_linear (codebook 0)", lambda: (model.logits(0, hidden_BTD),))
     yield Check("norm_linear (codebook 1)", lambda: (model.logits(1, depth_BTD),))
+    yield Check("advance_frame", partial(_advance, model, codes_BTK[:, 0], row_BTC[:, 0]))
+
+
+def _advance(model: CSM, codes_BK: Tensor, row_BC: Tensor) -> tuple[Tensor, ...]:
+    """Copies of a slot's pending row and counters, advanced; the last slot's position is the largest."""
+    position_B = torch.arange(row_BC.shape[0], device=row_BC.device)
+    row_BC, mask_BC, frame_B = row_BC.clone(), torch.zeros_like(row_BC, dtype=torch.bool), position_B + 7
+    advance_frame(
+        codes_BK=codes_BK,
+        pending_row_BC=row_BC,
+        pending_mask_BC=mask_BC,
+        position_B=position_B,
+        frame_B=frame_B,
+        max_position=row_BC.shape[0] - 1,
+        head_VD=model.codebook0_head,
+    )
+    return row_BC, mask_BC, position_B, frame_B
 
 
 def _sample_checks(random: RandomTensors, model: CSM, batch: int) -> Iterator[Check]:

@@ -46,6 +46,7 @@ MIN_CAPABILITY = (8, 0)  # of the kernels; also the first with bfloat16
 TOLERANCES = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2, torch.float64: 1e-6}
 
 _chosen: dict[str, Rung] = {}
+_without_graphs: set[torch.device] = set()
 _lock = threading.RLock()
 
 
@@ -76,26 +77,34 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def choose_rung(model: CSM, batch_sizes: Sequence[int] = (1,), progress: bool = False) -> Rung:
     """The highest rung that passes all checks for these batch sizes. Call it before the first capture.
 
-    Kernels are switched off on the model's device if they fail; capturing is the caller's part: do so if ``graph`` is
-    true. The first call compiles the kernels, which takes tens of seconds: ``progress`` shows a bar. ``CSM_OPS`` and
-    ``CSM_NO_GRAPH`` limit the rungs, and ``CSM_SELFCHECK=0`` skips the checks.
+    What fails stays off on the model's device, for other models and batch sizes too. Kernels are switched off here; the
+    caller captures if ``graph`` is true. The first call compiles the kernels, which takes tens of seconds: ``progress``
+    shows a bar. ``CSM_OPS`` and ``CSM_NO_GRAPH`` limit the rungs, and ``CSM_SELFCHECK=0`` skips the checks.
     """
-    highest = Rung(use_kernels(model.codebook0_head, 1), csm.graph.graphs_enabled(model.device))
-    if highest == Rung(kernels=False, graph=False) or os.environ.get("CSM_SELFCHECK") == "0":
-        return highest
     with _lock:
+        highest = _highest_rung(model)
+        if highest == Rung(kernels=False, graph=False) or os.environ.get("CSM_SELFCHECK") == "0":
+            return highest
         key = _key(model, batch_sizes, highest)
         if key not in _chosen:
             passed = _read_results().get(key, {}).get("rung") == asdict(highest)
             _chosen[key] = highest if passed else _check(model, batch_sizes, highest, key, progress)
+            _chosen[_key(model, batch_sizes, _highest_rung(model))] = _chosen[key]
         return _chosen[key]
+
+
+def _highest_rung(model: CSM) -> Rung:
+    """What the device, the environment and earlier failures allow."""
+    graph = csm.graph.graphs_enabled(model.device) and model.device not in _without_graphs
+    return Rung(use_kernels(model.codebook0_head, 1), graph)
 
 
 def fall_back(device: torch.device, rung: Rung, reason: str) -> Rung:
     """The next lower rung, with a FallbackWarning. For failures that only show after ``choose_rung``, too."""
     lower = rung.lower
-    if not lower.kernels:
-        enable_kernels(device, False)
+    enable_kernels(device, lower.kernels)
+    if not lower.graph:
+        _without_graphs.add(device)
     message = f"{reason}. Frames on {device} are computed by {lower} instead, which is slower"
     warnings.warn(message, FallbackWarning, stacklevel=2)
     return lower

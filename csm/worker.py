@@ -5,33 +5,43 @@ It starts with the first request and ends after some idle seconds, so that an un
 
 from __future__ import annotations
 
+import atexit
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable
 
 import torch
 
-from csm.engine import Engine, Frame, Request, Ticket
+from csm.engine import Engine, Request, Ticket
 
 LINGER_SECONDS = 10.0  # a new thread costs a new pool of compute threads
+
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
 class Worker:
     """Runs one engine; any number of threads may submit and read."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, num_threads: Callable[[], int] = torch.get_num_threads):
+        """``num_threads`` is asked at each request, in the caller's thread: PyTorch keeps the number per thread."""
         self.engine = engine
         self._work = threading.Condition()
         self._changed = False
         self._thread: threading.Thread | None = None
-        self._num_threads = torch.get_num_threads()
+        self._choose_threads = num_threads
+        self._num_threads = num_threads()
+        self._closed = False
+        _workers.add(self)
 
     def submit(
         self, request: Request, max_unread: int | None = None, notify: Callable[[], None] | None = None
     ) -> Ticket:
         """``Engine.submit``, and see to it that somebody steps the engine."""
         with self._work:
+            if self._closed:
+                raise RuntimeError("the engine is closed: the process is ending")
             ticket = self.engine.submit(request, max_unread, notify)
-            self._num_threads = torch.get_num_threads()  # PyTorch keeps this per thread; the caller's counts
+            self._num_threads = self._choose_threads()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="csm-engine", daemon=True)
                 self._thread.start()
@@ -49,34 +59,6 @@ class Worker:
             self._changed = True
             self._work.notify()
 
-    def frames(self, requests: Sequence[Request], max_unread: int | None = None) -> Iterator[tuple[int, Frame]]:
-        """Frames of all requests as they arrive, each with the index of its request. Closing it cancels them.
-
-        Raises the exception of the first request that failed.
-        """
-        arrived = threading.Semaphore(0)
-        tickets: list[Ticket] = []
-        try:
-            for request in requests:
-                tickets.append(self.submit(request, max_unread, arrived.release))
-            pending = dict(enumerate(tickets))
-            while pending:
-                arrived.acquire()
-                for index, ticket in list(pending.items()):
-                    finished = ticket.finished  # before the last look for frames
-                    while (frame := ticket.take()) is not None:
-                        if max_unread is not None and ticket.num_unread == max_unread - 1:
-                            self.wake()
-                        yield index, frame
-                    if finished:
-                        del pending[index]
-                        if ticket.error is not None:
-                            raise ticket.error
-        finally:
-            for ticket in tickets:
-                if not ticket.finished:
-                    self.cancel(ticket)
-
     def _run(self) -> None:
         try:
             while self._step_or_wait():
@@ -91,11 +73,28 @@ class Worker:
         """One step, or a wait for work if there was nothing to do. False after ``LINGER_SECONDS`` without work."""
         if torch.get_num_threads() != self._num_threads:
             torch.set_num_threads(self._num_threads)
-        if self.engine.step():
+        if not self._closed and self.engine.step():
             return True
         with self._work:
+            if self._closed:
+                return False
             if not self._work.wait_for(lambda: self._changed, LINGER_SECONDS) and self.engine.idle:
                 self._thread = None
                 return False
             self._changed = False
         return True
+
+    def close(self) -> None:
+        """End the thread after its current step. Requests that have not finished get no more frames."""
+        with self._work:
+            thread, self._closed = self._thread, True
+        self.wake()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that is inside PyTorch while the interpreter is finalised would abort the process."""
+    for worker in list(_workers):
+        worker.close()

@@ -410,7 +410,8 @@ class TestDamage:
             state(folder)
 
     @pytest.mark.parametrize(
-        "index", ["{", "[]", '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": 1}}']
+        "index",
+        ["{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": 1}}'],
     )
     def test_bad_indexes(self, sesame_folder, copy_of, index):
         folder = copy_of(sesame_folder)

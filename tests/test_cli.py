@@ -185,7 +185,7 @@ LM_HEAD = "lm_head.weight"
 BAD = {
     "no text": (["--text", ""], "no text", {}),
     "blank text": (["--text", " \n\t "], "no text", {}),
-    "text of 3,000 tokens": (["--text", "word " * 600], "takes 3004 positions.*has 2048", {}),
+    "text of 3,000 tokens": (["--text", "word " * 600, "--no-split"], "takes 3004 positions.*has 2048", {}),
     "no text and no file": ([], "required", {}),
     "text and file": (["--text", "Hi", "--file", "text.txt"], "not allowed", {}),
     "missing file": (["--file", "nowhere.txt"], "nowhere.txt", {}),
@@ -195,8 +195,16 @@ BAD = {
     "ref without its text": (["--text", "Hi", "--ref", "ref.wav"], "--ref-text go together", {}),
     "text without its ref": (["--text", "Hi", "--ref-text", "La."], "--ref-text go together", {}),
     "missing ref": (["--text", "Hi", *REF], "ref.wav: no such file", {}),
-    "corrupt ref": (["--text", "Hi", *REF], "ref.wav: not audio", {"ref.wav": lambda p: p.write_bytes(b"RIFFjunk")}),
-    "empty ref": (["--text", "Hi", *REF], "ref.wav: not audio", {"ref.wav": lambda p: p.write_bytes(b"")}),
+    "corrupt ref": (
+        ["--text", "Hi", *REF],
+        "ref.wav: cannot be decoded as audio",
+        {"ref.wav": lambda p: p.write_bytes(b"RIFFjunk")},
+    ),
+    "empty ref": (
+        ["--text", "Hi", *REF],
+        "ref.wav: cannot be decoded as audio",
+        {"ref.wav": lambda p: p.write_bytes(b"")},
+    ),
     "ref is a folder": (["--text", "Hi", *REF], "ref.wav: no such file", {"ref.wav": lambda p: p.mkdir()}),
     "ref without samples": (["--text", "Hi", *REF], "empty", {"ref.wav": lambda p: write_wav(p, b"")}),
     "ref with NaN": (["--text", "Hi", *REF], "not finite", {"ref.wav": nan_wav}),
@@ -210,8 +218,8 @@ BAD = {
         "text is empty",
         {"ref.wav": lambda p: write_wav(p, tone(4800))},
     ),
-    "ref at 0 Hz": (["--text", "Hi", *REF], "ref.wav: not audio", {"ref.wav": zero_rate_wav}),
-    "a bad last line": (["--text", "Hi\n" + "word " * 600], "takes 3004 positions", {}),
+    "ref at 0 Hz": (["--text", "Hi", *REF], "ref.wav: cannot be decoded as audio", {"ref.wav": zero_rate_wav}),
+    "a bad last line": (["--text", "Hi\n" + "word " * 600, "--no-split"], "takes 3004 positions", {}),
     "text that is no Unicode": (["--text", "caf\udce9"], "Unicode", {}),
     "temperature 1e39": (["--text", "Hi", "--temperature", "1e39"], "temperature", {}),
     "out is a pipe": (["--text", "Hi", "--out", "pipe"], "device or a pipe", {"pipe": os.mkfifo}),
@@ -320,6 +328,6 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("csm.engine.decode_frame", interrupt)
+    monkeypatch.setattr("csm.runner.decode_frame", interrupt)
     assert generate.main(["--text", "Hi", *SHORT, "--out", str(tmp_path / "out.wav")]) == 130
     assert list(tmp_path.iterdir()) == []

@@ -200,7 +200,7 @@ def test_the_smaller_layout_is_downloaded(opened, server, tmp_path):
     assert SHARD not in Hub.bytes_sent
     assert "; the codec, 0.0 MB, follows when audio is first needed" in shown
     answer, shown = opened("owner/both", server, tmp_path / "b")
-    assert "CheckpointError" in answer  # the stand-in's config.json is of the other layout's model
+    assert "CheckpointError" in answer  # its config.json is of the other layout's model
     assert Hub.bytes_sent[SHARD] == size("owner/both", SHARD)
     assert "codec" not in shown
 

@@ -292,7 +292,7 @@ def _mimi_config(values: Mapping[str, Any], unknown: list[str]) -> CodecConfig:
 def _check_keys(
     where: str, values: Mapping[str, Any], read: set[str] | frozenset[str], fixed: dict[str, Any]
 ) -> list[str]:
-    """The unknown keys whose values are scalars, quoted, as they stand in the file.
+    """The unknown keys whose values are scalars, quoted.
 
     Null values and Transformers' private keys (``_attn_implementation_autoset``...) are ignored. Raises CheckpointError
     at a key of ``fixed`` with another value, and at an unknown key that cannot be ignored: an object, a list, a bias

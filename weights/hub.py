@@ -43,6 +43,11 @@ MIMI_BYTES = 384_644_900
 ATTEMPTS = 5  # of a download that breaks off
 LIST_SECONDS = 10
 OTHERWISE = "Without network, use --model tiny."
+MISSING = {
+    "config.json": "the repository has no config.json; is it a CSM model?",
+    "tokenizer.json": "the repository has no tokenizer.json, as in early revisions of sesame/csm-1b; use the newest "
+    "revision, or copy the tokenizer.json of unsloth/csm-1b and the other files into a folder, and pass that folder",
+}
 
 
 class _NotFoundError(UnavailableError):
@@ -78,7 +83,7 @@ def shard_names(index: Path) -> list[str]:
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a valid shard index; download it again: {error!r}") from error
-    if any(not isinstance(name, str) or Path(name).name != name for name in names):
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise CheckpointError(f"{index}: shard names must be plain file names, got {names}")
     return names
 
@@ -113,7 +118,7 @@ def fetch_checkpoint(repo: str, revision: str | None, progress: bool = True) -> 
     with _progress_bars(progress):
         for name in ("config.json", "tokenizer.json"):
             if name not in remote:
-                raise UnavailableError(f"{repo}: {_MISSING[name]}")
+                raise UnavailableError(f"{repo}: {MISSING[name]}")
             _download(repo, name, revision)
         for name in OPTIONAL:
             if name in remote:
@@ -125,13 +130,6 @@ def fetch_checkpoint(repo: str, revision: str | None, progress: bool = True) -> 
         _announce(repo, revision, {name: remote[name] for name in names}, codec, progress)
         files = [_download(repo, name, revision) for name in names]
     return files[0].parent, files
-
-
-_MISSING = {
-    "config.json": "the repository has no config.json; is it a CSM model?",
-    "tokenizer.json": "the repository has no tokenizer.json, as in early revisions of sesame/csm-1b; use the newest "
-    "revision, or copy the tokenizer.json of unsloth/csm-1b and the other files into a folder, and pass that folder",
-}
 
 
 def _choose_layout(repo: str, revision: str | None, remote: dict[str, RemoteFile]) -> tuple[list[str], int]:

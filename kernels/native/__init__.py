@@ -41,9 +41,7 @@ def library() -> ctypes.CDLL | None:
             reason = f"{compiler} failed:\n{error.stderr}"
         except OSError as error:
             reason = str(error)
-    message = (
-        f"CPU ops run in PyTorch, which is slower: {reason}. Set CSM_OPS=reference to choose that without a warning"
-    )
+    message = f"CPU ops run in PyTorch, which is slower: {reason}. CSM_OPS=reference chooses that without a warning"
     warnings.warn(message, NativeUnavailableWarning, stacklevel=2)
     return None
 
