@@ -136,10 +136,6 @@ def attention_linear_add(
         return linear_add(attended_BTE, weight_DE, residual_BTD)
     assert q_BTHd.is_contiguous() and k_cache_BGSd.stride() == v_cache_BGSd.stride()
     out_BTD = q_BTHd.new_empty(residual_BTD.shape)
-    groups, heads_per_group = power_of_two(G), power_of_two(H // G)
-    constants: dict[str, Any] = dict(H=H, G=G, d=d, N=weight_DE.shape[0], CONTEXT=context)
-    constants |= dict(GROUPS=groups, R=heads_per_group, M=max(MIN_DOT, groups * heads_per_group))
-    constants |= dict(D=max(MIN_DOT, power_of_two(d)), S=max(MIN_DOT, power_of_two(context)))
     launch(
         attention_linear_add_row,
         [config.num_programs(weight_DE.shape[0])],
@@ -154,6 +150,14 @@ def attention_linear_add(
         scale=1 / math.sqrt(d),
         BLOCK_N=config.constants["BLOCK_N"],
         num_warps=config.num_warps,
-        **constants,
+        **_constants(H, G, d, weight_DE.shape[0], context),
     )
     return out_BTD
+
+
+def _constants(H: int, G: int, d: int, N: int, context: int) -> dict[str, Any]:
+    """Sizes, and those of the tiles: powers of two, of at least ``MIN_DOT`` where a tensor core multiplies."""
+    groups, heads_per_group = power_of_two(G), power_of_two(H // G)
+    tiles = dict(GROUPS=groups, R=heads_per_group, M=max(MIN_DOT, groups * heads_per_group))
+    tiles |= dict(D=max(MIN_DOT, power_of_two(d)), S=max(MIN_DOT, power_of_two(context)))
+    return dict(H=H, G=G, d=d, N=N, CONTEXT=context, **tiles)

@@ -174,9 +174,9 @@ BAD = {
     "low water 0": (lambda noisy: Conversation(noisy, low_water=0), CSMError, "low_water"),
     "no such voice": (lambda noisy: Conversation(noisy, {0: "nobody_here"}), CSMError, "nobody_here"),
     "a text too long": (
-        lambda noisy: Conversation(noisy).say(0, "word " * 400),
+        lambda noisy: Conversation(noisy).say(0, "word " * 420),
         PromptError,
-        "the text takes 20.. pos",
+        "the prompt takes 21.. pos",
     ),
     "an empty text": (lambda noisy: Conversation(noisy).say(0, " "), PromptError, "text is empty"),
     "speaker -1": (lambda noisy: Conversation(noisy).say(-1, "Hi."), PromptError, "speaker"),

@@ -15,7 +15,8 @@ ROOT = Path(csm.__file__).parent.parent
 LAYERS = [
     {"csm.errors"},
     {"csm.config"},
-    {"csm.audio", "csm.graph", "csm.kernels", "csm.pronounce", "csm.text", "csm.weights"},
+    {"csm.audio", "csm.graph", "csm.kernels", "csm.text", "csm.weights"},
+    {"csm.pronounce"},
     {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt"},
     {"csm.prefix_cache", "csm.voices"},
     {"csm.request"},
@@ -26,6 +27,7 @@ LAYERS = [
     {"csm.selfcheck", "csm.runner"},
     {"csm.engine"},
     {"csm.worker"},
+    {"csm.guards"},
     {"csm.generator"},
     {"csm.conversation"},
     {"csm.script", "csm.player"},
