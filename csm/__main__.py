@@ -1,4 +1,4 @@
-"""``python -m csm COMMAND``: training and evaluation. ``python -m csm --help`` lists the commands."""
+"""``python -m csm COMMAND``: training, evaluation, a server. ``python -m csm --help`` lists the commands."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NoReturn
 from csm.errors import CSMError
 from csm.evaluate import command as evaluate
 from csm.finetune import command as finetune
+from csm.serve import command as serve
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,6 +23,7 @@ class Parser(argparse.ArgumentParser):
 COMMANDS = (
     ("finetune", "train all weights or LoRA adapters on recordings", finetune),
     ("eval", "measure generated speech: word error rate, length, voice similarity", evaluate),
+    ("serve", "an HTTP server with OpenAI's audio API", serve),
 )
 
 

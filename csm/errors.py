@@ -25,6 +25,10 @@ class RoomWarning(UserWarning):
     """The prompt leaves fewer positions than the requested audio length, so the audio may be cut short."""
 
 
+class VoiceError(CSMError):
+    """A voice has a bad name, does not exist, or its file cannot be read or written."""
+
+
 class SamplingError(CSMError):
     """A sampling parameter is out of range."""
 
