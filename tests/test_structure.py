@@ -35,6 +35,7 @@ LAYERS = [
     {"csm.finetune"},
     {"csm.bench", "csm.compare", "csm.evaluate"},
     {"csm"},
+    {"csm.serve"},
     {"csm.__main__"},
     {"csm.weights.recipe"},
 ]
@@ -54,6 +55,7 @@ FOLDERS = {
     "csm/evaluate": "csm.evaluate",
     "csm/finetune": "csm.finetune",
     "csm/text": "csm.text",
+    "csm/serve": "csm.serve",
     "kernels": "csm.kernels",
     "kernels/native": "csm.kernels.native",
     "weights": "csm.weights",
