@@ -126,9 +126,10 @@ def _kernel_failure(model: CSM, batch_sizes: Sequence[int], progress: bool) -> s
         probe(device, model.dtype)
     except Exception as error:  # noqa: BLE001 (compiler, driver, Triton and CUDA raise errors of many classes)
         return f"a Triton kernel cannot be launched: {_summary(error)}{_missing_build_tools()}"
+    hidden = None if progress else True  # None hides the bar where stderr is not a terminal
     with torch.inference_mode():
         checks = list(op_checks(model, batch_sizes))
-        for check in tqdm(checks, desc="Compiling and checking kernels", unit="op", leave=False, disable=not progress):
+        for check in tqdm(checks, desc="Compiling and checking kernels", unit="op", leave=False, disable=hidden):
             failure = _op_failure(check, model)
             if failure is not None:
                 return failure

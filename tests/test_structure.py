@@ -29,6 +29,8 @@ LAYERS = [
     {"csm.finetune"},
     {"csm.bench", "csm.evaluate"},
     {"csm"},
+    {"csm.command_line"},
+    {"csm.generate_command"},
     {"csm.__main__"},
     {"csm.weights.recipe"},
 ]
@@ -83,7 +85,9 @@ def test_imports_run_one_way(path, module):
 
 
 def test_generate_uses_public_names_only():
-    assert {name for name in imports(ROOT / "generate.py") if name.startswith("csm")} == {"csm"}
+    assert {name for name in imports(ROOT / "generate.py") if name.startswith("csm")} == {"csm.generate_command"}
+    used = {name for name in imports(ROOT / "csm" / "generate_command.py") if name.startswith("csm")}
+    assert used == {"csm", "csm.command_line"}
 
 
 def functions():
