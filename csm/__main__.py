@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from csm import generate_command, quantized_model
+from csm import doctor, generate_command, quantized_model
 from csm.command_line import Parser, execute
 from csm.evaluate import command as evaluate
 from csm.finetune import command as finetune
@@ -22,6 +22,7 @@ COMMANDS = (
     ("finetune", "train all weights or LoRA adapters on recordings", finetune),
     ("quantize", "write a model with int8 or int4 weights to a folder", quantized_model),
     ("eval", "measure generated speech: word error rate, length, voice similarity", evaluate),
+    ("doctor", "check what this machine has, and what CSM-1B needs", doctor),
 )
 
 

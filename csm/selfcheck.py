@@ -86,7 +86,7 @@ def choose_rung(model: CSM, batch_sizes: Sequence[int] = (1,), progress: bool = 
     with _lock:
         key = _key(model, batch_sizes, highest)
         if key not in _chosen:
-            passed = _read_results().get(key, {}).get("rung") == asdict(highest)
+            passed = read_results().get(key, {}).get("rung") == asdict(highest)
             _chosen[key] = highest if passed else _check(model, batch_sizes, highest, key, progress)
         return _chosen[key]
 
@@ -118,14 +118,9 @@ def _check(model: CSM, batch_sizes: Sequence[int], rung: Rung, key: str, progres
 
 def _kernel_failure(model: CSM, batch_sizes: Sequence[int], progress: bool) -> str | None:
     """What is wrong with the kernels, or None."""
-    device = model.device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        capability, needed = torch.cuda.get_device_capability(device), MIN_CAPABILITY
-        return "the GPU has compute capability {}.{}, and the kernels need {}.{}".format(*capability, *needed)
-    try:
-        probe(device, model.dtype)
-    except Exception as error:  # noqa: BLE001 (compiler, driver, Triton and CUDA raise errors of many classes)
-        return f"a Triton kernel cannot be launched: {_summary(error)}{_missing_build_tools()}"
+    failure = launch_failure(model.device, model.dtype)
+    if failure is not None:
+        return failure
     hidden = None if progress else True  # None hides the bar where stderr is not a terminal
     with torch.inference_mode():
         checks = list(op_checks(model, batch_sizes))
@@ -133,6 +128,18 @@ def _kernel_failure(model: CSM, batch_sizes: Sequence[int], progress: bool) -> s
             failure = _op_failure(check, model)
             if failure is not None:
                 return failure
+    return None
+
+
+def launch_failure(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels cannot be launched on a device, or None. Launches one."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        capability, needed = torch.cuda.get_device_capability(device), MIN_CAPABILITY
+        return "the GPU has compute capability {}.{}, and the kernels need {}.{}".format(*capability, *needed)
+    try:
+        probe(device, dtype)
+    except Exception as error:  # noqa: BLE001 (compiler, driver, Triton and CUDA raise errors of many classes)
+        return f"a Triton kernel cannot be launched: {_summary(error)}{missing_build_tools()}"
     return None
 
 
@@ -144,7 +151,7 @@ def probe(device: torch.device, dtype: torch.dtype) -> None:
         torch.cuda.synchronize(device)
 
 
-def _missing_build_tools() -> str:
+def missing_build_tools() -> str:
     """A hint if Triton's launcher cannot be built, else an empty string."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return " (Triton needs a C compiler: install gcc or clang, or set CC)"
@@ -269,7 +276,7 @@ def _versions() -> str:
     return f"torch {torch.__version__} | triton {triton} | csm {metadata.version('csm')} {digest}"
 
 
-def _read_results() -> dict[str, dict]:
+def read_results() -> dict[str, dict]:
     """All saved results; none if the file is missing or damaged, since checking again repairs it."""
     try:
         results = json.loads(results_path().read_text(encoding="utf-8"))
@@ -284,7 +291,7 @@ def _save_result(key: str, result: dict) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.part")
-        temporary.write_text(json.dumps({**_read_results(), key: result}, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps({**read_results(), key: result}, indent=1), encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         message = f"{path}: cannot save the result of the self-check, so the next process repeats it: {error.strerror}"

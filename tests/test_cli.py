@@ -260,8 +260,16 @@ BAD = {
     "ref without its text": (["--text", "Hi", "--ref", "ref.wav"], "--ref-text go together", {}),
     "text without its ref": (["--text", "Hi", "--ref-text", "La."], "--ref-text go together", {}),
     "missing ref": (["--text", "Hi", *REF], "ref.wav: no such file", {}),
-    "corrupt ref": (["--text", "Hi", *REF], "ref.wav: cannot be decoded as audio", {"ref.wav": lambda p: p.write_bytes(b"RIFFjunk")}),
-    "empty ref": (["--text", "Hi", *REF], "ref.wav: cannot be decoded as audio", {"ref.wav": lambda p: p.write_bytes(b"")}),
+    "corrupt ref": (
+        ["--text", "Hi", *REF],
+        "ref.wav: cannot be decoded as audio",
+        {"ref.wav": lambda p: p.write_bytes(b"RIFFjunk")},
+    ),
+    "empty ref": (
+        ["--text", "Hi", *REF],
+        "ref.wav: cannot be decoded as audio",
+        {"ref.wav": lambda p: p.write_bytes(b"")},
+    ),
     "ref is a folder": (["--text", "Hi", *REF], "ref.wav: no such file", {"ref.wav": lambda p: p.mkdir()}),
     "ref without samples": (["--text", "Hi", *REF], "empty", {"ref.wav": lambda p: write_wav(p, b"")}),
     "ref with NaN": (["--text", "Hi", *REF], "not finite", {"ref.wav": nan_wav}),

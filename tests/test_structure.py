@@ -30,7 +30,7 @@ LAYERS = [
     {"csm.bench", "csm.evaluate"},
     {"csm"},
     {"csm.command_line"},
-    {"csm.generate_command"},
+    {"csm.doctor", "csm.generate_command"},
     {"csm.__main__"},
     {"csm.weights.recipe"},
 ]
@@ -47,6 +47,7 @@ def package_of(name):
 FOLDERS = {
     "csm": "csm",
     "csm/bench": "csm.bench",
+    "csm/doctor": "csm.doctor",
     "csm/evaluate": "csm.evaluate",
     "csm/finetune": "csm.finetune",
     "kernels": "csm.kernels",
