@@ -15,7 +15,6 @@ from csm.command_line import Parser, execute
 from csm.evaluate import command as evaluate
 from csm.finetune import command as finetune
 
-
 # Name, help text, and the module that defines add_arguments() and run().
 COMMANDS = (
     ("generate", "generate speech from text into a WAV file", generate_command),

@@ -380,14 +380,14 @@ def test_a_terminated_run_leaves_nothing(tmp_path):
     args = ["--text", "Hello.", "--model", NOISE, "--max-seconds", "90", "--out", str(tmp_path / "out.wav")]
     ours, terminal = pty.openpty()
     run = subprocess.Popen([*PROGRAM, *args], stderr=terminal)
+    os.close(terminal)
     printed = b""
     while b"s of audio" not in printed:
         assert run.poll() is None
-        printed += os.read(ours, 4096)
+        printed += os.read(ours, 4096)  # fails once the program has ended
     run.terminate()
     run.wait(timeout=60)
     os.close(ours)
-    os.close(terminal)
     assert run.returncode == 143
     assert list(tmp_path.iterdir()) == []
 
