@@ -245,10 +245,17 @@ def test_the_network_is_asked_and_never_waited_for(online, monkeypatch):
     server.shutdown()
 
 
-def test_offline_asks_nothing(online, monkeypatch):
+def test_the_hub_is_not_asked_offline_or_for_what_is_cached(online, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "ask", lambda token: asked.append(token) or ("", None, None))
+    hub.probe_hub()
+    assert asked == [None]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub, "ask", lambda token: pytest.fail("asked"))
-    assert hub.probe_hub() == HubProbe(codec_cached=hub.probe_hub().codec_cached, offline=True)
+    assert hub.probe_hub().offline
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "is_cached", lambda repo: repo == "unsloth/csm-1b")
+    assert hub.probe_hub().cached == ("unsloth/csm-1b",)
+    assert asked == [None]
 
 
 def test_token_and_licence(online, monkeypatch):

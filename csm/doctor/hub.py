@@ -32,11 +32,11 @@ class HubProbe:
 
 
 def probe_hub() -> HubProbe:
-    """Look into the cache, then ask the hub for at most ``ALL_SECONDS``. Asks nothing if ``HF_HUB_OFFLINE`` is set."""
+    """Look into the cache, else ask the hub for at most ``ALL_SECONDS``. ``HF_HUB_OFFLINE`` forbids to ask."""
     found = tuple(repo for repo in (DEFAULT_MODEL, MIRROR) if is_cached(repo))
     codec = cached(MIMI_REPO, MIMI_FILE) is not None
-    if constants.HF_HUB_OFFLINE:
-        return HubProbe(found, codec, offline=True)
+    if found or constants.HF_HUB_OFFLINE:
+        return HubProbe(found, codec, offline=constants.HF_HUB_OFFLINE)
     answers: list[tuple[str, str | None, bool | None]] = []
     token = get_token()
     thread = threading.Thread(target=lambda: answers.append(ask(token)), daemon=True)
