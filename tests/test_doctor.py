@@ -9,11 +9,13 @@ import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
+from csm import read_audio
 from csm.__main__ import main
 from csm.config import CSM_1B
 from csm.doctor import command, gpu, hub, machine, sound
@@ -188,6 +190,17 @@ def test_faults_of_the_sound_packages(monkeypatch):
     assert_fault(sound.check_sound(), WARNING, "sounddevice cannot.*libportaudio2")
     monkeypatch.setattr(sound, "import_module", broken(ModuleNotFoundError("No module", name="sounddevice")))
     assert sound.check_sound().status == OK
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg"])
+def test_the_formats_are_read(suffix, tmp_path):
+    """What the doctor says that sphn reads, written by libsndfile."""
+    soundfile = pytest.importorskip("soundfile")
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, np.sin(np.arange(24_000) / 20) / 2, 24_000)
+    audio, rate = read_audio(path)
+    assert rate == 24_000
+    assert audio.std() == pytest.approx(0.5 / 2**0.5, rel=0.05)
 
 
 def test_no_sound_device(monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,8 +43,7 @@ def probe_cuda() -> CudaProbe:
     """Ask PyTorch and the driver. Initialises CUDA where there is a driver."""
     built_for = _version(torch.version.cuda) if torch.version.cuda else None
     driver = Path("/proc/driver/nvidia/version").is_file() or Path("/dev/nvidiactl").exists()
-    number = torch._C._cuda_getDriverVersion() if built_for else 0  # type: ignore[attr-defined]
-    supports = (number // 1000, number % 1000 // 10) if number else None
+    supports = driver_version()
     devices: tuple[Device, ...] = ()
     failure = ""
     if built_for and (driver or supports):
@@ -55,6 +56,17 @@ def probe_cuda() -> CudaProbe:
     architectures = tuple(torch.cuda.get_arch_list())
     rocm = torch.version.hip is not None
     return CudaProbe(built_for, rocm, driver or bool(supports), supports, devices, architectures, failure)
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The CUDA version that the driver supports, from the driver itself; None without a driver."""
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    number = ctypes.c_int()
+    library.cuDriverGetVersion(ctypes.byref(number))  # 12080 is 12.8
+    return (number.value // 1000, number.value % 1000 // 10) if number.value else None
 
 
 def _version(text: str) -> tuple[int, int]:

@@ -60,7 +60,14 @@ def ask(token: str | None) -> tuple[str, str | None, bool | None]:
         user = _user(token)
         return "", user, None if user is None else _licence(token)
     except (OSError, HfHubHTTPError) as error:  # requests' errors are OSErrors
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160], None, None
+        return f"{type(error).__name__}: {' '.join(str(_root(error)).split())}"[:160], None, None
+
+
+def _root(error: BaseException) -> BaseException:
+    """The error of the socket below the errors of urllib3 and requests."""
+    while (below := error.__cause__ or error.__context__) is not None:
+        error = below
+    return error
 
 
 def _user(token: str) -> str | None:
