@@ -17,6 +17,7 @@ from typing import Any
 
 from csm.bench import end_to_end, machine_code, report, tune
 from csm.bench.launches import count_report, profile
+from csm.bench.load import load_report
 from csm.bench.model_setup import DTYPES, Setup, load
 from csm.bench.rows import SKIPPED_FRAMES, NotTimed, Row, copy_bandwidth, measured_rows
 from csm.bench.stepping import MAX_FRAMES
@@ -86,6 +87,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernels", action="store_true", help="compile a frame's kernels for several GPUs, and stop")
     parser.add_argument("--tune", action="store_true", help="measure launch configurations for this GPU, and stop")
     parser.add_argument("--profile", action="store_true", help="add a table of the ops of a frame")
+    parser.add_argument("--serve", metavar="URL", help="load a running server with --clients, and stop")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8], help="clients at once (default: 1 8)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="seconds of load for each row (default: 30)")
+    parser.add_argument("--api-key", help="the server's API key")
     parser.add_argument("--out", type=Path, help="a folder for bench.md, bench.json and bench.png")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
@@ -96,6 +101,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
     """What the options ask for: Markdown, the same for JSON, and the exit code."""
+    if args.serve:
+        return *load_report(args.serve, args.clients, args.seconds, args.api_key), 0
     if not (args.count or args.kernels or args.tune):
         return *benchmark(args), 0
     config = open_checkpoint(args.model).config if args.model else CSM_1B
