@@ -29,7 +29,7 @@ PAGES = [
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 README = TEXT["README.md"]
 HUB_NAME = re.compile(r"(sesame|unsloth)/csm-1b")
-FOREIGN = ("hf", "pip")  # programs of other packages that the docs call
+FOREIGN = ("hf", "pip", "curl")  # programs of other packages that the docs call
 
 
 def blocks(language, page="README.md"):
