@@ -177,9 +177,11 @@ def missing_arguments(program, words):
         "generate.py": [["--text", "--file"]],
         "finetune": [["--data"], ["--out"]],
         "eval": [["--data", "--sentences"]],
+        "quantize": [["--scheme"], ["--out"]],
     }
     command = program if program == "generate.py" else words[0]
-    return [word for options in needed.get(command, []) if not {*options} & {*words} for word in (options[0], "x")]
+    missing = [word for options in needed.get(command, []) if not {*options} & {*words} for word in (options[0], "x")]
+    return ["tiny", *missing] if words == ["quantize"] else missing
 
 
 def test_every_expression_selects_gpu_tests():
