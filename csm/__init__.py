@@ -1,6 +1,7 @@
 """CSM, from scratch: Sesame's CSM-1B text-to-speech in plain PyTorch."""
 
 from csm.audio import WavWriter, read_audio
+from csm.conversation import Conversation
 from csm.errors import (
     AudioError,
     CheckpointError,
@@ -13,11 +14,14 @@ from csm.errors import (
     RoomWarning,
     SamplingError,
     UnavailableError,
+    VoiceError,
 )
 from csm.generator import DEFAULT_MODEL, Generator, load_csm_1b
+from csm.guards import GuardEvent, Guards
 from csm.prompt import Segment
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
+from csm.voices import Voice
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -25,8 +29,11 @@ __all__ = [
     "CSMError",
     "CheckpointError",
     "CheckpointWarning",
+    "Conversation",
     "FallbackWarning",
     "Generator",
+    "GuardEvent",
+    "Guards",
     "PromptError",
     "PromptTooLongError",
     "QueueFullError",
@@ -36,6 +43,8 @@ __all__ = [
     "Segment",
     "SpeechRequest",
     "UnavailableError",
+    "Voice",
+    "VoiceError",
     "WavWriter",
     "load_csm_1b",
     "read_audio",

@@ -1,4 +1,4 @@
-"""``python -m csm COMMAND``: training and evaluation. ``python -m csm --help`` lists the commands."""
+"""``python -m csm COMMAND``: voices, a server, training, evaluation. ``python -m csm --help`` lists the commands."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import argparse
 import sys
 from typing import NoReturn
 
-from csm import quantized_model
+from csm import compare, quantized_model
+from csm import voice_command as voice
 from csm.errors import CSMError
 from csm.evaluate import command as evaluate
 from csm.finetune import command as finetune
+from csm.serve import command as serve
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,8 +24,11 @@ class Parser(argparse.ArgumentParser):
 # Name, help text, and the module that defines add_arguments() and run().
 COMMANDS = (
     ("finetune", "train all weights or LoRA adapters on recordings", finetune),
+    ("voice", "add, list, show, say, remove and export voices", voice),
+    ("compare", "compare the weights and the logits of two models", compare),
     ("quantize", "write a model with int8 or int4 weights to a folder", quantized_model),
     ("eval", "measure generated speech: word error rate, length, voice similarity", evaluate),
+    ("serve", "an HTTP server with OpenAI's audio API", serve),
 )
 
 

@@ -92,6 +92,12 @@ def read_audio(path: str | Path) -> tuple[Tensor, int]:
     return torch.from_numpy(samples), int(sample_rate)
 
 
+def to_pcm(audio: Tensor) -> bytes:
+    """(samples,) floats, clipped to -1..1, as 16-bit little-endian samples."""
+    pcm = (audio.detach().cpu().float().clamp(-1, 1) * 32767).round().to(torch.int16)
+    return pcm.numpy().astype("<i2").tobytes()
+
+
 class WavWriter:
     """Writes a 16-bit mono WAV file atomically. A context manager.
 
@@ -124,9 +130,8 @@ class WavWriter:
     def write(self, audio: Tensor) -> None:
         """Append (samples,) floats, clipped to -1..1."""
         assert self._wave is not None, "call begin() first"
-        pcm = (audio.detach().cpu().float().clamp(-1, 1) * 32767).round().to(torch.int16)
         try:
-            self._wave.writeframes(pcm.numpy().astype("<i2").tobytes())
+            self._wave.writeframes(to_pcm(audio))
         except OSError as error:
             raise AudioError(f"{self.path}: cannot be written: {error.strerror}") from error
 

@@ -29,6 +29,10 @@ class RoomWarning(UserWarning):
     """The prompt leaves fewer positions than the requested audio length, so the audio may be cut short."""
 
 
+class VoiceError(CSMError):
+    """A voice has a bad name, does not exist, or its file cannot be read or written."""
+
+
 class FallbackWarning(UserWarning):
     """A fast path failed its self-check on this device, so a slower one is used."""
 

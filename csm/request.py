@@ -8,6 +8,7 @@ from typing import Any
 
 from csm.errors import CSMError
 from csm.prompt import Segment
+from csm.voices import Voice
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class SpeechRequest:
     temperature: float | None = None
     topk: int | None = None
     seed: int | None = None
+    voice: str | Voice | None = None
 
     @classmethod
     def of(cls, request: SpeechRequest | Mapping[str, Any]) -> SpeechRequest:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from csm.bench import end_to_end, machine_code, predict, report, tune
+from csm.bench import accuracy, end_to_end, machine_code, predict, report, tune
 from csm.bench.launches import count_report, profile
 from csm.bench.model_setup import DTYPES, Setup, load
 from csm.bench.rows import SKIPPED_FRAMES, NotTimed, Row, copy_bandwidth, measured_rows
@@ -90,7 +90,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="GPU",
         help=f"predict a frame's time, and stop: {', '.join(predict.GPUS)}",
     )
+    parser.add_argument("--accuracy", action="store_true", help="compare the kernels with PyTorch's ops, and stop")
     parser.add_argument("--tune", action="store_true", help="measure launch configurations for this GPU, and stop")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time for --tune (default: 120)")
     parser.add_argument("--profile", action="store_true", help="add a table of the ops of a frame")
     parser.add_argument("--out", type=Path, help="a folder for bench.md, bench.json and bench.png")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -102,6 +104,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
     """What the options ask for: Markdown, the same for JSON, and the exit code."""
+    if args.accuracy:
+        setup = load(args.model, args.device, args.dtype)
+        rows = accuracy.compare(setup, args.frames)
+        return report.table(rows), {"model": setup.label, "accuracy": rows}, 0
     if not (args.count or args.kernels or args.predict or args.tune):
         return *benchmark(args), 0
     config = open_checkpoint(args.model).config if args.model else CSM_1B
@@ -111,7 +117,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
     if args.predict:
         return *predict.predict_report(config, args.batch[0], dtype, args.predict, args.quiet), 0
     if args.tune:
-        return *tune.tune_report(config, args.batch, dtype, args.quiet), 0
+        return *tune.tune_report(config, args.batch, dtype, args.seconds, args.quiet), 0
     text, result = machine_code.kernels_report(config, args.batch, dtype, args.quiet)
     return text, result, 1 if result["spilled"] else 0
 

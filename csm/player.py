@@ -1,0 +1,104 @@
+"""Where audio goes while it is generated: a sound device, or a pipe as WAV or raw samples."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from torch import Tensor
+
+from csm.audio import to_pcm
+from csm.errors import AudioError
+
+UNKNOWN = 0xFFFFFFFF  # length in the header of a WAV stream whose end is not known
+FORMATS = ("wav", "pcm")
+
+
+class Player:
+    """Plays 16-bit mono audio on the default sound device. A context manager; leaving it waits for the end."""
+
+    def __init__(self) -> None:
+        try:
+            import sounddevice
+        except ImportError as error:
+            raise AudioError('--play needs sounddevice: pip install "csm[play]"') from error
+        except OSError as error:  # the package is there, the PortAudio library is not
+            raise AudioError(f"--play needs the PortAudio library (apt install libportaudio2): {error}") from error
+        self._sounddevice = sounddevice
+        try:
+            sounddevice.query_devices(kind="output")
+        except (sounddevice.PortAudioError, ValueError) as error:
+            raise AudioError(f"--play needs a sound device, and there is none: {error}") from error
+        self._stream: Any = None
+        self.underruns = 0
+
+    def begin(self, sample_rate: int) -> None:
+        """Open the device at a sample rate in Hz."""
+        try:
+            self._stream = self._sounddevice.RawOutputStream(samplerate=sample_rate, channels=1, dtype="int16")
+            self._stream.start()
+        except self._sounddevice.PortAudioError as error:
+            raise AudioError(f"the sound device cannot be opened at {sample_rate} Hz: {error}") from error
+
+    def write(self, audio: Tensor) -> None:
+        """Queue (samples,) floats; waits while the device's buffer is full."""
+        self.underruns += bool(self._stream.write(to_pcm(audio)))
+
+    def __enter__(self) -> Player:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stream is not None:
+            if kind is None:
+                self._stream.stop()  # plays what is queued
+            self._stream.close()
+
+
+class StreamWriter:
+    """Writes audio to a pipe or file as it is generated; "-" is standard output. A context manager.
+
+    ``kind`` is "wav", with a header that leaves the length open, or "pcm", 16-bit little-endian samples alone.
+    """
+
+    def __init__(self, target: str, kind: str = "wav"):
+        assert kind in FORMATS
+        self.target, self.kind = target, kind
+        self._file: IO[bytes] | None = None
+
+    def begin(self, sample_rate: int) -> None:
+        """Write the header for a sample rate in Hz."""
+        if self.kind == "wav":
+            header = struct.pack(
+                "<4sI4s4sIHHIIHH", b"RIFF", UNKNOWN, b"WAVE", b"fmt ", 16, 1, 1, sample_rate, sample_rate * 2, 2, 16
+            )
+            self._write(header + struct.pack("<4sI", b"data", UNKNOWN))
+
+    def write(self, audio: Tensor) -> None:
+        """Append (samples,) floats, clipped to -1..1, and flush."""
+        self._write(to_pcm(audio))
+
+    def _write(self, data: bytes) -> None:
+        assert self._file is not None
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            raise AudioError(f"{self.target}: the stream cannot be written: {error.strerror}") from error
+
+    def __enter__(self) -> StreamWriter:
+        try:
+            self._file = sys.stdout.buffer if self.target == "-" else Path(self.target).open("wb")
+        except OSError as error:
+            raise AudioError(f"{self.target}: cannot be written: {error.strerror}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None and self.target != "-":
+            self._file.close()

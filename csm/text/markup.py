@@ -1,0 +1,112 @@
+"""Rules for what is written but not spoken: Markdown, HTML, brackets, emoji, typographic characters; and addresses."""
+
+from __future__ import annotations
+
+import html
+import re
+
+from csm.text.numbers import digits
+from csm.text.rules import Rule
+
+TYPOGRAPHY = str.maketrans(
+    {
+        "’": "'",
+        "‘": "'",
+        "“": '"',
+        "”": '"',
+        "„": '"',
+        "«": '"',
+        "»": '"',
+        "…": "...",
+        "\xa0": " ",
+        "\u202f": " ",
+        "−": "-",
+    }
+    | dict.fromkeys(map(chr, (0xAD, 0x200B, 0x200C, 0x200D, 0x2060, 0xFE0E, 0xFE0F, 0xFEFF)))
+)
+EMOJI = re.compile(
+    "[\U0001f000-\U0001faff\U00002600-\U000027bf\U00002b00-\U00002bff\U000023e9-\U000023fa\U0001f1e6-\U0001f1ff\u20e3]+"
+)
+SPELLED_DOMAINS = {"io", "uk", "eu", "ai", "tv", "fm", "us", "de", "fr", "ch", "nl", "ca", "jp", "cn", "au", "edu"}
+TOP_LEVEL = "com|org|net|edu|gov|io|ai|co|uk|eu|de|fr|ch|nl|ca|us|info|dev|app|tv|fm|me"
+FILE_TYPES = "pdf|txt|py|md|csv|json|wav|mp3|mp4|jpg|png|html|docx?|xlsx?|zip|exe|toml|ya?ml"
+
+
+def spell_address(text: str) -> str:
+    """ "docs.example.com/a-b" is "docs dot example dot com slash a dash b"."""
+    words = []
+    for part in re.findall(r"[A-Za-z]+|\d+|[./_-]", text):
+        if part in "./_-":
+            words.append({".": "dot", "/": "slash", "_": "underscore", "-": "dash"}[part])
+        elif part.isdigit():
+            words.append(digits(part))
+        else:
+            words.append(" ".join(part.upper()) if part.lower() in SPELLED_DOMAINS and words else part)
+    return " ".join(words)
+
+
+def _url(match: re.Match[str]) -> str:
+    address = match[0]
+    rest = re.search(r"[.,;:!?)]*$", address)
+    tail = rest[0] if rest else ""
+    address = address[: len(address) - len(tail)]
+    address = re.sub(r"^(?:https?|ftp)://|^www\.|^mailto:", "", address)
+    address = re.split(r"[?#]", re.sub(r"^www\.", "", address))[0].rstrip("/")
+    return spell_address(address) + tail.replace(")", "")
+
+
+def _email(match: re.Match[str]) -> str:
+    user = match[1].replace("+", " plus ")
+    return f"{' plus '.join(spell_address(part) for part in user.split(' plus '))} at {spell_address(match[2])}"
+
+
+def _heading(match: re.Match[str]) -> str:
+    title = match[1].rstrip(" #")
+    return title if title[-1:] in ".!?:" else f"{title}."
+
+
+def _table_row(match: re.Match[str]) -> str:
+    cells = [cell.strip() for cell in match[0].strip().strip("|").split("|")]
+    return "\n" + ", ".join(cell for cell in cells if cell) + "."
+
+
+def _aside(match: re.Match[str]) -> str:
+    return f", {match[1].strip()}, "
+
+
+M, IGNORE_CASE = re.MULTILINE, re.IGNORECASE
+MARKUP_RULES: list[Rule] = [
+    (re.compile(r"&(?:#\d+|#x[0-9a-fA-F]+|[a-zA-Z]\w+);"), lambda match: html.unescape(match[0])),
+    (re.compile(r"(?s).+"), lambda match: match[0].translate(TYPOGRAPHY)),
+    (re.compile(r"^\s*(?:```|~~~).*$", M), ""),
+    (re.compile(r"<!--.*?-->", re.DOTALL), ""),
+    (re.compile(r"<br\s*/?>", IGNORE_CASE), " "),
+    (re.compile(r"</?[a-zA-Z][^<>\n]*>"), ""),
+    (re.compile(r"^\s*(?:[-*_]\s*){3,}$", M), ""),
+    (re.compile(r"^\s*\|?\s*:?-{2,}:?\s*(?:\|\s*:?-{2,}:?\s*)+\|?\s*$\n?", M), ""),
+    (re.compile(r"^\s*\|.*\|\s*$", M), _table_row),
+    (re.compile(r"!\[([^\]]*)\]\([^)]*\)"), r"\1"),
+    (re.compile(r"\[([^\]]+)\]\([^)]*\)"), r"\1"),
+    (re.compile(r"\[\^[^\]]+\](?::\s*)?"), ""),
+    (re.compile(r"^\s{0,3}#{1,6}\s+(.+?)\s*$", M), _heading),
+    (re.compile(r"^\s*(?:>\s?)+", M), ""),
+    (re.compile(r"^\s*[-*+•‣◦–]\s+(?:\[[ xX]\]\s+)?", M), "\n"),  # an item is a paragraph
+    (re.compile(r"^\s*(\d{1,3})[.)]\s+(?=\D)", M), r"\n\1, "),
+    (re.compile(r"(\*\*\*|\*\*|__|~~)(?=\S)(.+?)(?<=\S)\1"), r"\2"),
+    (re.compile(r"(?<![\w*])\*(?=\S)([^*\n]+?)(?<=\S)\*(?![\w*])"), r"\1"),
+    (re.compile(r"(?<!\w)_(?=\S)([^_\n]+?)(?<=\S)_(?!\w)"), r"\1"),
+    (re.compile(r"`+([^`\n]+)`+"), r"\1"),
+    (re.compile(r"\\([\\`*_{}\[\]()#+.!-])"), r"\1"),
+    (re.compile(r"(?<!\w)[:;]-?[)(DPp](?!\w)"), ""),
+    (re.compile(r"[✓✔]"), " check "),
+    (EMOJI, " "),
+    (re.compile(r"<?\b(?:mailto:)?([\w.+-]+)@((?:[\w-]+\.)+[A-Za-z]{2,})\b>?"), _email),
+    (re.compile(r"<?\b(?:https?://|ftp://|www\.)[^\s<>\"]+>?", IGNORE_CASE), _url),
+    (re.compile(rf"\b(?:[a-z0-9-]+\.)+(?:{TOP_LEVEL})\b(?:/[^\s<>\"]*)?", IGNORE_CASE), _url),
+    (re.compile(rf"\b([\w-]+)\.({FILE_TYPES})\b"), lambda match: f"{spell_address(match[1])} dot {match[2]}"),
+    (re.compile(r"\s*\[(?:\d+(?:[,–-]\s*\d+)*|citation needed|sic)\]", IGNORE_CASE), ""),
+    (re.compile(r"(?<=\w)\(s\)"), "s"),
+    (re.compile(r"\((\d{3})\)\s*(?=\d{3}-\d{4})"), r"\1-"),
+    (re.compile(r"\s*[(\[{]\s*([^()\[\]{}]*?)\s*[)\]}]\s*"), _aside),
+    (re.compile(r"\s*[()\[\]{}]\s*"), " "),
+]

@@ -1,0 +1,161 @@
+"""``python -m csm voice``: add, list, show, say, remove and export voices."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from csm.audio import WavWriter, read_audio
+from csm.errors import VoiceError
+from csm.generator import Generator
+from csm.prompt import Segment
+from csm.request import SpeechRequest
+from csm.text import normalize
+from csm.voices import (
+    SUFFIX,
+    Voice,
+    check_name,
+    describe,
+    find_voice,
+    load_voice,
+    remove_voice,
+    save_voice,
+    voice_files,
+    voices_folder,
+)
+from csm.weights import open_checkpoint
+
+MIN_ROOM_MS = 20_000  # audio that a new voice must leave room for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to ``parser``."""
+    actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
+    add = actions.add_parser("add", help="make a voice of recordings and what is said in them")
+    add.add_argument("name", help="letters, digits, '_', '-' and '.'")
+    add.add_argument("--ref", type=Path, action="append", default=[], help="a recording; may be repeated")
+    add.add_argument("--ref-text", action="append", default=[], help="what is said in it; once for each --ref")
+    add.add_argument("--file", type=Path, help="take over an exported voice, in place of recordings")
+    add.add_argument("--speaker", type=int, default=0, help="speaker id of the recordings (default: 0)")
+    add.add_argument("--consent", default="", help="who allowed this use of the voice, and how; kept with the voice")
+    add.add_argument("--replace", action="store_true", help="replace a voice of the same name")
+    actions.add_parser("list", help="list all voices")
+    show = actions.add_parser("show", help="show a voice's transcripts, length, consent and file")
+    show.add_argument("name")
+    say = actions.add_parser("say", help="generate a sentence in a voice")
+    say.add_argument("name")
+    say.add_argument("--text", required=True)
+    say.add_argument("--out", type=Path, default=Path("out.wav"), help="the WAV file to write (default: out.wav)")
+    say.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    say.add_argument("--max-seconds", type=float, default=20.0, help="maximum length of the audio (default: 20)")
+    remove = actions.add_parser("remove", help="delete one of your voices")
+    remove.add_argument("name")
+    export = actions.add_parser("export", help="write a voice to a file for another machine")
+    export.add_argument("name")
+    export.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    for action in (add, say, export):
+        action.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    for action in actions.choices.values():
+        action.add_argument("--model", help="hub name, folder, or tiny: also finds the voices beside this checkpoint")
+
+
+def run(args: argparse.Namespace) -> str:
+    """Run one action; return what it prints."""
+    action = {"add": _add, "list": _list, "show": _show, "say": _say, "remove": _remove, "export": _export}
+    return action[args.action](args)
+
+
+def _add(args: argparse.Namespace) -> str:
+    path = voices_folder() / f"{check_name(args.name)}{SUFFIX}"
+    if path.exists() and not args.replace:
+        raise VoiceError(f"{path}: there is a voice of this name; --replace replaces it")
+    if args.file is not None:
+        if args.ref or args.ref_text:
+            raise VoiceError("--file goes without --ref and --ref-text: it holds a whole voice")
+        voice = dataclasses.replace(load_voice(args.file), name=args.name)
+    else:
+        voice = _record(args)
+    save_voice(voice, path)
+    return next(describe({args.name: path}))
+
+
+def _record(args: argparse.Namespace) -> Voice:
+    """A voice of recordings. Raises if they leave no room to speak."""
+    if not args.ref or len(args.ref) != len(args.ref_text):
+        raise VoiceError(
+            f"a voice takes recordings and their transcripts: {len(args.ref)} --ref and {len(args.ref_text)} --ref-text"
+        )
+    if args.model is None:
+        raise VoiceError("--model is missing: the checkpoint whose codec encodes the recordings")
+    clips = [read_audio(path) for path in args.ref]
+    generator = _load(args)
+    turns = [
+        generator.prepare(Segment(args.speaker, text, audio, sample_rate=rate))
+        for text, (audio, rate) in zip(args.ref_text, clips, strict=True)
+    ]
+    voice = Voice(
+        args.name,
+        tuple(args.ref_text),
+        tuple(turn.codes for turn in turns if turn.codes is not None),
+        args.speaker,
+        args.consent,
+    )
+    room_ms = generator.room_ms(SpeechRequest("Hello there.", args.speaker, voice=voice))
+    if room_ms < MIN_ROOM_MS:
+        raise VoiceError(
+            f"the recordings leave room for {room_ms / 1000:.2f} s of speech, less than {MIN_ROOM_MS / 1000:g} s: use "
+            f"shorter ones"
+        )
+    return voice
+
+
+def _load(args: argparse.Namespace) -> Generator:
+    if args.model is None:
+        raise VoiceError("--model is missing: a hub name, a folder, or tiny")
+    return Generator.from_pretrained(args.model, None if args.device == "auto" else args.device)
+
+
+def _folder(args: argparse.Namespace) -> Path | None:
+    return None if args.model is None else open_checkpoint(args.model).folder
+
+
+def _list(args: argparse.Namespace) -> str:
+    lines = list(describe(voice_files(_folder(args))))
+    return "\n".join(lines) or f"no voices in {voices_folder()}; python -m csm voice add makes one"
+
+
+def _show(args: argparse.Namespace) -> str:
+    path = find_voice(args.name, _folder(args))
+    lines = list(describe({args.name: path}))
+    if path.suffix == SUFFIX:
+        voice = load_voice(path)
+        lines += [f"consent: {voice.consent or 'none stated'}", *(f"  {text}" for text in voice.texts)]
+    return "\n".join(lines)
+
+
+def _say(args: argparse.Namespace) -> str:
+    find_voice(args.name, _folder(args))
+    with WavWriter(args.out) as wav:
+        generator = _load(args)
+        voice = generator.voice(args.name)
+        limit_ms = args.max_seconds * 1000
+        text = normalize(args.text)
+        audio = generator.generate(text, voice.speaker, max_audio_length_ms=limit_ms, seed=args.seed, voice=voice)
+        wav.begin(generator.sample_rate)
+        wav.write(audio)
+    return f"{args.out}: {audio.shape[0] / generator.sample_rate:.2f} s of audio in the voice {args.name}"
+
+
+def _remove(args: argparse.Namespace) -> str:
+    return f"{remove_voice(args.name)}: removed"
+
+
+def _export(args: argparse.Namespace) -> str:
+    if args.out.suffix != SUFFIX:
+        raise VoiceError(f"{args.out}: a voice's file ends in {SUFFIX}")
+    check_name(args.out.stem)
+    path = find_voice(args.name, _folder(args))
+    voice = load_voice(path) if path.suffix == SUFFIX else _load(args).voice(args.name)
+    save_voice(dataclasses.replace(voice, name=args.out.stem), args.out)
+    return next(describe({args.name: args.out}))
