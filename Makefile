@@ -36,12 +36,11 @@ golden: .venv/installed-test
 kernels: .venv/installed
 	$(BIN)/python bench.py --kernels --batch 1 4 8 32
 
-# On a machine with a GPU: its tests, then its benchmark, both into results/. GPU_PYTHON=python3 uses an existing
-# environment with csm installed in it (pip install --no-deps -e .) instead of .venv.
+# On a machine with a GPU: benchmarks, accuracy, tests and tuning, each under a time limit, in less than ten minutes, into
+# results/. GPU_PYTHON=python3 uses an existing environment with csm installed in it (pip install --no-deps -e .) instead
+# of .venv.
 gpu: $(if $(GPU_PYTHON),,.venv/installed-bench)
-	mkdir -p results
-	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m cuda -rs | tee results/tests.txt; test $${PIPESTATUS[0]} -eq 0
-	$(or $(GPU_PYTHON),$(BIN)/python) bench.py --batch 1 2 4 8 16 32 64 --profile --out results
+	$(or $(GPU_PYTHON),$(BIN)/python) -m csm.bench.gpu --out results
 
 # Trains the embedded voice from nothing: recordings by four voices of flite, a codec, a model, and their word error
 # rates. Needs Debian's flite, wordnet-base and wamerican. Takes hours on two cores and resumes where it stopped. It has

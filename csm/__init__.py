@@ -17,6 +17,7 @@ from csm.errors import (
     VoiceError,
 )
 from csm.generator import DEFAULT_MODEL, Generator, load_csm_1b
+from csm.guards import GuardEvent, Guards
 from csm.prompt import Segment
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
@@ -31,6 +32,8 @@ __all__ = [
     "Conversation",
     "FallbackWarning",
     "Generator",
+    "GuardEvent",
+    "Guards",
     "PromptError",
     "PromptTooLongError",
     "QueueFullError",

@@ -1,7 +1,8 @@
 """Continuous batching: requests enter and leave while others run. The engine knows rows, codes and samples, not text.
 
 ``Engine.step`` does one round: it admits requests to free slots, prefills, launches one frame of every running slot,
-and hands out the oldest frame that has arrived. It is synchronous and starts no thread; ``csm.worker`` does that.
+and hands out the oldest launched frame, for which it waits once enough frames are in flight. It is synchronous and
+starts no thread; ``csm.worker`` does that.
 
 Every slot owns a range of the KV cache and a codec stream. New requests take the lowest free slot, and a slot moves
 down where that lets a smaller batch cover all running slots. On a GPU, frames are launched ahead of the one that is

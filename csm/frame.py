@@ -173,6 +173,11 @@ def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = Non
         code_BD = sample_code(codebook, hidden_BTD)
         x_BTD = x_BTD if code_BD is None else code_BD.unsqueeze(1)
 
+    _advance(model, state)
+
+
+def _advance(model: CSM, state: FrameState) -> None:
+    """Make the generated frame the pending row of the next position."""
     advance_frame(
         codes_BK=state.codes_BK,
         pending_row_BC=state.pending_row_BC,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numbers
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ from csm.codec import Codec, check_codes
 from csm.config import CSMConfig
 from csm.engine import Engine, Frame, Request
 from csm.errors import AudioError, CheckpointError, CSMError, PromptError, RoomWarning, SamplingError, VoiceError
+from csm.guards import DEFAULT_GUARDS, NO_GUARDS, GuardedTicket, Guards, Opener, guarded_frames
 from csm.lora import load_adapter
 from csm.model import CSM
 from csm.prefix_cache import PrefixCache
 from csm.prompt import Prompt, Segment, TextTokenizer, build_prompt, check_length
+from csm.quantized_model import open_quantized, read_quantized
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
 from csm.selfcheck import default_dtype
+from csm.threads import choose_threads
 from csm.voices import SESAME_PROMPTS, Voice, find_voice, load_voice
 from csm.weights import Checkpoint, open_checkpoint, read_codec, read_generation_defaults, read_model
 from csm.worker import Worker
@@ -50,6 +53,7 @@ class Generator:
         graphs: bool = True,
         max_streams: int = MAX_STREAMS,
         progress: bool = False,
+        threads: int | None = None,
     ):
         self.config: CSMConfig = model.config
         self.model = model
@@ -62,6 +66,8 @@ class Generator:
         self._max_streams = max_streams
         self._graphs = graphs
         self._progress = progress
+        self._threads = threads
+        choose_threads(model, threads)  # a wrong number is an error now
         self._worker: Worker | None = None
         self._prefix_cache = PrefixCache(PREFIX_POSITIONS * kv_bytes_per_position(model.config.backbone, model.dtype))
         self._voices: dict[tuple[Path, int], Voice] = {}
@@ -78,6 +84,8 @@ class Generator:
         lora: str | Path | None = None,
         graphs: bool = True,
         max_streams: int = MAX_STREAMS,
+        quantize: str | None = None,
+        threads: int | None = None,
     ) -> Generator:
         """Load a checkpoint.
 
@@ -93,6 +101,10 @@ class Generator:
             graphs: on a GPU, capture each frame as a CUDA graph on first use; False runs eagerly.
             max_streams: how many requests are generated at a time; further ones wait. Each takes KV cache for all
                 positions (64 MB for CSM-1B in bfloat16).
+            quantize: on a CPU, weights in "int8", "int4" or by part, "backbone=int4,depth=int4,heads=int8"
+                (docs/cpu.md). A folder that ``python -m csm quantize`` wrote is quantised already.
+            threads: on a CPU, compute threads; None is ``CSM_THREADS``, else one for a small model and PyTorch's number
+                for a large one.
 
         Raises:
             CheckpointError: it is damaged or of another shape; the message names the file and the tensor.
@@ -101,12 +113,12 @@ class Generator:
         where = find_device(device)
         if dtype is not None and dtype not in DTYPES:
             raise CSMError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
-        dtype = dtype or default_dtype(where)
-        checkpoint = open_checkpoint(name, progress)
-        model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, where, dtype, progress), where)
+        checkpoint, model = _open_model(name, where, dtype or default_dtype(where), quantize, progress)
         if lora is not None:
+            if quantize is not None:
+                raise CSMError("an adapter cannot be merged into quantised weights: give either lora or quantize")
             load_adapter(lora, checkpoint.config).merge(model)
-        return cls(checkpoint, model, codec, graphs, max_streams, progress)
+        return cls(checkpoint, model, codec, graphs, max_streams, progress, threads)
 
     @property
     def device(self) -> torch.device:
@@ -191,6 +203,7 @@ class Generator:
         topk: int | None = None,
         seed: int | None = None,
         voice: str | Voice | None = None,
+        guards: Guards = DEFAULT_GUARDS,
     ) -> Tensor:
         """Speak ``text``: (samples,) float32 on the CPU, at ``sample_rate``.
 
@@ -205,6 +218,7 @@ class Generator:
             seed: the same seed gives the same speech; None draws one from ``torch``'s generator.
             voice: a voice, or the name of one (``python -m csm voice list``). Its clips, as turns of ``speaker``, come
                 before the context.
+            guards: when to stop speech that runs on, and to generate again what is empty or far too short.
 
         ``max_audio_length_ms``, ``temperature`` and ``topk`` of None are the checkpoint's defaults
         (``generation_config.json``; without one 90,000, 0.9 and 50).
@@ -212,8 +226,8 @@ class Generator:
         Raises:
             PromptError, PromptTooLongError, SamplingError, AudioError, VoiceError: an argument is out of range.
         """
-        chunks = list(self.stream(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice))
-        return torch.cat(chunks) if chunks else torch.zeros(0)
+        speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice)
+        return self.generate_batch([speech], guards)[0]
 
     def stream(
         self,
@@ -225,6 +239,7 @@ class Generator:
         topk: int | None = None,
         seed: int | None = None,
         voice: str | Voice | None = None,
+        guards: Guards = DEFAULT_GUARDS,
     ) -> Iterator[Tensor]:
         """``generate``, in chunks of 1920 samples (80 ms) as they are generated.
 
@@ -232,12 +247,26 @@ class Generator:
         ``MAX_UNREAD`` chunks ahead of the reader, and is cancelled when the iterator is closed.
         """
         speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice)
-        return (frame.audio_N for frame in self.stream_frames(speech) if frame.audio_N is not None)
+        return (frame.audio_N for frame in self.stream_frames(speech, guards) if frame.audio_N is not None)
 
-    def stream_frames(self, speech: SpeechRequest) -> Iterator[Frame]:
+    def stream_frames(self, speech: SpeechRequest, guards: Guards = DEFAULT_GUARDS) -> Iterator[Frame]:
         """``stream`` with the codes (K,) of each chunk."""
-        frames = self._run([self._request(speech)], MAX_UNREAD)
+        frames = self._run([self._opener(speech, guards, max_unread=MAX_UNREAD)])
         return (frame for _, frame in frames)
+
+    def submit(
+        self,
+        speech: SpeechRequest,
+        guards: Guards = DEFAULT_GUARDS,
+        max_unread: int | None = MAX_UNREAD,
+        notify: Callable[[], None] | None = None,
+    ) -> GuardedTicket:
+        """Start to generate; frames of codes and samples arrive at the ticket. For event loops, which must not block.
+
+        ``notify`` is called from the engine's thread when the ticket may have a frame or has ended. ``max_unread``
+        pauses the request while its reader is so many frames behind.
+        """
+        return self._opener(speech, guards, max_unread=max_unread)(notify)
 
     def generate_codes(
         self,
@@ -250,27 +279,29 @@ class Generator:
         seed: int | None = None,
         voice: str | Voice | None = None,
     ) -> Tensor:
-        """``generate``, before the codec: codes (T, K) int64 on the CPU."""
+        """``generate`` before the codec and without guards: codes (T, K) int64 on the CPU."""
         speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice)
         return self.generate_codes_batch([speech])[0]
 
-    def generate_batch(self, requests: Sequence[SpeechRequest | Mapping[str, Any]]) -> list[Tensor]:
+    def generate_batch(
+        self, requests: Sequence[SpeechRequest | Mapping[str, Any]], guards: Guards = DEFAULT_GUARDS
+    ) -> list[Tensor]:
         """Several requests at once, each a SpeechRequest or a mapping of its fields; the audio of each, in order.
 
         A request draws the codes that it would draw alone, up to the rounding of a matrix product over more rows.
         """
-        checked = [self._request(SpeechRequest.of(request)) for request in requests]
-        chunks: list[list[Tensor]] = [[] for _ in checked]
-        for index, frame in self._run(checked):
+        openers = [self._opener(SpeechRequest.of(request), guards, hold=True) for request in requests]
+        chunks: list[list[Tensor]] = [[] for _ in openers]
+        for index, frame in self._run(openers):
             assert frame.audio_N is not None
             chunks[index].append(frame.audio_N)
         return [torch.cat(parts) if parts else torch.zeros(0) for parts in chunks]
 
     def generate_codes_batch(self, requests: Sequence[SpeechRequest | Mapping[str, Any]]) -> list[Tensor]:
-        """``generate_batch``, before the codec: codes (T, K) of each request."""
-        checked = [self._request(SpeechRequest.of(request), audio=False) for request in requests]
-        codes: list[list[Tensor]] = [[] for _ in checked]
-        for index, frame in self._run(checked):
+        """``generate_batch`` before the codec and without guards: codes (T, K) of each request."""
+        openers = [self._opener(SpeechRequest.of(request), NO_GUARDS, audio=False) for request in requests]
+        codes: list[list[Tensor]] = [[] for _ in openers]
+        for index, frame in self._run(openers):
             codes[index].append(frame.codes_K)
         empty = torch.zeros(0, self.config.num_codebooks, dtype=torch.int64)
         return [torch.stack(frames) if frames else empty for frames in codes]
@@ -329,7 +360,7 @@ class Generator:
                 f"the prompt leaves room for {room * frame_ms / 1000:.2f} s of audio, "
                 f"of the {limit_ms / 1000:g} s that were asked for"
             )
-            warnings.warn(message, RoomWarning, stacklevel=4)
+            warnings.warn(message, RoomWarning, stacklevel=5)
         return Request(prompt, params, int(min(asked, room)), audio)
 
     def _turn(self, segment: Segment) -> tuple[list[int], Tensor]:
@@ -349,10 +380,28 @@ class Generator:
         check_length(-(-mono.shape[0] // self._checkpoint.codec_config.frame_size), self.config)
         return text_ids, self.codec.encode(mono)
 
-    def _run(self, requests: Sequence[Request], max_unread: int | None = None) -> Iterator[tuple[int, Frame]]:
+    def _opener(
+        self,
+        speech: SpeechRequest,
+        guards: Guards,
+        audio: bool = True,
+        hold: bool = False,
+        max_unread: int | None = None,
+    ) -> Opener:
+        """Check a request; the result submits it. ``hold`` hands frames out only once the request has ended."""
+        request = self._request(speech, audio)
+        rate = self._checkpoint.codec_config.frame_rate
+
+        def open_ticket(notify: Callable[[], None] | None) -> GuardedTicket:
+            return GuardedTicket(self._worker_for(1), request, speech.text, guards, rate, hold, max_unread, notify)
+
+        return open_ticket
+
+    def _run(self, openers: Sequence[Opener]) -> Iterator[tuple[int, Frame]]:
         """Frames of all requests as they are generated, each with the index of its request."""
-        if requests:
-            yield from self._worker_for(len(requests)).frames(requests, max_unread)
+        if openers:
+            self._worker_for(len(openers))  # with slots for all of them
+            yield from guarded_frames(openers)
 
     def _worker_for(self, num_slots: int) -> Worker:
         """The engine's worker. An idle engine with fewer slots is replaced by a larger one; a busy one queues."""
@@ -371,8 +420,25 @@ class Generator:
                     self._graphs,
                     self._progress,
                 )
-                worker = self._worker = Worker(engine)
+                worker = self._worker = Worker(engine, lambda: choose_threads(self.model, self._threads))
             return worker
+
+
+def _open_model(
+    name: str | Path, device: torch.device, dtype: torch.dtype, quantize: str | None, progress: bool
+) -> tuple[Checkpoint, CSM]:
+    """A checkpoint and its model; see ``Generator.from_pretrained``."""
+    quantized = open_quantized(name)
+    if (quantized or quantize) and device.type != "cpu":
+        raise CSMError(f"quantised weights run on a CPU only, not on {device}")
+    if quantized is not None:
+        if quantize is not None:
+            raise CSMError(f"{name} is quantised already: load it without quantize={quantize!r}")
+        return quantized
+    checkpoint = open_checkpoint(name, progress)
+    if quantize is not None:
+        return checkpoint, read_quantized(checkpoint, quantize, dtype, progress)
+    return checkpoint, CSM.from_state_dict(checkpoint.config, read_model(checkpoint, device, dtype, progress), device)
 
 
 def find_device(name: str | torch.device | None) -> torch.device:

@@ -69,6 +69,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        self.eps = config.norm_eps
         self.norm = nn.Parameter(torch.ones(config.dim))
         self.qkv = nn.Parameter(torch.empty(config.qkv_dim, config.dim))
         self.output = nn.Parameter(torch.empty(config.dim, config.num_heads * config.head_dim))
@@ -77,6 +78,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        self.eps = config.norm_eps
         self.norm = nn.Parameter(torch.ones(config.dim))
         self.gate_up = nn.Parameter(torch.empty(2 * config.hidden_dim, config.dim))
         self.down = nn.Parameter(torch.empty(config.dim, config.hidden_dim))
@@ -85,7 +87,6 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.eps = config.norm_eps
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
@@ -96,7 +97,7 @@ class Block(nn.Module):
         return block(
             x_BTD=x_BTD,
             weights=BlockWeights(attention.norm, attention.qkv, attention.output, mlp.norm, mlp.gate_up, mlp.down),
-            eps=self.eps,
+            eps=attention.eps,
             rope_BTp2=meta.rope_BTp2,
             bias_BTS=meta.bias_BTS,
             k_cache_BGSd=k_BGSd,

@@ -13,7 +13,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from csm.kernels import attention_linear_add, draw_noise, linear_add, norm_rope_cache, norm_swiglu, sample
+from csm.kernels import (
+    advance_frame,
+    attention_linear_add,
+    draw_noise,
+    linear_add,
+    norm_rope_cache,
+    norm_swiglu,
+    sample,
+)
 from csm.model import CSM, Attention, AttentionMetadata, Block, Transformer
 
 TEMPERATURES = (0.0, 0.9)  # greedy and sampled
@@ -88,7 +96,7 @@ def _block_checks(
     attend = partial(_attend, block.attention, q_BTHd, residual_BTD, k_BGSd, v_BGSd)
     yield Check("norm_rope_cache", lambda: rope(metadata()))
     yield Check("attention_linear_add", lambda: attend(metadata()))
-    yield Check("norm_swiglu", lambda: (norm_swiglu(x_BTD, mlp.norm, mlp.gate_up, block.eps),))
+    yield Check("norm_swiglu", lambda: (norm_swiglu(x_BTD, mlp.norm, mlp.gate_up, mlp.eps),))
     yield Check("linear_add", lambda: (linear_add(hidden_BTF, mlp.down, residual_BTD=residual_BTD),))
 
 
@@ -101,7 +109,7 @@ def _rope(
         x_BTD=x_BTD,
         norm_D=block.attention.norm,
         qkv_ED=block.attention.qkv,
-        eps=block.eps,
+        eps=block.attention.eps,
         rope_BTp2=meta.rope_BTp2,
         k_cache_BGSd=k_BGSd,
         v_cache_BGSd=v_BGSd,
@@ -144,6 +152,23 @@ def _embedding_and_head_checks(random: RandomTensors, model: CSM, batch: int) ->
     yield Check("norm_linear (projection)", lambda: (model.enter_depth(hidden_BTD),))
     yield Check("norm_linear (codebook 0)", lambda: (model.logits(0, hidden_BTD),))
     yield Check("norm_linear (codebook 1)", lambda: (model.logits(1, depth_BTD),))
+    yield Check("advance_frame", partial(_advance, model, codes_BTK[:, 0], row_BTC[:, 0]))
+
+
+def _advance(model: CSM, codes_BK: Tensor, row_BC: Tensor) -> tuple[Tensor, ...]:
+    """Copies of a slot's pending row and counters, advanced; the last slot's position is the largest."""
+    position_B = torch.arange(row_BC.shape[0], device=row_BC.device)
+    row_BC, mask_BC, frame_B = row_BC.clone(), torch.zeros_like(row_BC, dtype=torch.bool), position_B + 7
+    advance_frame(
+        codes_BK=codes_BK,
+        pending_row_BC=row_BC,
+        pending_mask_BC=mask_BC,
+        position_B=position_B,
+        frame_B=frame_B,
+        max_position=row_BC.shape[0] - 1,
+        head_VD=model.codebook0_head,
+    )
+    return row_BC, mask_BC, position_B, frame_B
 
 
 def _sample_checks(random: RandomTensors, model: CSM, batch: int) -> Iterator[Check]:

@@ -15,10 +15,10 @@ import gzip
 import json
 import re
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 
 from csm.errors import CheckpointError
+from csm.text import normalize
 
 PRONUNCIATION_FILE = "pronunciation.json.gz"
 CONTEXT = (0, 1, -1, 2, -2, 3, -3, 4, -4)  # offsets of the letters a rule may look at, the most telling first
@@ -26,46 +26,12 @@ EDGE = "_"  # the letter before the first and after the last
 SUFFIXES = {"'ll": "əl", "'d": "d", "'ve": "v", "'re": "ɜ", "n't": "ənt"}
 VOICELESS, SIBILANTS, VOWELS = "ptkfθ", "szʃʒʧʤ", "ɑæʌɔWəIɛɜAɪiOYʊu"
 
-_TOKEN = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*'?|\d+(?:,\d{3})+|\d+|[.,;:?!]")
-_TITLES = {"Mr": "Mister", "Mrs": "Missus", "Ms": "Miss", "Dr": "Doctor"}
-
-
-def _title(match: re.Match[str]) -> str:
-    return _TITLES[match[1]]
-
-
-# Written forms and how they are read, applied in order.
-_SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-    (re.compile(pattern), said)
-    for pattern, said in (
-        (r"[’‘]", "'"),
-        (r"…", "."),
-        (r"\s[-–]+\s|—|–|[()]", ", "),
-        (r"[-/\"“”*_]", " "),
-        (r"\b(Mr|Mrs|Ms|Dr)\.?(?= )", _title),
-        (r"\$(\d[\d,]*)\.(\d\d)\b", r"\1 dollars \2"),
-        (r"\$(\d[\d,]*)", r"\1 dollars"),
-        (r"(\d):00\b", r"\1 o'clock"),
-        (r"(\d):(?=\d\d\b)", r"\1 "),
-        (r"(\d)\.(?=\d)", r"\1 point "),
-        (r"%", " percent "),
-        (r"&", " and "),
-    )
+_TOKEN = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*'?|[.,;:?!]")
+# Applied in order to normalised text.
+_PUNCTUATION = [
+    (re.compile(pattern), plain)
+    for pattern, plain in ((r"[’‘]", "'"), (r"…", "."), (r"\s[-–]+\s|—|–|[()]", ", "), (r"[-/\"“”*_]", " "))
 ]
-ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-seventeen eighteen nineteen""".split()
-TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-
-def number_in_words(number: int) -> str:
-    """0 to 999,999,999 in words: 341 is "three hundred forty one"."""
-    if number < 20:
-        return ONES[number]
-    for size, name in ((1_000_000, "million"), (1000, "thousand"), (100, "hundred")):
-        if number >= size:
-            rest = number % size
-            return f"{number_in_words(number // size)} {name}" + (f" {number_in_words(rest)}" if rest else "")
-    return TENS[number // 10] + (f" {ONES[number % 10]}" if number % 10 else "")
 
 
 def letter_context(word: str, place: int) -> str:
@@ -106,12 +72,13 @@ class Pronouncer:
 
     def __call__(self, text: str) -> str:
         """The phones of ``text``, words separated by spaces, with its punctuation."""
-        for pattern, said in _SPELLINGS:
-            text = pattern.sub(said, text)
+        text = normalize(text)  # numbers and abbreviations to words
+        for pattern, plain in _PUNCTUATION:
+            text = pattern.sub(plain, text)
         folded = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
         spoken = ""
         for token in _TOKEN.findall(folded):
-            if token[0].isalnum():
+            if token[0].isalpha():
                 phones = " ".join(self.word(word) for word in self._words_of(token))
                 if phones and phones[0] in VOWELS and (spoken == "ðə" or spoken.endswith(" ðə")):
                     spoken = spoken[:-1] + "i"  # "the apple"
@@ -121,12 +88,7 @@ class Pronouncer:
         return spoken
 
     def _words_of(self, token: str) -> list[str]:
-        """What is said for a token: a number's words, the letters of an abbreviation, or the word itself."""
-        if token[0].isdigit():
-            digits = token.replace(",", "")
-            if len(digits) > 9 or (len(digits) > 1 and digits[0] == "0"):
-                return [ONES[int(digit)] for digit in digits]
-            return number_in_words(int(digits)).split()
+        """The letters of an abbreviation, or the word itself."""
         token = token.rstrip("'")  # a closing quotation mark, or the possessive of a plural
         is_abbreviation = token.isupper() and 1 < len(token) <= 5 and token.lower() not in self.lexicon
         return list(token) if is_abbreviation else [token.lower()]

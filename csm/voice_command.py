@@ -94,7 +94,13 @@ def _record(args: argparse.Namespace) -> Voice:
         generator.prepare(Segment(args.speaker, text, audio, sample_rate=rate))
         for text, (audio, rate) in zip(args.ref_text, clips, strict=True)
     ]
-    voice = Voice(args.name, tuple(args.ref_text), tuple(turn.codes for turn in turns), args.speaker, args.consent)
+    voice = Voice(
+        args.name,
+        tuple(args.ref_text),
+        tuple(turn.codes for turn in turns if turn.codes is not None),
+        args.speaker,
+        args.consent,
+    )
     room_ms = generator.room_ms(SpeechRequest("Hello there.", args.speaker, voice=voice))
     if room_ms < MIN_ROOM_MS:
         raise VoiceError(

@@ -8,11 +8,11 @@ from __future__ import annotations
 import atexit
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import torch
 
-from csm.engine import Engine, Frame, Request, Ticket
+from csm.engine import Engine, Request, Ticket
 
 LINGER_SECONDS = 10.0  # a new thread costs a new pool of compute threads
 
@@ -22,12 +22,14 @@ _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 class Worker:
     """Runs one engine; any number of threads may submit and read."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, num_threads: Callable[[], int] = torch.get_num_threads):
+        """``num_threads`` is asked at each request, in the caller's thread: PyTorch keeps the number per thread."""
         self.engine = engine
         self._work = threading.Condition()
         self._changed = False
         self._thread: threading.Thread | None = None
-        self._num_threads = torch.get_num_threads()
+        self._choose_threads = num_threads
+        self._num_threads = num_threads()
         self._closed = False
         _workers.add(self)
 
@@ -39,7 +41,7 @@ class Worker:
             if self._closed:
                 raise RuntimeError("the engine is closed: the process is ending")
             ticket = self.engine.submit(request, max_unread, notify)
-            self._num_threads = torch.get_num_threads()  # PyTorch keeps this per thread; the caller's counts
+            self._num_threads = self._choose_threads()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="csm-engine", daemon=True)
                 self._thread.start()
@@ -56,34 +58,6 @@ class Worker:
         with self._work:
             self._changed = True
             self._work.notify()
-
-    def frames(self, requests: Sequence[Request], max_unread: int | None = None) -> Iterator[tuple[int, Frame]]:
-        """Frames of all requests as they arrive, each with the index of its request. Closing it cancels them.
-
-        Raises the exception of the first request that failed.
-        """
-        arrived = threading.Semaphore(0)
-        tickets: list[Ticket] = []
-        try:
-            for request in requests:
-                tickets.append(self.submit(request, max_unread, arrived.release))
-            pending = dict(enumerate(tickets))
-            while pending:
-                arrived.acquire()
-                for index, ticket in list(pending.items()):
-                    finished = ticket.finished  # before the last look for frames
-                    while (frame := ticket.take()) is not None:
-                        if max_unread is not None and ticket.num_unread == max_unread - 1:
-                            self.wake()
-                        yield index, frame
-                    if finished:
-                        del pending[index]
-                        if ticket.error is not None:
-                            raise ticket.error
-        finally:
-            for ticket in tickets:
-                if not ticket.finished:
-                    self.cancel(ticket)
 
     def _run(self) -> None:
         try:

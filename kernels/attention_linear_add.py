@@ -59,9 +59,13 @@ def attend_all_heads(
     """
     m_M, c_C, d_D = tl.arange(0, q_MD.shape[0]), tl.arange(0, GROUPS * S), tl.arange(0, q_MD.shape[1])
     offset_CD = (c_C // S)[:, None] * head_stride + (c_C % S)[:, None] * d + d_D[None, :]
-    mask_CD = ((c_C // S < G) & (c_C % S < CONTEXT))[:, None] & (d_D < d)[None, :]
-    k_CD = tl.load(k_ptr + offset_CD, mask=mask_CD, other=0.0)
-    v_CD = tl.load(v_ptr + offset_CD, mask=mask_CD, other=0.0)
+    exists_CD = ((c_C // S < G) & (c_C % S < CONTEXT))[:, None] & (d_D < d)[None, :]
+    if GROUPS == G and S == CONTEXT and q_MD.shape[1] == d:  # CSM-1B: no padding, and no registers for a mask
+        k_CD = tl.load(k_ptr + offset_CD)
+        v_CD = tl.load(v_ptr + offset_CD)
+    else:
+        k_CD = tl.load(k_ptr + offset_CD, mask=exists_CD, other=0.0)
+        v_CD = tl.load(v_ptr + offset_CD, mask=exists_CD, other=0.0)
     visible_C = c_C % S <= tl.load(position_ptr)
     visible_MC = visible_C[None, :] & ((m_M // R % GROUPS)[:, None] == (c_C // S)[None, :])
     _, sum_M, acc_MD = softmax_dot(q_MD, k_CD, tl.where(visible_C[:, None], v_CD, 0.0), visible_MC, scale)
@@ -123,8 +127,7 @@ def attention_linear_add(
     """``linear_add(attention(q, ...), weight, residual)``: (B, T, H, d), (B, T, D) -> (B, T, D)."""
     (B, T, H, d), G = q_BTHd.shape, k_cache_BGSd.shape[1]
     if B * T <= native.MAX_ROWS and native.use_native(q_BTHd, B * T, weight_DE):
-        cache = (k_cache_BGSd, v_cache_BGSd, position_BT)
-        return native.attention_linear_add(q_BTHd, *cache, weight_DE, residual_BTD)
+        return native.attention_linear_add(q_BTHd, k_cache_BGSd, v_cache_BGSd, position_BT, weight_DE, residual_BTD)
     context = covered_positions(bias_BTS, context)
     fused = B * T == 1 and context <= MAX_FUSED_CONTEXT and use_kernels(q_BTHd, 1)
     config = launch_config("attention_linear_add", weight_DE, 1) if fused else None
@@ -133,10 +136,6 @@ def attention_linear_add(
         return linear_add(attended_BTE, weight_DE, residual_BTD)
     assert q_BTHd.is_contiguous() and k_cache_BGSd.stride() == v_cache_BGSd.stride()
     out_BTD = q_BTHd.new_empty(residual_BTD.shape)
-    groups, heads_per_group = power_of_two(G), power_of_two(H // G)
-    constants: dict[str, Any] = dict(H=H, G=G, d=d, N=weight_DE.shape[0], CONTEXT=context)
-    constants |= dict(GROUPS=groups, R=heads_per_group, M=max(MIN_DOT, groups * heads_per_group))
-    constants |= dict(D=max(MIN_DOT, power_of_two(d)), S=max(MIN_DOT, power_of_two(context)))
     launch(
         attention_linear_add_row,
         [config.num_programs(weight_DE.shape[0])],
@@ -151,6 +150,14 @@ def attention_linear_add(
         scale=1 / math.sqrt(d),
         BLOCK_N=config.constants["BLOCK_N"],
         num_warps=config.num_warps,
-        **constants,
+        **_constants(H, G, d, weight_DE.shape[0], context),
     )
     return out_BTD
+
+
+def _constants(H: int, G: int, d: int, N: int, context: int) -> dict[str, Any]:
+    """Sizes, and those of the tiles: powers of two, of at least ``MIN_DOT`` where a tensor core multiplies."""
+    groups, heads_per_group = power_of_two(G), power_of_two(H // G)
+    tiles = dict(GROUPS=groups, R=heads_per_group, M=max(MIN_DOT, groups * heads_per_group))
+    tiles |= dict(D=max(MIN_DOT, power_of_two(d)), S=max(MIN_DOT, power_of_two(context)))
+    return dict(H=H, G=G, d=d, N=N, CONTEXT=context, **tiles)

@@ -157,9 +157,9 @@ def test_a_segments_sample_rate_is_honoured(noisy):
 
 
 BAD = {
-    "max_audio_length_ms": (0, 79.9, -1, float("nan"), "160", None),
-    "temperature": (-1, float("nan"), float("inf"), 1e39, None, "1"),
-    "topk": (0, 257, 10_000, 50.7, None),
+    "max_audio_length_ms": (0, 79.9, -1, float("nan"), "160"),
+    "temperature": (-1, float("nan"), float("inf"), 1e39, "1"),
+    "topk": (0, 257, 10_000, 50.7),
     "seed": (-1, 2**63, 1.5, "1"),
 }
 

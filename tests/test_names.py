@@ -11,7 +11,7 @@ RETIRED = {
     "Places": r"\bPlaces\b(?! to)",
     "places (kernel arguments)": r"\*places\b|^\s*places = \(",
     "span (context bucket)": r"\bspan_of\b|\.spans?\b|\bspans? =|_span\b|_span_|MIN_SPAN|[Aa] span that|# spans\b",
-    "Lane": r"\b_?[Ll]anes?\b",
+    "Lane": r"\bLane\b(?!\")|\b_lanes?\b|\.lanes?\b|[Cc]aptured lane|\blanes? of (slots|that size)",
     "PASS_LENGTHS": r"\bPASS_LENGTHS\b",
     "pass (prefill chunk)": r"captured pass|passes of a few|computed in passes|prompts' passes|into passes|_passes_",
     "fold (precompute_depth_embedding)": r"\.fold\(|\bdef fold\b|folded table|nothing folded|was folded|merged, folded",

@@ -88,7 +88,7 @@ def test_a_frame_is_kernels_and_a_few_plain_ops():
     sequence = frame_sequence(CSM_1B, 1, torch.bfloat16)
     plain = [one for one in sequence if isinstance(one, str)]
     assert 0 < len(plain) < 40 and len(sequence) <= 700
-    assert sequence[-1] == plain[-1]  # the position advances last
+    assert sequence[-1].name == "advance_slot"
 
 
 @pytest.mark.slow
@@ -104,6 +104,7 @@ def test_a_frame_is_predicted(gpu):
     result = json.loads(done.stdout.splitlines()[-1])
     prediction = result["prediction"]
     assert prediction["weights_at_copy_bandwidth_ms"] < prediction["predicted_ms"] < 15
+    assert gpu != "h200" or prediction["predicted_ms"] <= 3.3
     assert sum(row["predicted_frame_us"] for row in result["kernels"]) == pytest.approx(
         1e3 * prediction["predicted_ms"]
     )

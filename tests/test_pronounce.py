@@ -8,7 +8,7 @@ import pytest
 
 from csm.errors import CheckpointError, PromptError
 from csm.prompt import TextTokenizer
-from csm.pronounce import PRONUNCIATION_FILE, Pronouncer, letter_context, number_in_words
+from csm.pronounce import PRONUNCIATION_FILE, Pronouncer, letter_context
 from csm.weights.recipe.pronunciation import align, flite_phones, make_pronouncer, make_rules
 from csm.weights.recipe.shape import CHARACTERS, PHONES, phone_tokenizer
 
@@ -65,12 +65,6 @@ def test_unknown_words_follow_the_rule_with_the_longest_context():
     assert pronounce.word("cab") == "kæb"
     assert pronounce.word("ceb") == "sɛb"
     assert Pronouncer({}, rules | {"cea": "ʃ"}).word("face") == "fæʃ"
-
-
-@pytest.mark.parametrize("number", [0, 7, 19, 20, 85, 100, 341, 1000, 12_005, 1_234_567, 999_999_999])
-def test_numbers_in_words(number):
-    num2words = pytest.importorskip("num2words").num2words
-    assert number_in_words(number) == num2words(number).replace(" and ", " ").replace("-", " ").replace(",", "")
 
 
 def test_the_file_is_read_as_written(pronounce, tmp_path):

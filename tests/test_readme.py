@@ -1,5 +1,6 @@
 """The docs: examples run, with the embedded checkpoint in place of CSM-1B; commands, links and the glossary hold."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sphn
+from test_structure import LAYERS
 
 import csm
 import generate
@@ -29,7 +31,7 @@ PAGES = [
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 README = TEXT["README.md"]
 HUB_NAME = re.compile(r"(sesame|unsloth)/csm-1b")
-FOREIGN = ("hf", "pip")  # programs of other packages that the docs call
+FOREIGN = ("hf", "pip", "curl")  # programs of other packages that the docs call
 
 
 def blocks(language, page="README.md"):
@@ -175,9 +177,11 @@ def missing_arguments(program, words):
         "generate.py": [["--text", "--file"]],
         "finetune": [["--data"], ["--out"]],
         "eval": [["--data", "--sentences"]],
+        "quantize": [["--scheme"], ["--out"]],
     }
     command = program if program == "generate.py" else words[0]
-    return [word for options in needed.get(command, []) if not {*options} & {*words} for word in (options[0], "x")]
+    missing = [word for options in needed.get(command, []) if not {*options} & {*words} for word in (options[0], "x")]
+    return ["tiny", *missing] if words == ["quantize"] else missing
 
 
 def test_every_expression_selects_gpu_tests():
@@ -198,16 +202,96 @@ def glossary():
     return re.split(r"\n(?=- )", section.strip())
 
 
+def defined_names(path):
+    """Names of functions, classes, variables and attributes (as ``self.x``) that a Python file defines."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield ast.unparse(node)
+
+
 @pytest.mark.parametrize("entry", glossary())
-def test_every_term_of_the_glossary_is_used_where_it_points(entry):
+def test_every_term_of_the_glossary_is_defined_where_it_points(entry):
     term, meaning, name, path = ENTRY.match(" ".join(entry.split())).groups()
     assert len(meaning.split()) >= 5, term
-    assert re.search(rf"\b{re.escape(name)}\b", (ROOT / path).read_text()), f"{term}: no {name} in {path}"
+    name = re.sub(r"^(class|def) ", "", name)
+    assert name in set(defined_names(ROOT / path)), f"{term}: {path} does not define {name}"
 
 
 def test_the_glossary_is_complete():
     terms = [ENTRY.match(" ".join(entry.split()))[1] for entry in glossary()]
     assert len(terms) == len(set(terms)) >= 20
+
+
+# "section 7", with the title or the name that is said to be there: section 7, "Two requests at once".
+SECTION = re.compile(r"\bsection (\d+)(?:, (?:\"([^\"]+)\"|`([^`]+)`))?")
+
+
+def design_sections():
+    """Number -> text of the numbered sections of the design page."""
+    parts = re.split(r"^## (?:(\d+)\. )?", TEXT["docs/design.md"], flags=re.MULTILINE)
+    return {int(number): text for number, text in zip(parts[1::2], parts[2::2], strict=True) if number}
+
+
+def section_references():
+    for page in PAGES:
+        prose = " ".join(TEXT[page].split())
+        yield from ((page, *match.groups()) for match in SECTION.finditer(prose) if page != "docs/log.md")
+
+
+def holds(text, title, name):
+    """Whether a section has a paragraph that begins with the bold title, and mentions the name."""
+    has_title = title is None or re.search(rf"^\*\*{re.escape(title)}\.\*\*", text, flags=re.MULTILINE)
+    return bool(has_title) and (name is None or f"`{name}`" in text)
+
+
+@pytest.mark.parametrize(("page", "number", "title", "name"), sorted(set(section_references()), key=str))
+def test_section_references_are_right(page, number, title, name):
+    sections = design_sections()
+    assert int(number) in sections, f"{page}: section {number}"
+    assert holds(sections[int(number)], title, name), f"{page}: section {number} is not about {title or name}"
+
+
+def test_questions_name_the_section_that_answers_them():
+    references = [reference for reference in section_references() if reference[0] == "docs/design.md"]
+    assert sum(title is not None or name is not None for _, _, title, name in references) >= 5
+    sections = design_sections()
+    assert holds(sections[8], "What is captured", None) and not holds(sections[7], "What is captured", None)
+
+
+def test_import_chain_is_the_enforced_one():
+    section = TEXT["docs/design.md"].split("## Imports run one way")[1]
+    lines = re.search(r"```text\n(.*?)```", section, flags=re.DOTALL)[1].splitlines()
+    chain = [{name if name == "csm" else f"csm.{name}" for name in line.split(", ")} for line in lines]
+    assert chain == LAYERS
+
+
+VARIABLE = re.compile(
+    r"\benviron(?:\.get\(|\[)\"(\w+)\"|\"(\w+)\" (?:not )?in os\.environ|^VARIABLE = \"(\w+)\"", re.MULTILINE
+)
+
+
+def test_every_environment_variable_is_in_the_table():
+    files = [path for folder in ("csm", "kernels", "weights") for path in (ROOT / folder).rglob("*.py")]
+    read = {name for path in files for match in VARIABLE.findall(path.read_text()) for name in match if name}
+    assert {"CSM_SELFCHECK", "CSM_THREADS", "CSM_HOME"} <= read
+    table = README.split("### Environment variables")[1].split("\n#")[0]
+    assert read <= set(re.findall(r"`([A-Z_]+)`", table))
+
+
+def test_every_page_is_linked_from_the_architecture_page():
+    pages = {page for page in PAGES if page.startswith("docs/")} - {"docs/design.md"}
+    assert {f"docs/{link}" for link in re.findall(r"\]\(([a-z]+\.md)\)", TEXT["docs/design.md"])} >= pages
+
+
+def test_every_module_is_in_the_readme():
+    table = README.split("## Reading it")[1]
+    modules = {f"csm/{path.name}" for path in (ROOT / "csm").glob("*.py") if not path.name.startswith("__")}
+    modules |= {f"csm/{path.parent.name}/" for path in (ROOT / "csm").glob("*/__init__.py")}
+    assert modules - {"csm/config.py", "csm/errors.py"} <= set(re.findall(r"`([^`]+)`", table))
 
 
 def test_every_test_file_holds_a_claim():

@@ -15,7 +15,8 @@ ROOT = Path(csm.__file__).parent.parent
 LAYERS = [
     {"csm.errors"},
     {"csm.config"},
-    {"csm.audio", "csm.graph", "csm.kernels", "csm.pronounce", "csm.text", "csm.weights"},
+    {"csm.audio", "csm.graph", "csm.kernels", "csm.text", "csm.weights"},
+    {"csm.pronounce"},
     {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt"},
     {"csm.prefix_cache", "csm.voices"},
     {"csm.request"},
@@ -26,13 +27,17 @@ LAYERS = [
     {"csm.selfcheck", "csm.runner"},
     {"csm.engine"},
     {"csm.worker"},
+    {"csm.guards"},
     {"csm.generator"},
     {"csm.conversation"},
     {"csm.script", "csm.player"},
     {"csm.voice_command"},
     {"csm.finetune"},
-    {"csm.bench", "csm.evaluate"},
+    {"csm.bench", "csm.compare", "csm.evaluate"},
     {"csm"},
+    {"csm.serve"},
+    {"csm.command_line"},
+    {"csm.doctor", "csm.generate_command"},
     {"csm.__main__"},
     {"csm.weights.recipe"},
 ]
@@ -49,9 +54,11 @@ def package_of(name):
 FOLDERS = {
     "csm": "csm",
     "csm/bench": "csm.bench",
+    "csm/doctor": "csm.doctor",
     "csm/evaluate": "csm.evaluate",
     "csm/finetune": "csm.finetune",
     "csm/text": "csm.text",
+    "csm/serve": "csm.serve",
     "kernels": "csm.kernels",
     "kernels/native": "csm.kernels.native",
     "weights": "csm.weights",
@@ -88,7 +95,9 @@ def test_imports_run_one_way(path, module):
 
 
 def test_generate_uses_public_names_only():
-    assert {name for name in imports(ROOT / "generate.py") if name.startswith("csm")} == {"csm"}
+    assert {name for name in imports(ROOT / "generate.py") if name.startswith("csm")} == {"csm.generate_command"}
+    used = {name for name in imports(ROOT / "csm" / "generate_command.py") if name.startswith("csm")}
+    assert used == {"csm", "csm.command_line"}
 
 
 def functions():

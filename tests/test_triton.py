@@ -136,6 +136,9 @@ HEADS = [(1, 1, 4), (3, 1, 8), (4, 2, 16), (5, 5, 6), (12, 3, 10)]  # query head
 QUERIES, CONTEXTS = [(1, 1), (1, 2), (3, 2), (17, 1)], [2, 32, 65, 200]  # slots and rows of each; cache positions
 CASES = [(heads, rows, CONTEXTS[(i + j) % 4]) for i, heads in enumerate(HEADS) for j, rows in enumerate(QUERIES)]
 CASES += [(heads, (1, 1), context) for heads in HEADS for context in (7, 31)]
+CSM_1B_HEADS = (8, 2, 128), (32, 8, 64)
+CASES += [(CSM_1B_HEADS[0], (1, 1), 32), (CSM_1B_HEADS[0], (1, 2), 32)]
+CASES += [(CSM_1B_HEADS[1], (1, 1), 30), (CSM_1B_HEADS[1], (2, 1), 130)]
 CASES = CASES[::3] if DEVICE.type == "cuda" else CASES
 
 

@@ -1,6 +1,6 @@
 """Tuning: the products of a frame, the candidates, and the entry that is kept. Timings come from the test."""
 
-import math
+import time
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ import torch
 from csm.bench import tune
 from csm.bench.command import main
 from csm.bench.launches import frame_launches
+from csm.bench.tune import Tuning, neighbours, products, segments
 from csm.config import CSM_1B
 from csm.kernels import launch_config
 from csm.kernels.launch import launches
@@ -20,20 +21,21 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton'
 @pytest.fixture(autouse=True)
 def empty_table(monkeypatch):
     monkeypatch.setenv("CSM_OPS", "triton")
-    monkeypatch.setattr(tune, "POOL_BYTES", 1)
     launch_config.tuned_configs.cache_clear()
+    launch_config._launch_config.cache_clear()
     yield
     launch_config.tuned_configs.cache_clear()
     launch_config._launch_config.cache_clear()
 
 
-def products_of(config, *batches):
-    return tune.products([launch for batch in batches for launch in frame_launches(config, batch, torch.bfloat16)])
+def products_of(config, batch):
+    return products(frame_launches(config, batch, torch.bfloat16))
 
 
 def test_products_of_a_frame():
     keys = [product.key for product in products_of(CSM_1B, 1)]
     assert len(set(keys)) == len(keys)
+    assert keys[0] == "norm_swiglu 16384x2048 bfloat16 rows"  # the largest first
     assert {
         "norm_rope_cache 3072x2048 bfloat16 rows",
         "norm_rope_cache 1536x1024 bfloat16 rows",
@@ -42,31 +44,83 @@ def test_products_of_a_frame():
         "attention_linear_add 1024x1024 bfloat16 rows",
         "norm_linear 2048x1024 bfloat16 rows",
     } <= set(keys)
-    assert products_of(CSM_1B, 1, 8)[0].rows == (1, 1)
     assert "norm_swiglu 16384x2048 bfloat16 matmul 32" in {product.key for product in products_of(CSM_1B, 32)}
 
 
+def test_neighbours_are_one_step_away():
+    product = products_of(CSM_1B, 1)[0]
+    entry = {"num_warps": 4, "BLOCK_N": 2, "BLOCK_K": 2048}
+    assert list(neighbours(product, entry)) == [
+        {**entry, "num_warps": 2},
+        {**entry, "num_warps": 8},
+        {**entry, "BLOCK_N": 4},
+    ]
+
+
 @pytest.mark.parametrize("batch", [1, 12])
-def test_the_fastest_candidate_is_kept(noisy, batch):
-    """The timed calls run in the interpreter with the configuration that won."""
-    for product in products_of(noisy.config, batch):
-        entries = [{}, *tune.candidates(product)]
-        wanted = entries[-1]
+def test_a_segments_products_run_with_the_entries_of_the_table(noisy, batch):
+    """The timed step runs in the interpreter, with the configuration that won."""
+    for step in segments(noisy.config, batch, CPU, torch.float32).values():
+        with launches() as seen:
+            step()
+        product = products(seen)[0]
+        wanted = next(neighbours(product, product.by_rule))
 
         def seconds(step, device, product=product, wanted=wanted):
-            return 0.0 if launch_config.tuned_configs()["cpu"].get(product.key, {}) == wanted else 1.0
+            return 0.5 if launch_config.tuned_configs()["cpu"].get(product.key) == wanted else 1.0
 
-        best = tune.tune([product], CPU, seconds, quiet=True)
-        assert best == {product.key: (wanted, 0.0, 0.5)}  # of each of two calls
-        config = launch_config.launch_config(
-            product.op, torch.empty(product.n, product.k, dtype=product.dtype), math.prod(product.rows)
-        )
-        assert config.options.items() >= wanted.items()
+        tuning = Tuning(step, CPU, seconds, time.perf_counter() + 60)
+        tuning.run([product], quiet=True)
+        assert (tuning.first, tuning.best) == (1.0, 0.5)
+        assert launch_config.tuned_configs()["cpu"][product.key] == wanted
         with launches() as seen:
-            step, count = tune.calls(product, CPU)
             step()
-        assert count == 2
-        assert {launch.constants["BLOCK_N"] for launch in seen if "BLOCK_N" in launch.constants} >= {wanted["BLOCK_N"]}
+        launch = next(launch for launch in seen if product in products([launch]))
+        assert {"num_warps": launch.num_warps, **launch.constants}.items() >= wanted.items()
+
+
+def test_descent_finds_the_lowest_point_of_a_valley(noisy):
+    """Several steps away, in two coordinates of two products, with noise that is no improvement."""
+    step = segments(noisy.config, 1, CPU, torch.float32)["depth pass"]
+    with launches() as seen:
+        step()
+    wanted = products(seen)[:2]
+    target = {"num_warps": 16, "BLOCK_N": 32}
+
+    def seconds(step, device):
+        cost = 1.0
+        for product in wanted:
+            entry = launch_config.tuned_configs()["cpu"].get(product.key, product.by_rule)
+            cost += 9.0 if "fallback" in entry else sum(abs(entry[k] - v) / v for k, v in target.items())
+        return cost
+
+    tuning = Tuning(step, CPU, seconds, time.perf_counter() + 60)
+    tuning.run(wanted, quiet=True)
+    for product in wanted:
+        assert launch_config.tuned_configs()["cpu"][product.key].items() >= target.items()
+    assert tuning.best == 1.0
+
+
+def test_what_does_not_fit_the_gpu_is_not_kept(noisy):
+    step = segments(noisy.config, 1, CPU, torch.float32)["backbone layer"]
+    with launches() as seen:
+        step()
+
+    def seconds(step, device):
+        if launch_config.tuned_configs()["cpu"]:
+            raise RuntimeError("out of resource: registers")
+        return 1.0
+
+    tuning = Tuning(step, CPU, seconds, time.perf_counter() + 60)
+    tuning.run(products(seen), quiet=True)
+    assert launch_config.tuned_configs()["cpu"] == {} and tuning.best == 1.0
+
+
+def test_when_the_time_is_over_the_best_so_far_stays(noisy):
+    rows = tune.tune(noisy.config, 1, torch.float32, CPU, lambda step, device: 1.0, budget=0, quiet=True)
+    assert {row["segment"] for row in rows} == {"depth pass", "backbone layer"}
+    assert {row["tuned"] for row in rows} == {"as by rule"}
+    assert launch_config.tuned_configs()["cpu"] == {}
 
 
 def test_the_fallback_can_win():

@@ -12,7 +12,6 @@ import random
 import re
 from collections.abc import Callable, Iterator
 
-from csm.pronounce import ONES, number_in_words
 from csm.weights.recipe import words
 
 SPLITS = ("train", "valid", "test")
@@ -71,22 +70,36 @@ No, I do not like {food}.
     .split("|")
 )
 
+_ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen""".split()
+_TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
 _PLURALS = {"mouse": "mice", "knife": "knives", "wolf": "wolves", "sheep": "sheep", "fireman": "firemen"}
 _PLURALS |= {"policeman": "policemen"}
+
+
+def number_in_words(number: int) -> str:
+    """0 to 999,999 in words: 341 is "three hundred forty one"."""
+    if number < 20:
+        return _ONES[number]
+    for size, name in ((1000, "thousand"), (100, "hundred")):
+        if number >= size:
+            rest = number % size
+            return f"{number_in_words(number // size)} {name}" + (f" {number_in_words(rest)}" if rest else "")
+    return _TENS[number // 10] + (f" {_ONES[number % 10]}" if number % 10 else "")
 
 
 def year_in_words(year: int) -> str:
     """A year from 1100 to 2099 in words: 1984 is "nineteen eighty four"."""
     century, rest = divmod(year, 100)
     if century == 20 and rest < 10:
-        return "two thousand" + (f" {ONES[rest]}" if rest else "")
-    return f"{ONES[century] if century < 20 else 'twenty'} " + _year_rest(rest)
+        return "two thousand" + (f" {_ONES[rest]}" if rest else "")
+    return f"{_ONES[century] if century < 20 else 'twenty'} " + _year_rest(rest)
 
 
 def _year_rest(rest: int) -> str:
     if rest == 0:
         return "hundred"
-    return f"oh {ONES[rest]}" if rest < 10 else number_in_words(rest)
+    return f"oh {_ONES[rest]}" if rest < 10 else number_in_words(rest)
 
 
 def plural(noun: str) -> str:
@@ -104,7 +117,7 @@ def _third_person(verb: str) -> str:
 
 
 def _clock(rng: random.Random) -> str:
-    hour = ONES[rng.randint(1, 12)]
+    hour = _ONES[rng.randint(1, 12)]
     return hour + rng.choice((" o'clock", " thirty", " forty five", " twenty"))
 
 
@@ -160,7 +173,7 @@ SLOTS: dict[str, Callable[[random.Random], str]] = {
     "number": lambda rng: number_in_words(
         rng.choice((rng.randint(2, 99), rng.randint(2, 9) * 100, rng.randint(2, 999)))
     ),
-    "digit": lambda rng: rng.choice(ONES[:10]),
+    "digit": lambda rng: rng.choice(_ONES[:10]),
     "year": lambda rng: year_in_words(rng.randint(1900, 2029)),
     "clock": _clock,
     "phrase": _one(words.PHRASES),

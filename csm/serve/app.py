@@ -1,0 +1,198 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import Response
+from starlette.datastructures import FormData, UploadFile
+
+from csm import Segment
+from csm.serve.errors import ApiError, AsciiJSON, add_handlers
+from csm.serve.limits import Gate
+from csm.serve.schema import SpeechBody
+from csm.serve.service import Service
+from csm.serve.settings import MAX_INPUT, MAX_UPLOAD
+from csm.serve.speech import speak
+from csm.serve.voices import OPENAI_NAMES, read_recording
+
+OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
+FORM_FIELDS = ("name", "text", "consent", "speaker", "type")
+router = APIRouter()
+
+
+def _service(request: Request) -> Service:
+    return request.app.state.service
+
+
+def _models(service: Service) -> list[str]:
+    return list(dict.fromkeys([service.settings.model, *OPENAI_MODELS]))
+
+
+def _known(service: Service, model: str) -> bool:
+    """OpenAI's names may carry a date: gpt-4o-mini-tts-2025-12-15."""
+    return model in _models(service) or model.startswith(f"{OPENAI_MODELS[-1]}-")
+
+
+@router.post("/v1/audio/speech", response_class=Response)
+async def speech(body: SpeechBody, request: Request) -> Response:
+    """Generate speech; the audio is streamed while it is generated."""
+    service = _service(request)
+    if not _known(service, body.model):
+        message = f"no model is called {body.model!r}; there are {', '.join(_models(service))}"
+        raise ApiError(404, message, "model", "model_not_found")
+    accept = request.headers.get("accept", "")
+    return await speak(service, body, request.state.owner, accept, request.receive)
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    """The loaded model, and OpenAI's names for it."""
+    service = _service(request)
+    return {"object": "list", "data": [_model(service, name) for name in _models(service)]}
+
+
+@router.get("/v1/models/{model:path}")
+async def model(model: str, request: Request) -> dict[str, Any]:
+    """One model."""
+    if not _known(_service(request), model):
+        raise ApiError(404, f"no model is called {model[:100]!r}", "model", "model_not_found")
+    return _model(_service(request), model)
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": service.created, "owned_by": "csm"}
+
+
+@router.get("/v1/audio/models")
+async def audio_models(request: Request) -> dict[str, Any]:
+    """The models, as Open WebUI asks for them."""
+    return {"models": [{"id": name, "name": name} for name in _models(_service(request))]}
+
+
+@router.get("/v1/audio/voices")
+async def voices(request: Request) -> dict[str, Any]:
+    """All voices. ``custom`` ones have a file and can be deleted."""
+    service = _service(request)
+    custom = await service.in_thread(service.voices.files)
+    listed = [{"id": name, "name": name, "custom": name in custom} for name in service.voices.ids()]
+    return {"object": "list", "voices": listed, "data": listed}
+
+
+@router.post("/v1/audio/voices")
+async def add_voice(request: Request) -> Response:
+    """Keep a voice: ``name``, ``audio_sample`` (a file), ``text`` (its transcript), ``consent``, ``speaker``."""
+    service = _service(request)
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ApiError(400, "send multipart/form-data with name, audio_sample, text and consent")
+    async with request.form(max_files=1, max_fields=len(FORM_FIELDS), max_part_size=4 * MAX_INPUT) as form:
+        fields = _fields(form)
+        data = await _upload(form)
+    await service.in_thread(service.voices.check_new, fields["name"])
+    generator = await service.generator()
+
+    def keep() -> None:
+        audio_CN, sample_rate = read_recording(data)
+        turn = generator.prepare(Segment(int(fields["speaker"]), fields["text"], audio_CN, sample_rate=sample_rate))
+        assert turn.codes is not None
+        service.voices.add(fields["name"], fields["text"], turn.codes, turn.speaker, fields["consent"])
+
+    await service.in_thread(keep)
+    return AsciiJSON(_voice(service, fields["name"]))
+
+
+def _voice(service: Service, name: str) -> dict[str, Any]:
+    created = service.voices.created_at(name)
+    return {"id": name, "object": "audio.voice", "name": name, "created_at": created, "type": "audio_sample"}
+
+
+def _fields(form: FormData) -> dict[str, str]:
+    """The text fields, checked."""
+    fields = {"speaker": "0", "type": "audio_sample"}
+    for key, value in form.multi_items():
+        if key not in (*FORM_FIELDS, "audio_sample", "file"):
+            raise ApiError(400, f"unknown field {key[:100]!r}", key[:100], "unknown_parameter")
+        if isinstance(value, str):
+            fields[key] = value.strip()
+    for key in ("name", "text", "consent"):
+        if not fields.get(key):
+            raise ApiError(400, f"{key} is missing: {_WHY[key]}", key, "missing_required_parameter")
+    if fields["type"] != "audio_sample":
+        raise ApiError(400, "voices are made from recordings only", "type")
+    if not fields["speaker"].isascii() or not fields["speaker"].isdigit() or len(fields["speaker"]) > 9:
+        raise ApiError(400, "speaker must be a whole number of at least 0", "speaker")
+    if len(fields["text"]) > MAX_INPUT or len(fields["consent"]) > MAX_INPUT:
+        raise ApiError(400, f"text and consent have at most {MAX_INPUT} characters")
+    return fields
+
+
+_WHY = {
+    "name": "the voice's id, of letters, digits, '_', '-' and '.'",
+    "text": "what is said in the recording",
+    "consent": "who allowed this voice to be used, and how",
+}
+
+
+async def _upload(form: FormData) -> bytes:
+    file = form.get("audio_sample", form.get("file"))
+    if not isinstance(file, UploadFile):
+        raise ApiError(400, "audio_sample is missing: the recording, as a file", "audio_sample")
+    data = await file.read(MAX_UPLOAD + 1)
+    if len(data) > MAX_UPLOAD:
+        raise ApiError(413, f"the recording has more than {MAX_UPLOAD >> 20} MiB", "audio_sample", "body_too_large")
+    return data
+
+
+@router.delete("/v1/audio/voices/{voice_id}")
+async def delete_voice(voice_id: str, request: Request) -> dict[str, Any]:
+    """Delete a voice that has a file."""
+    service = _service(request)
+    if not await service.in_thread(service.voices.delete, voice_id):
+        built_in = voice_id in OPENAI_NAMES
+        reason = "is a name of OpenAI's and has no file" if built_in else "does not exist"
+        raise ApiError(404, f"voice {voice_id[:64]!r} {reason}", "voice_id", "voice_not_found")
+    return {"id": voice_id, "object": "audio.voice.deleted", "deleted": True}
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(request: Request) -> dict[str, str]:
+    """The model is loaded and the server is not shutting down; else 503. An unloaded model is loaded on demand."""
+    if not _service(request).ready:
+        state = "shutting down" if _service(request).draining else "not loaded"
+        raise ApiError(503, f"the model is {state}", code="not_ready")
+    return {"status": "ready"}
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Figures for Prometheus."""
+    return Response(_service(request).metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+def create_app(service: Service) -> FastAPI:
+    """The ASGI app over a service."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        unloading = asyncio.create_task(service.unload_when_idle())
+        yield
+        unloading.cancel()
+        service.close()
+
+    # The pages of /docs load scripts from another host: they are off. /openapi.json has the schema.
+    app = FastAPI(title="CSM", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.service = service
+    app.include_router(router)
+    app.add_middleware(Gate, settings=service.settings)
+    add_handlers(app)
+    return app

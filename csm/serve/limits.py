@@ -1,0 +1,107 @@
+"""What is checked before a route is reached: the API key, the host that was named, and the body's size and pace."""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import urlsplit
+
+from fastapi import HTTPException  # FastAPI passes on its own, while it reads a body, and no other exception
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from csm.serve.errors import ApiError, response_of
+from csm.serve.settings import LOOPBACK, MAX_FORM, MAX_JSON, Settings
+
+OPEN_PATHS = ("/health", "/ready")  # for load balancers, which have no key
+DRAIN_BYTES, DRAIN_SECONDS = 64 << 20, 5.0  # of a body that is too large: a client that still sends reads no answer
+
+
+class Gate:
+    """An ASGI middleware. It puts the key's index into ``scope["state"]["owner"]``."""
+
+    def __init__(self, app: ASGIApp, settings: Settings):
+        self._app = app
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer it with the error."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        try:
+            self._check_host(headers)
+            scope.setdefault("state", {})["owner"] = self._owner(scope["path"], headers)
+            limit = MAX_FORM if headers.get("content-type", "").startswith("multipart/") else MAX_JSON
+            await self._check_length(headers, limit, receive)
+        except ApiError as error:
+            await response_of(error)(scope, receive, send)
+            return
+        await self._app(scope, self._limited(receive, limit), send)
+
+    def _check_host(self, headers: Headers) -> None:
+        """A page of another site, opened in a browser on this machine, must not reach a server without keys."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            name, site = urlsplit(f"//{host}").hostname, urlsplit(origin or "").netloc
+        except ValueError as error:
+            raise ApiError(400, "the headers Host or Origin cannot be read") from error
+        if self._settings.is_local and name not in (*LOOPBACK, None):
+            raise ApiError(403, "this server answers to localhost only", code="host_not_allowed")
+        if origin is not None and site != host:
+            raise ApiError(403, "requests from pages of other sites are refused", code="origin_not_allowed")
+
+    def _owner(self, path: str, headers: Headers) -> str:
+        if not self._settings.api_keys or path in OPEN_PATHS:
+            return ""
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        index = self._settings.key_index(key.strip()) if scheme.lower() == "bearer" else None
+        if index is None:
+            challenge = {"WWW-Authenticate": "Bearer"}
+            raise ApiError(
+                401, "no or a wrong API key: send Authorization: Bearer KEY", None, "invalid_api_key", challenge
+            )
+        return str(index)
+
+    async def _check_length(self, headers: Headers, limit: int, receive: Receive) -> None:
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > limit:
+            await _drain(receive)
+            raise ApiError(413, f"the body has {length} bytes, the limit is {limit}", code="body_too_large")
+
+    def _limited(self, receive: Receive, limit: int) -> Receive:
+        """``receive`` with a limit for the body's bytes, and for the time until the next of them."""
+        read, complete = 0, False
+
+        async def limited() -> Message:
+            nonlocal read, complete
+            if complete:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), self._settings.body_timeout)
+            except asyncio.TimeoutError as error:
+                raise HTTPException(408, "the body did not arrive in time") from error
+            read += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if read > limit:
+                await _drain(receive)
+                raise HTTPException(413, f"the body has more than {limit} bytes")
+            return message
+
+        return limited
+
+
+async def _drain(receive: Receive) -> None:
+    """Read on for a while, and throw it away."""
+
+    async def discard() -> None:
+        read = 0
+        while read < DRAIN_BYTES:
+            message = await receive()
+            read += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
+
+    task = asyncio.ensure_future(discard())
+    await asyncio.wait({task}, timeout=DRAIN_SECONDS)
+    task.cancel()

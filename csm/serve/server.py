@@ -1,0 +1,87 @@
+"""The process: a socket, signals, and what an idle connection may cost.
+
+The first SIGTERM or SIGINT closes the listening socket and lets running requests finish. A second one ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from csm.serve.service import Service
+from csm.serve.settings import Settings
+
+MAX_HEADERS = 16 << 10  # bytes of a request line and its headers
+SPARE_CONNECTIONS = 256  # beyond those of requests that run and wait
+
+
+def protocol(idle_timeout: float) -> type[H11Protocol]:
+    """uvicorn's protocol, which closes a connection that has not sent a request's headers after ``idle_timeout``."""
+
+    class Protocol(H11Protocol):
+        _idle: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._watch_headers()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch_headers()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_watching()
+            super().connection_lost(exc)
+
+        def _watch_headers(self) -> None:
+            if self.conn.their_state is not h11.IDLE:
+                self._stop_watching()
+            elif self._idle is None:
+                self._idle = self.loop.call_later(idle_timeout, self._close_idle)
+
+        def _stop_watching(self) -> None:
+            if self._idle is not None:
+                self._idle.cancel()
+                self._idle = None
+
+        def _close_idle(self) -> None:
+            self._idle = None
+            if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+                self.transport.close()
+
+    return Protocol
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with SIGTERM twice to end at once, and ``/ready`` false while it drains."""
+
+    def __init__(self, app: FastAPI, settings: Settings):
+        service: Service = app.state.service
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                http=protocol(settings.idle_timeout),
+                ws="none",
+                timeout_keep_alive=int(min(settings.idle_timeout, 15)) or 1,
+                timeout_graceful_shutdown=int(settings.request_timeout) + 1,
+                limit_concurrency=settings.max_streams + settings.max_queue + SPARE_CONNECTIONS,
+                h11_max_incomplete_event_size=MAX_HEADERS,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+            )
+        )
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain; at the second signal, end."""
+        self.force_exit = self._service.draining
+        self.should_exit = self._service.draining = True

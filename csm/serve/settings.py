@@ -1,0 +1,75 @@
+"""The server's settings."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from csm.errors import CSMError
+from csm.guards import DEFAULT_GUARDS, Guards
+
+MAX_INPUT = 4096  # characters of ``input``, as in OpenAI's API
+MAX_UPLOAD = 10 << 20  # bytes of a voice's recording
+MAX_FORM = MAX_UPLOAD + (64 << 10)  # bytes of an upload with its other fields
+MAX_JSON = 4 << 20  # bytes of any other body
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve. Times are in seconds; ``unload_after`` None keeps the model loaded."""
+
+    model: str = "csm"
+    voices: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_streams: int = 8
+    max_queue: int = 64
+    max_seconds: float = 90.0
+    request_timeout: float = 300.0
+    body_timeout: float = 30.0
+    idle_timeout: float = 15.0
+    unload_after: float | None = None
+    api_keys: tuple[str, ...] = ()
+    guards: Guards = DEFAULT_GUARDS
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_streams", 1), ("max_queue", 0), ("port", 0)):
+            if getattr(self, name) < least:
+                raise CSMError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for name in ("max_seconds", "request_timeout", "body_timeout", "idle_timeout"):
+            if not getattr(self, name) > 0:
+                raise CSMError(f"{name} must be positive, not {getattr(self, name)}")
+        if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in self.api_keys):
+            raise CSMError("an API key must be printable ASCII without spaces around it, and not empty")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can connect."""
+        return self.host in LOOPBACK
+
+    def key_index(self, key: str) -> int | None:
+        """Which key this is; None for a wrong one. The time it takes does not depend on how much of it is right."""
+        digest, found = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest(), None
+        for index, known in enumerate(self.api_keys):
+            if hmac.compare_digest(digest, hashlib.sha256(known.encode()).digest()):
+                found = index
+        return found
+
+
+def read_keys(given: Iterable[str], file: Path | None, environment: str | None) -> tuple[str, ...]:
+    """API keys from the command line, from a file with one on each line, and from a comma-separated variable."""
+    keys = list(given)
+    if file is not None:
+        try:
+            keys += [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise CSMError(f"{file}: API keys cannot be read: {error}") from error
+    keys += [key.strip() for key in (environment or "").split(",")]
+    unique = tuple(dict.fromkeys(key for key in keys if key and not key.startswith("#")))
+    if file is not None and not unique:
+        raise CSMError(f"{file} has no API key: put one on each line")
+    return unique

@@ -1,0 +1,175 @@
+"""Guards: where each fires, and where it must not. In the generator they leave ordinary speech alone."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import csm.runner
+from csm import CSMError, Guards
+from csm.engine import Frame, Request
+from csm.guards import NO_GUARDS, GuardedTicket, Watch
+from csm.prompt import Prompt
+from csm.sampling import SamplingParams
+
+RATE = 12.5
+TEXT = "Twenty characters ok"  # a budget of 10 + 0.3 * 20 s: 200 frames
+LOUD, SOFT, SILENT = 0.1, 0.004, 0.0005  # RMS; soft is -28 dB of loud: still speech
+
+
+def frame(level=LOUD, codes=None):
+    audio_N = torch.full((1920,), level)
+    return Frame(torch.randint(256, (8,)) if codes is None else codes, audio_N)
+
+
+def stop_of(frames, guards=NO_GUARDS, text=TEXT):
+    """The guard that ends this take and the number of frames up to there; None and all of them if none does."""
+    watch = Watch(guards, text, RATE)
+    for number, (codes_K, audio_N) in enumerate(frames, start=1):
+        guard = watch.feed(codes_K, audio_N)
+        if guard is not None:
+            return guard, number
+    return None, len(frames)
+
+
+BUDGET, SILENCE, REPEATS = (replace(NO_GUARDS, **{name: True}) for name in ("budget", "silence", "repeats"))
+
+
+def test_the_budget_comes_from_the_text():
+    assert stop_of([frame()] * 199, BUDGET) == (None, 199)
+    assert stop_of([frame()] * 999, BUDGET) == ("budget", 204)  # 0.32 s later: no frame is silent
+    assert stop_of([frame()] * 201 + [frame(SILENT)] * 9, BUDGET) == ("budget", 202)
+    assert stop_of([Frame(frame().codes_K, None)] * 999, BUDGET) == ("budget", 200)
+    assert stop_of([frame()] * 999, BUDGET, TEXT * 20) == (None, 999)
+
+
+def test_silence_after_speech_stops_and_a_pause_does_not():
+    quiet = math.ceil(3.0 * RATE)
+    assert stop_of([frame()] + [frame(SILENT)] * 99, SILENCE) == ("silence", 1 + quiet)
+    pauses = ([frame()] + [frame(SILENT)] * (quiet - 1)) * 4
+    assert stop_of(pauses, SILENCE) == (None, len(pauses))
+    assert stop_of([frame()] + [frame(SOFT)] * 99, SILENCE) == (None, 100)  # quiet speech is no silence
+    assert stop_of([frame(SILENT)] * 99, SILENCE) == (None, 99)  # there was no speech yet
+
+
+def test_repeating_frames_stop_and_others_do_not():
+    torch.manual_seed(0)
+    varied = [frame() for _ in range(99)]
+    assert stop_of(varied, REPEATS) == (None, 99)
+    stuck = frame().codes_K
+    assert stop_of(varied + [frame(codes=stuck)] * 99, REPEATS) == ("repeats", 99 + 1 + 25)
+    cycle = [frame() for _ in range(3)] * 30
+    assert stop_of(varied + cycle, REPEATS) == ("repeats", 99 + 3 + 25)
+    vowel = [frame(codes=stuck)] * 20  # 1.6 s
+    assert stop_of((vowel + varied) * 3, REPEATS) == (None, 3 * 119)
+    half = [frame(codes=torch.cat((stuck[:4], frame().codes_K[4:]))) for _ in range(99)]
+    assert stop_of(half, REPEATS)[0] == "repeats"
+    third = [frame(codes=torch.cat((stuck[:3], 256 + 256 * i + frame().codes_K[3:]))) for i in range(99)]
+    assert stop_of(third, REPEATS) == (None, 99)
+
+
+class Scripted:
+    """A worker whose requests generate given frames; ``takes`` maps a seed to levels."""
+
+    def __init__(self, takes):
+        self.takes, self.seeds, self.cancelled = takes, [], 0
+
+    def submit(self, request, max_unread, notify):
+        self.seeds.append(request.params.seed)
+        ticket = csm.engine.Ticket(request, max_unread, notify)
+        for level in self.takes[request.params.seed]:
+            ticket._put(frame(level))
+        ticket._finish("end")
+        return ticket
+
+    def cancel(self, ticket):
+        self.cancelled += 1
+
+    def wake(self):
+        pass
+
+
+def read(takes, guards=Guards(), hold=True, text=TEXT, temperature=0.9):  # noqa: B008 - frozen
+    worker = Scripted(takes)
+    prompt = Prompt(torch.zeros(1, 9, dtype=torch.int64), torch.ones(1, 9, dtype=torch.bool))
+    request = Request(prompt, SamplingParams(temperature, 50, 0), 999)
+    ticket = GuardedTicket(worker, request, text, guards, RATE, hold)
+    frames = []
+    while not ticket.finished:
+        frames += [] if (taken := ticket.take()) is None else [taken]
+    return len(frames), worker.seeds, ticket
+
+
+def test_what_is_far_too_short_is_generated_again_with_the_next_seed():
+    events = []
+    length, seeds, ticket = read({0: [LOUD] * 2, 1: [], 2: [LOUD] * 20}, Guards(report=events.append))
+    assert (length, seeds, ticket.finish_reason) == (20, [0, 1, 2], "end")
+    assert [(event.guard, event.num_frames, event.seed) for event in events] == [("retry", 2, 0), ("retry", 0, 1)]
+
+
+def test_retries_end_and_the_longest_take_remains():
+    assert read({0: [LOUD], 1: [LOUD] * 2, 2: [LOUD]})[:2] == (2, [0, 1, 2])
+    assert read({0: [LOUD]}, Guards(retries=0))[:2] == (1, [0])
+    assert read({0: []}, temperature=0)[:2] == (0, [0])  # greedy: the same again
+
+
+def test_ordinary_speech_is_not_generated_again():
+    assert read({0: [LOUD] * 4})[:2] == (4, [0])  # 0.32 s for 18 letters is fast, but not too short
+    assert read({0: [LOUD] * 2}, text="No.")[:2] == (2, [0])
+
+
+def test_a_stream_is_generated_again_only_while_it_is_empty():
+    assert read({0: [], 1: [LOUD] * 9}, hold=False)[:2] == (9, [0, 1])
+    assert read({0: [LOUD], 1: [LOUD] * 9}, hold=False)[:2] == (1, [0])
+
+
+def test_trailing_silence_is_cut_down_to_a_tail_where_nothing_was_streamed():
+    take = {0: [LOUD] * 20 + [SILENT] * 99}
+    assert read(take)[0] == 20 + 4
+    assert read(take, hold=False)[0] == 20 + math.ceil(3.0 * RATE)
+    assert read(take, Guards.off())[0] == 119
+    assert read({0: [LOUD] * 20 + [SILENT] * 9})[0] == 29  # no guard fired: nothing is cut
+
+
+@pytest.mark.parametrize("wrong", [{"retries": -1}, {"silence_seconds": 0}, {"spare_seconds": float("nan")}])
+def test_limits_out_of_range(wrong):
+    with pytest.raises(CSMError, match=next(iter(wrong))):
+        Guards(**wrong)
+
+
+def test_in_the_generator_they_leave_ordinary_speech_alone(tiny):
+    text = "The weather was warm in the morning."
+    audio = tiny.generate(text, seed=4, max_audio_length_ms=6000)
+    assert torch.equal(audio, tiny.generate(text, seed=4, max_audio_length_ms=6000, guards=Guards.off()))
+    codes = tiny.generate_codes(text, seed=4, max_audio_length_ms=6000)
+    assert audio.shape[0] == codes.shape[0] * 1920
+
+
+def test_in_the_generator_a_runaway_ends_and_frees_its_slot(noisy):
+    """The noise checkpoint never ends by itself."""
+    guards = Guards(spare_seconds=0.3, seconds_per_character=0.1, tail_seconds=0.1)
+    batch = [dict(text="Hi.", seed=1), dict(text="Hi, all.", seed=2, max_audio_length_ms=400)]
+    first, second = noisy.generate_batch(batch, guards)
+    assert first.shape[0] in (8 * 1920, 9 * 1920)  # 0.6 s are 8 frames
+    assert second.shape[0] == 5 * 1920
+    assert torch.equal(first, noisy.generate("Hi.", seed=1, guards=Guards.off(), max_audio_length_ms=720)[: len(first)])
+    chunks = list(noisy.stream("Hi.", seed=1, guards=guards))
+    assert torch.equal(torch.cat(chunks), first)
+    while noisy._worker.engine.num_active:
+        noisy._worker.wake()
+
+
+def test_in_the_generator_empty_speech_is_generated_again(noisy, monkeypatch):
+    """Seeds 5 and 6 end at once."""
+    step, events = csm.runner.decode_frame, []
+
+    def ending(model, state, context_bucket):
+        step(model, state, context_bucket)
+        state.codes_BK.masked_fill_((state.seed_B < 7).unsqueeze(1), 0)
+
+    monkeypatch.setattr(csm.runner, "decode_frame", ending)
+    again = noisy.generate("Hello.", seed=5, max_audio_length_ms=400, guards=Guards(report=events.append))
+    assert [event.seed for event in events] == [5, 6]
+    assert torch.equal(again, noisy.generate("Hello.", seed=7, max_audio_length_ms=400))
+    assert noisy.generate("Hello.", seed=4, max_audio_length_ms=400).shape == (0,)  # three takes, all empty

@@ -1,0 +1,43 @@
+"""Quantised models through the generator: quantised while loading, and from a folder that was quantised before."""
+
+import pytest
+import torch
+
+from csm import CSMError, Generator
+from csm.__main__ import main
+from noise import NOISE
+
+REQUEST = dict(text="Hello.", max_audio_length_ms=800, seed=1, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return Generator.from_pretrained(NOISE, device="cpu", quantize="int8")
+
+
+def test_int8_weights_give_nearly_the_logits_of_the_full_ones(loaded, noisy):
+    """Int8 rounds a weight by at most 1/254 of its block's largest; on random weights codes part after some frames."""
+    first = [generator.generate_codes(**REQUEST)[0] for generator in (noisy, loaded)]
+    assert (first[0] == first[1]).float().mean() >= 0.5
+
+
+def test_a_quantised_folder_gives_the_same_codes(loaded, tmp_path):
+    arguments = ["--scheme", "int8", "--dtype", "float32", "--out", str(tmp_path / "int8")]
+    assert main(["quantize", str(NOISE), *arguments]) == 0
+    again = Generator.from_pretrained(tmp_path / "int8", device="cpu")
+    assert torch.equal(again.generate_codes(**REQUEST), loaded.generate_codes(**REQUEST))
+    with pytest.raises(CSMError, match="quantised already"):
+        Generator.from_pretrained(tmp_path / "int8", device="cpu", quantize="int4")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(quantize="int3"), "int3"),
+        (dict(quantize="int8", lora="adapter"), "either lora or quantize"),
+        (dict(threads=0), "at least 1"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(CSMError, match=message):
+        Generator.from_pretrained(NOISE, device="cpu", **options)
