@@ -12,7 +12,7 @@ from pathlib import Path
 
 from csm import compare, doctor, generate_command, quantized_model
 from csm import voice_command as voice
-from csm.command_line import Parser, execute
+from csm.command_line import Parser, UsageError, execute
 from csm.evaluate import command as evaluate
 from csm.finetune import command as finetune
 from csm.serve import command as serve
@@ -38,7 +38,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=help_text, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run, program=command.prog)
-    return parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UsageError(f"unrecognized arguments: {' '.join(unknown)}", args.program)
+    return args
 
 
 def _program() -> str:

@@ -174,7 +174,7 @@ def split_command(command):
 def missing_arguments(program, words):
     """Required arguments of a command that is shown for one option only."""
     needed = {
-        "generate.py": [["--text", "--file"]],
+        "generate.py": [["--text", "--file", "--script"]],
         "finetune": [["--data"], ["--out"]],
         "eval": [["--data", "--sentences"]],
         "quantize": [["--scheme"], ["--out"]],

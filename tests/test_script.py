@@ -372,7 +372,7 @@ def test_the_guide(monkeypatch):
     for name in ("anna.wav", "question.wav"):
         sphn.write_wav(name, np.sin(np.arange(24_000) / 20).astype("float32") / 4, 24_000)
     Path("story.txt").write_text("Once there was a fox. It was red.")
-    Path("talk.txt").write_text(guide("")[0])
+    Path("talk.txt").write_text(guide("text")[0])
     commands = [shlex.split(line) for block in guide("sh") for line in block.splitlines()]
     assert len(commands) == 13
     for _, program, *arguments in commands:
