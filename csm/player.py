@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import struct
 import sys
-from pathlib import Path
+from io import FileIO
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -68,7 +68,7 @@ class StreamWriter:
     def __init__(self, target: str, kind: str = "wav"):
         assert kind in FORMATS
         self.target, self.kind = target, kind
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None
 
     def begin(self, sample_rate: int) -> None:
         """Write the header for a sample rate in Hz."""
@@ -79,20 +79,22 @@ class StreamWriter:
             self._write(header + struct.pack("<4sI", b"data", UNKNOWN))
 
     def write(self, audio: Tensor) -> None:
-        """Append (samples,) floats, clipped to -1..1, and flush."""
+        """Append (samples,) floats, clipped to -1..1."""
         self._write(to_pcm(audio))
 
     def _write(self, data: bytes) -> None:
         assert self._file is not None
+        rest = memoryview(data)  # an unbuffered write may take a part only
         try:
-            self._file.write(data)
-            self._file.flush()
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise AudioError(f"{self.target}: the stream cannot be written: {error.strerror}") from error
 
     def __enter__(self) -> StreamWriter:
         try:
-            self._file = sys.stdout.buffer if self.target == "-" else Path(self.target).open("wb")
+            target = sys.stdout.fileno() if self.target == "-" else self.target
+            self._file = open(target, "wb", buffering=0, closefd=self.target != "-")
         except OSError as error:
             raise AudioError(f"{self.target}: cannot be written: {error.strerror}") from error
         return self
@@ -100,5 +102,5 @@ class StreamWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None and self.target != "-":
+        if self._file is not None:
             self._file.close()

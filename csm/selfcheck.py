@@ -87,7 +87,7 @@ def choose_rung(model: CSM, batch_sizes: Sequence[int] = (1,), progress: bool = 
             return highest
         key = _key(model, batch_sizes, highest)
         if key not in _chosen:
-            passed = _read_results().get(key, {}).get("rung") == asdict(highest)
+            passed = read_results().get(key, {}).get("rung") == asdict(highest)
             _chosen[key] = highest if passed else _check(model, batch_sizes, highest, key, progress)
             _chosen[_key(model, batch_sizes, _highest_rung(model))] = _chosen[key]
         return _chosen[key]
@@ -127,20 +127,28 @@ def _check(model: CSM, batch_sizes: Sequence[int], rung: Rung, key: str, progres
 
 def _kernel_failure(model: CSM, batch_sizes: Sequence[int], progress: bool) -> str | None:
     """What is wrong with the kernels, or None."""
-    device = model.device
+    failure = launch_failure(model.device, model.dtype)
+    if failure is not None:
+        return failure
+    hidden = None if progress else True  # None hides the bar where stderr is not a terminal
+    with torch.inference_mode():
+        checks = list(op_checks(model, batch_sizes))
+        for check in tqdm(checks, desc="Compiling and checking kernels", unit="op", leave=False, disable=hidden):
+            failure = _op_failure(check, model)
+            if failure is not None:
+                return failure
+    return None
+
+
+def launch_failure(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels cannot be launched on a device, or None. Launches one."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         capability, needed = torch.cuda.get_device_capability(device), MIN_CAPABILITY
         return "the GPU has compute capability {}.{}, and the kernels need {}.{}".format(*capability, *needed)
     try:
-        probe(device, model.dtype)
+        probe(device, dtype)
     except Exception as error:  # noqa: BLE001 (compiler, driver, Triton and CUDA raise errors of many classes)
-        return f"a Triton kernel cannot be launched: {_summary(error)}{_missing_build_tools()}"
-    with torch.inference_mode():
-        checks = list(op_checks(model, batch_sizes))
-        for check in tqdm(checks, desc="Compiling and checking kernels", unit="op", leave=False, disable=not progress):
-            failure = _op_failure(check, model)
-            if failure is not None:
-                return failure
+        return f"a Triton kernel cannot be launched: {_summary(error)}{missing_build_tools()}"
     return None
 
 
@@ -152,7 +160,7 @@ def probe(device: torch.device, dtype: torch.dtype) -> None:
         torch.cuda.synchronize(device)
 
 
-def _missing_build_tools() -> str:
+def missing_build_tools() -> str:
     """A hint if Triton's launcher cannot be built, else an empty string."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return " (Triton needs a C compiler: install gcc or clang, or set CC)"
@@ -277,7 +285,7 @@ def _versions() -> str:
     return f"torch {torch.__version__} | triton {triton} | csm {metadata.version('csm')} {digest}"
 
 
-def _read_results() -> dict[str, dict]:
+def read_results() -> dict[str, dict]:
     """All saved results; none if the file is missing or damaged, since checking again repairs it."""
     try:
         results = json.loads(results_path().read_text(encoding="utf-8"))
@@ -292,7 +300,7 @@ def _save_result(key: str, result: dict) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.part")
-        temporary.write_text(json.dumps({**_read_results(), key: result}, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps({**read_results(), key: result}, indent=1), encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         message = f"{path}: cannot save the result of the self-check, so the next process repeats it: {error.strerror}"

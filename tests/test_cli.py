@@ -1,7 +1,10 @@
 """generate.py: what it writes, what it prints, and how it fails."""
 
+import contextlib
 import os
+import pty
 import re
+import shlex
 import stat
 import subprocess
 import sys
@@ -15,7 +18,8 @@ from safetensors.torch import save_file
 
 import generate
 from conftest import tensors_of
-from csm import RoomWarning
+from csm import RoomWarning, generate_command
+from csm.__main__ import main as csm_main
 from csm.weights.checkpoint import TINY
 from noise import NOISE
 
@@ -121,17 +125,78 @@ def test_a_model_that_was_asked_for_never_falls_back(tmp_path, capsys):
     assert not out.exists()
 
 
+PROGRAM = [sys.executable, ROOT / "generate.py"]
+
+
 def test_as_a_program_from_another_folder(tmp_path):
-    run = subprocess.run(
-        [sys.executable, ROOT / "generate.py", "--text", "Hello.", *SHORT[:4], "--seed", "0"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    args = ["--text", "Hello.", *SHORT[:4], "--device", "cpu", "--seed", "0"]
+    run = subprocess.run([*PROGRAM, *args], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert read_wav(tmp_path / "out.wav").shape == (5 * 1920,)
     assert run.stdout.startswith("out.wav: 0.40 s")
-    assert "s/s]" in run.stderr  # the progress bar
+    assert "s of audio," not in run.stderr  # no progress bar, since stderr is not a terminal
+
+
+def on_a_terminal(args, folder):
+    """Run generate.py in a folder with a terminal as its output; the exit code, and what the terminal shows."""
+    ours, terminal = pty.openpty()
+    environment = {**os.environ, "CSM_HOME": str(folder / "home")}
+    run = subprocess.Popen([*PROGRAM, *args], cwd=folder, stdout=terminal, stderr=terminal, env=environment)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the program has closed its end
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    return run.wait(timeout=60), shown.decode()
+
+
+def test_the_bar_and_the_suggestion_on_a_terminal(tmp_path):
+    """The bar shows seconds of audio and times real time; the first run, and only the first, suggests the next step."""
+    args = ["--text", "It's short.", *SHORT[:2], "--device", "cpu", "--max-seconds", "2"]
+    code, shown = on_a_terminal(args, tmp_path)
+    assert code == 0
+    assert re.search(r"\rIt's short\.: \d\.\d s of audio, \d+\.\dx real time", shown)
+    assert "it/s" not in shown and "s/s" not in shown
+    example = re.search(r"next: .*: csm generate (.*)", shown).group(1)
+    parsed = generate.parse_arguments(shlex.split(example))
+    assert (parsed.ref, parsed.ref_text) == (Path("out.wav"), "It's short.")
+    code, shown = on_a_terminal([*args, "--quiet"], tmp_path)
+    assert code == 0
+    assert len(shown.splitlines()) == 1
+
+
+def test_the_rate_of_the_bar(monkeypatch):
+    """Audio over time, computed from the clock that tqdm reads."""
+    bar = generate_command.AudioBar(disable=True)
+    monkeypatch.setattr("tqdm.std.tqdm.format_dict", property(lambda self: {"n": 3.0, "elapsed": 0.75}))
+    assert bar.format_dict["speed"] == 4.0
+
+
+def test_help_has_groups_and_two_examples(capsys):
+    for main, program in ((generate.main, "python generate.py"), (csm_main, "python -m csm generate")):
+        with pytest.raises(SystemExit) as stop:
+            main(["--help"] if main is generate.main else ["generate", "--help"])
+        assert stop.value.code == 0
+        shown = capsys.readouterr().out
+        assert re.findall(r"^(\S.*):$", shown, flags=re.MULTILINE) == [
+            *("options", "text and output", "voice", "sampling", "model and device", "examples")
+        ]
+        examples = [line.strip() for line in shown.split("examples:")[1].splitlines() if line.strip()]
+        assert len(examples) == 2
+        for example in examples:
+            assert example.startswith(f"{program} --")
+            assert generate.parse_arguments(shlex.split(example.removeprefix(program)))
+
+
+def test_csm_generate_is_generate(tmp_path, capsys):
+    outs = tmp_path / "a.wav", tmp_path / "b.wav"
+    for main, command, out in ((generate.main, [], outs[0]), (csm_main, ["generate"], outs[1])):
+        assert main([*command, "--text", "Hello.", *SHORT, "--seed", "1", "--out", str(out)]) == 0
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    capsys.readouterr()
+    for bad in (["--top-k", "0"], ["--colour", "red"]):
+        assert csm_main(["generate", "--text", "Hi", *SHORT, *bad]) == 2
+        assert "generate: error: " in capsys.readouterr().err
 
 
 def nan_wav(path):
@@ -313,13 +378,16 @@ def test_a_long_reference_leaves_little_room_and_says_so(tmp_path, capsys):
 
 def test_a_terminated_run_leaves_nothing(tmp_path):
     args = ["--text", "Hello.", "--model", NOISE, "--max-seconds", "90", "--out", str(tmp_path / "out.wav")]
-    run = subprocess.Popen([sys.executable, ROOT / "generate.py", *args], stderr=subprocess.PIPE)
+    ours, terminal = pty.openpty()
+    run = subprocess.Popen([*PROGRAM, *args], stderr=terminal)
+    os.close(terminal)
     printed = b""
-    while b"s/s]" not in printed:
+    while b"s of audio" not in printed:
         assert run.poll() is None
-        printed += run.stderr.read1()
+        printed += os.read(ours, 4096)  # fails once the program has ended
     run.terminate()
-    run.communicate(timeout=60)
+    run.wait(timeout=60)
+    os.close(ours)
     assert run.returncode == 143
     assert list(tmp_path.iterdir()) == []
 

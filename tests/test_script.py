@@ -4,10 +4,12 @@ import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,12 @@ import pytest
 import sphn
 import torch
 
+import csm.__main__
 import generate
 from csm import PromptError, Voice, VoiceError
 from csm.player import Player, StreamWriter
 from csm.script import Cue, Line, Narration, fade, parse_script, speaker_ids, text_items, to_json, to_srt, to_vtt
-from csm.text import Pause
+from csm.text import Pause, normalize
 from csm.voices import save_voice, voices_folder
 from noise import NOISE
 
@@ -354,3 +357,37 @@ def test_bad_inputs(case, tmp_path, capsys):
     assert re.search(message, printed.err)
     assert len(printed.err.splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def guide(language):
+    text = (ROOT / "docs" / "voices.md").read_text().replace("\\\n", " ").replace("sesame/csm-1b", NOISE)
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_guide(monkeypatch):
+    """Every example of docs/voices.md, in order of the languages: the commands, then Python."""
+    whole = csm.Generator._request
+    short = lambda self, speech, audio=True: whole(self, replace(speech, max_audio_length_ms=160), audio)  # noqa: E731
+    monkeypatch.setattr(csm.Generator, "_request", short)
+    for name in ("anna.wav", "question.wav"):
+        sphn.write_wav(name, np.sin(np.arange(24_000) / 20).astype("float32") / 4, 24_000)
+    Path("story.txt").write_text("Once there was a fox. It was red.")
+    Path("talk.txt").write_text(guide("")[0])
+    commands = [shlex.split(line) for block in guide("sh") for line in block.splitlines()]
+    assert len(commands) == 13
+    for _, program, *arguments in commands:
+        code = generate.main(arguments) if program == "generate.py" else csm.__main__.main(arguments[1:])
+        assert code == 0, arguments
+    assert {"hello.wav", "story.srt", "a.vtt", "a.json", "talk.srt", "audio.pcm"} <= set(os.listdir())
+    names = {}
+    for block in guide("python"):
+        exec(block, names)
+    assert names["talk"].stats.num_turns == 4
+
+
+def test_the_guides_table_of_spoken_text():
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", (ROOT / "docs" / "voices.md").read_text(), flags=re.MULTILINE)
+    rows = rows[[row[0] for row in rows].index("Written") + 1 :]
+    assert len(rows) == 3
+    for written, spoken in rows:
+        assert normalize(written) == spoken

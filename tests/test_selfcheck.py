@@ -161,7 +161,7 @@ def test_a_missing_compiler_falls_back(model, expected, kernels, captures, monke
 
 def test_an_old_gpu_falls_back(model, kernels, captures, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (7, 5))
-    failure = csm.selfcheck._kernel_failure(type("Model", (), {"device": torch.device("cuda:0")})(), [1], False)
+    failure = csm.selfcheck.launch_failure(torch.device("cuda:0"), torch.float16)
     assert failure == "the GPU has compute capability 7.5, and the kernels need 8.0"
 
 

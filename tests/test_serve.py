@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import threading
 import time
 import wave
@@ -14,6 +15,7 @@ import numpy as np
 import openai
 import pytest
 import torch
+from test_structure import ROOT
 
 import csm.runner
 from csm import Generator, Guards, Segment
@@ -46,7 +48,7 @@ class Running:
             time.sleep(0.01)
         port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx.Client(base_url=self.url, timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
         return self
 
     def __exit__(self, *_):
@@ -150,7 +152,7 @@ def test_every_format_is_saved_and_decoded(client, fast, tmp_path, format_name):
     client.audio.speech.create(response_format=format_name, **FIELDS).write_to_file(path)
     audio, rate = decoded(path.read_bytes())
     assert len(audio) / rate == pytest.approx(LONG_SECONDS, rel=0.01)
-    assert np.sqrt((audio**2).mean()) == pytest.approx(0.5 / 2**0.5, rel=0.02)
+    assert np.sqrt((audio**2).mean()) == pytest.approx(0.5 / 2**0.5, rel=0.08)  # LAME takes 5 % off
     assert pitch(audio, rate) == pytest.approx(250, abs=1)
 
 
@@ -354,6 +356,13 @@ def test_requests_at_once_are_not_mixed_up(running):
         thread.join()
     assert results == alone
     assert len(set(alone)) == 3
+
+
+def test_the_example_of_the_docs(running, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serve.md").read_text(), flags=re.DOTALL)
+    exec(code.replace("http://127.0.0.1:8000", running.url), {})
+    assert (tmp_path / "hello.wav").stat().st_size == 44 + FRAMES * 3840
 
 
 def test_health_and_metrics(running):

@@ -36,6 +36,8 @@ LAYERS = [
     {"csm.bench", "csm.compare", "csm.evaluate"},
     {"csm"},
     {"csm.serve"},
+    {"csm.command_line"},
+    {"csm.doctor", "csm.generate_command"},
     {"csm.__main__"},
     {"csm.weights.recipe"},
 ]
@@ -52,6 +54,7 @@ def package_of(name):
 FOLDERS = {
     "csm": "csm",
     "csm/bench": "csm.bench",
+    "csm/doctor": "csm.doctor",
     "csm/evaluate": "csm.evaluate",
     "csm/finetune": "csm.finetune",
     "csm/text": "csm.text",
@@ -92,7 +95,9 @@ def test_imports_run_one_way(path, module):
 
 
 def test_generate_uses_public_names_only():
-    assert {name for name in imports(ROOT / "generate.py") if name.startswith("csm")} == {"csm"}
+    assert {name for name in imports(ROOT / "generate.py") if name.startswith("csm")} == {"csm.generate_command"}
+    used = {name for name in imports(ROOT / "csm" / "generate_command.py") if name.startswith("csm")}
+    assert used == {"csm", "csm.command_line"}
 
 
 def functions():

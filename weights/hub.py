@@ -195,7 +195,7 @@ def _announce(repo: str, revision: str | None, remote: dict[str, RemoteFile], co
     if not needed:
         return
     cache = Path(constants.HF_HUB_CACHE)
-    free = _free_bytes(cache)
+    free = free_bytes(cache)
     if free < needed + codec_bytes:
         raise UnavailableError(
             f"{repo}: {size_in_words(needed + codec_bytes)} must be downloaded, but the disk of {cache} has "
@@ -213,7 +213,7 @@ def _partial_bytes(repo: str, file: RemoteFile) -> int:
     return min(partial.stat().st_size, file.num_bytes) if partial.is_file() else 0
 
 
-def _free_bytes(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
     """Free space on the disk of a folder that may not exist yet."""
     while not folder.exists():
         folder = folder.parent

@@ -17,6 +17,7 @@ from typing import Any
 
 from csm.bench import accuracy, end_to_end, machine_code, predict, report, tune
 from csm.bench.launches import count_report, profile
+from csm.bench.load import load_report
 from csm.bench.model_setup import DTYPES, Setup, load
 from csm.bench.rows import SKIPPED_FRAMES, NotTimed, Row, copy_bandwidth, measured_rows
 from csm.bench.stepping import MAX_FRAMES
@@ -72,6 +73,9 @@ def benchmark(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return "\n".join(lines), result
 
 
+SERVE_SECONDS, TUNE_SECONDS = 30.0, 120.0
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of ``bench.py``."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n\n")[0])
@@ -92,8 +96,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--accuracy", action="store_true", help="compare the kernels with PyTorch's ops, and stop")
     parser.add_argument("--tune", action="store_true", help="measure launch configurations for this GPU, and stop")
-    parser.add_argument("--seconds", type=float, default=120.0, help="time for --tune (default: 120)")
     parser.add_argument("--profile", action="store_true", help="add a table of the ops of a frame")
+    parser.add_argument("--serve", metavar="URL", help="load a running server with --clients, and stop")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8], help="clients at once (default: 1 8)")
+    parser.add_argument(
+        "--seconds", type=float, help="time for --tune (default: 120), or for each row of --serve (default: 30)"
+    )
+    parser.add_argument("--api-key", help="the server's API key")
     parser.add_argument("--out", type=Path, help="a folder for bench.md, bench.json and bench.png")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
@@ -104,6 +113,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
     """What the options ask for: Markdown, the same for JSON, and the exit code."""
+    if args.serve:
+        return *load_report(args.serve, args.clients, args.seconds or SERVE_SECONDS, args.api_key), 0
     if args.accuracy:
         setup = load(args.model, args.device, args.dtype)
         rows = accuracy.compare(setup, args.frames)
@@ -117,7 +128,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
     if args.predict:
         return *predict.predict_report(config, args.batch[0], dtype, args.predict, args.quiet), 0
     if args.tune:
-        return *tune.tune_report(config, args.batch, dtype, args.seconds, args.quiet), 0
+        return *tune.tune_report(config, args.batch, dtype, args.seconds or TUNE_SECONDS, args.quiet), 0
     text, result = machine_code.kernels_report(config, args.batch, dtype, args.quiet)
     return text, result, 1 if result["spilled"] else 0
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from urllib.parse import urlsplit
 
+from fastapi import HTTPException  # FastAPI passes on its own, while it reads a body, and no other exception
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from csm.serve.errors import ApiError, response_of
@@ -41,11 +41,14 @@ class Gate:
 
     def _check_host(self, headers: Headers) -> None:
         """A page of another site, opened in a browser on this machine, must not reach a server without keys."""
-        host = headers.get("host", "")
-        if self._settings.is_local and urlsplit(f"//{host}").hostname not in (*LOOPBACK, None):
+        host, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            name, site = urlsplit(f"//{host}").hostname, urlsplit(origin or "").netloc
+        except ValueError as error:
+            raise ApiError(400, "the headers Host or Origin cannot be read") from error
+        if self._settings.is_local and name not in (*LOOPBACK, None):
             raise ApiError(403, "this server answers to localhost only", code="host_not_allowed")
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and site != host:
             raise ApiError(403, "requests from pages of other sites are refused", code="origin_not_allowed")
 
     def _owner(self, path: str, headers: Headers) -> str:

@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
 from csm import CSMError, Generator, Segment, SpeechRequest
+from csm.codec import check_codes
 from csm.guards import GuardedTicket
 from csm.serve.encoders import ENCODERS, MEDIA_TYPES, Stretch
 from csm.serve.errors import ApiError, api_error
@@ -35,7 +36,7 @@ PLAIN_MODELS = ("tts-1", "tts-1-hd")  # OpenAI's models without SSE
 
 
 class Job:
-    """A request that is being generated. Enter ``slot`` contexts first; ``close`` may be called more than once."""
+    """A request that is being generated. ``close`` may be called more than once."""
 
     def __init__(self, service: Service, body: SpeechBody, owner: str):
         self.service = service
@@ -61,6 +62,7 @@ class Job:
         turns = await service.in_thread(_context, generator, body.context)
         if self._session is not None:
             turns = service.sessions.begin(self._session) + turns
+            self._contexts.callback(self._end_session, self._session)
         self._speaker = chosen.speaker
         speech = SpeechRequest(
             body.input,
@@ -133,16 +135,13 @@ class Job:
             self.service.metrics.audio.inc(seconds)
             if seconds:
                 self.service.metrics.rtf.observe((time.monotonic() - self.started) / seconds)
-            self._end_session()
         self._contexts.close()
         self.service.metrics.requests.labels(self._outcome).inc()
 
-    def _end_session(self) -> None:
-        if self._session is None:
-            return
+    def _end_session(self, session: str) -> None:
         complete = self.codes and self._outcome not in ("cancelled", "error", "timeout")
         turn = Segment(self._speaker, self.body.input, codes=torch.stack(self.codes)) if complete else None
-        self.service.sessions.end(self._session, turn, self._generator.config.backbone.max_positions)
+        self.service.sessions.end(session, turn, self._generator.config.backbone.max_positions)
 
 
 def _choose(service: Service, body: SpeechBody) -> Chosen:
@@ -157,17 +156,19 @@ def _context(generator: Generator, turns: list[Turn]) -> list[Segment]:
     segments = []
     for index, turn in enumerate(turns):
         try:
-            segments += encode_turns(generator, [_segment(turn)])
+            segments += encode_turns(generator, [_segment(turn, generator)])
         except (CSMError, binascii.Error, OverflowError, ValueError, RuntimeError) as error:
             raise ApiError(400, f"context.{index}: {error}", f"context.{index}") from error
     return segments
 
 
-def _segment(turn: Turn) -> Segment:
+def _segment(turn: Turn, generator: Generator) -> Segment:
     if (turn.audio is None) == (turn.codes is None):
         raise CSMError("a turn needs either audio (a file in Base64) or codes (T, K)")
     if turn.codes is not None:
-        return Segment(turn.speaker, turn.text, codes=torch.tensor(turn.codes, dtype=torch.int64))
+        config, codes_TK = generator.config, torch.tensor(turn.codes, dtype=torch.int64)
+        codes_TK = check_codes(codes_TK, config.num_codebooks, config.codebook_size)
+        return Segment(turn.speaker, turn.text, codes=codes_TK)
     audio_CN, sample_rate = read_recording(base64.b64decode(turn.audio or "", validate=True))
     return Segment(turn.speaker, turn.text, audio_CN, sample_rate=sample_rate)
 

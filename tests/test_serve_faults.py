@@ -1,0 +1,329 @@
+"""The server and what goes wrong: after each fault a normal request succeeds, and nothing is left in use."""
+
+import asyncio
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_serve import Running, clip, generator, samples, until  # noqa: F401 - a fixture
+
+import csm.runner
+from csm import CSMError
+from csm.serve.settings import Settings, read_keys
+
+KEY = "correct-horse"
+
+
+@pytest.fixture(scope="module")
+def running(generator, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("voices")
+    options = dict(max_streams=2, max_queue=1, max_seconds=0.4, body_timeout=1.0, idle_timeout=1.0)
+    with Running(generator, voices=folder, **options) as running:
+        running.speak("Hi.")
+        yield running
+
+
+def counts(running):
+    server_sockets = len(running.server.server_state.connections)
+    return running.engine.num_active, running.engine.num_waiting, running.service._in_use, server_sockets
+
+
+@pytest.fixture
+def healed(running):
+    """After the test: the next request is right, and slots, places, sockets, files and threads are as they were."""
+    wanted = running.speak("Hi.").content
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    yield
+    assert running.speak("Hi.").content == wanted
+    until(lambda: counts(running)[:3] == (0, 0, 0) and counts(running)[3] <= 1)
+    until(lambda: threading.active_count() <= threads + 1 and len(os.listdir("/proc/self/fd")) <= files + 1)
+
+
+def raw(running, data, read=True):
+    """Send bytes on a socket of its own; the response's first line."""
+    host, port = running.url[7:].split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(data)
+        return connection.recv(65_536).split(b"\r\n")[0] if read else b""
+
+
+def request_bytes(body, **headers):
+    head = {"Host": "127.0.0.1", "Content-Type": "application/json", "Content-Length": len(body), **headers}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
+    return f"POST /v1/audio/speech HTTP/1.1\r\n{lines}\r\n".encode() + body
+
+
+SPEECH = json.dumps({"model": "csm", "voice": "alloy", "input": "Hi.", "response_format": "pcm"}).encode()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts files in /proc")
+def test_clients_that_vanish(running, healed):
+    """At random points: in the headers, in the body, while waiting, while reading."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        data = request_bytes(SPEECH)
+        whole = rng.random() < 0.5
+        raw(running, data if whole else data[: rng.integers(1, len(data))], read=whole and rng.random() < 0.5)
+
+
+def test_a_vanished_client_frees_its_slot(running, healed, monkeypatch):
+    """Its request would run for minutes."""
+    step = csm.runner.decode_frame
+    monkeypatch.setattr(csm.runner, "decode_frame", lambda *args: (time.sleep(0.02), step(*args)))
+    monkeypatch.setattr(running.service, "settings", replace(running.settings, max_seconds=80.0))
+    with running.http.stream("POST", "/v1/audio/speech", content=SPEECH, headers={"content-type": "application/json"}):
+        until(lambda: running.engine.num_active == 1)
+    until(lambda: running.engine.num_active == 0, 10)
+
+
+def test_a_full_queue_is_429(running, healed, monkeypatch):
+    gate, step = threading.Event(), csm.runner.decode_frame
+    monkeypatch.setattr(csm.runner, "decode_frame", lambda *args: (gate.wait(20), step(*args)))
+    threads = [threading.Thread(target=running.speak, args=("Hi.",)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    until(lambda: running.service._in_use == 3)
+    with running.client() as client, pytest.raises(openai.RateLimitError) as caught:
+        client.audio.speech.create(model="csm", voice="alloy", input="Hi.")
+    assert caught.value.response.headers["retry-after"] == "1"
+    gate.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_an_exception_in_the_step_is_500(running, healed, monkeypatch):
+    monkeypatch.setattr(csm.runner, "decode_frame", lambda *_: 1 / 0)
+    with running.client() as client, pytest.raises(openai.InternalServerError) as caught:
+        client.audio.speech.create(model="csm", voice="alloy", input="Hi.")
+    assert "division" not in str(caught.value)
+
+
+def fails_at(frame, monkeypatch):
+    step, count = csm.runner.decode_frame, []
+
+    def failing(*args):
+        count.append(1)
+        if len(count) == frame:
+            time.sleep(0.3)  # the first frames have been sent
+            raise ZeroDivisionError
+        step(*args)
+
+    monkeypatch.setattr(csm.runner, "decode_frame", failing)
+
+
+def test_an_exception_after_the_first_audio_breaks_the_response_off(running, healed, monkeypatch):
+    fails_at(3, monkeypatch)
+    with pytest.raises(httpx.RemoteProtocolError):
+        running.speak("Hi.")
+
+
+def test_an_exception_after_the_first_audio_is_an_event(running, healed, monkeypatch):
+    fails_at(3, monkeypatch)
+    lines = running.speak("Hi.", stream_format="sse").text.strip().split("\n\n")
+    assert json.loads(lines[-1][6:])["error"]["code"] == "generation_failed"
+
+
+def test_a_request_that_takes_too_long_is_504(running, healed, monkeypatch):
+    step = csm.runner.decode_frame
+    monkeypatch.setattr(csm.runner, "decode_frame", lambda *args: (time.sleep(0.6), step(*args)))
+    monkeypatch.setattr(running.service, "settings", replace(running.settings, request_timeout=0.3))
+    assert running.speak("Hi.").status_code == 504
+
+
+BODIES = [b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", b"[" * 100_000, b'{"input": "\\ud800"}', b"{}" * 9]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=range(len(BODIES)))
+def test_malformed_bodies(running, body):
+    response = running.http.post("/v1/audio/speech", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+NAMES = ["model", "input", "voice", "speed", "seed", "temperature", "top_k", "speaker", "context", "session", "other"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=4))
+def test_any_json_is_answered(running, fields):
+    fields = {"model": "csm", "voice": "alloy", "input": "Hi.", "response_format": "pcm", **fields}
+    body = json.dumps(fields).encode()
+    response = running.http.post("/v1/audio/speech", content=body, headers={"content-type": "application/json"})
+    assert response.status_code in (200, 400, 404)
+
+
+def upload(running, recording, **fields):
+    data = {"name": "bob", "text": "Hello.", "consent": "Bob, by letter", **fields}
+    return running.http.post("/v1/audio/voices", data=data, files={"audio_sample": ("a.wav", recording)})
+
+
+def bomb():
+    """Ten minutes of zeros: 28 MB in a FLAC file of a few KB."""
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(600 * 24_000, np.int16), 24_000, format="FLAC")
+    return file.getvalue()
+
+
+BAD_UPLOADS = {
+    "not audio": (lambda: b"not audio at all", {}, 400, "cannot be decoded"),
+    "empty": (lambda: b"", {}, 400, "cannot be decoded"),
+    "cut off": (lambda: clip(1)[:50], {}, 400, "cannot be decoded|less than"),
+    "too short": (lambda: clip(0.2), {}, 400, "less than 0.5 s"),
+    "a bomb": (bomb, {}, 400, "longer than 60 s"),
+    "oversized": (lambda: bytes(11 << 20), {}, 413, "limit is"),
+    "no consent": (lambda: clip(1), {"consent": " "}, 400, "consent"),
+    "no transcript": (lambda: clip(1), {"text": ""}, 400, "text is missing"),
+    "unknown field": (lambda: clip(1), {"cosnent": "x"}, 400, "unknown field"),
+    "path": (lambda: clip(1), {"name": "../evil"}, 400, "name"),
+    "nul": (lambda: clip(1), {"name": "a\0b"}, 400, "name"),
+    "long": (lambda: clip(1), {"name": "a" * 10_000}, 400, "name"),
+    "speaker": (lambda: clip(1), {"speaker": "-1"}, 400, "speaker"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_UPLOADS)
+def test_bad_uploads(running, name):
+    recording, fields, status, message = BAD_UPLOADS[name]
+    response = upload(running, recording(), **fields)
+    assert response.status_code == status
+    assert re.search(message, response.json()["error"]["message"])
+    assert list(running.settings.voices.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../x", "a\0b", "a" * 10_000, "/etc/passwd", "..%2fx", "anna.safetensors"])
+def test_bad_voice_names(running, name, tmp_path):
+    assert running.speak("Hi.", voice=name).status_code == 400
+    assert running.http.delete(f"/v1/audio/voices/{quote(name, safe='')}").status_code == 404
+
+
+def test_slow_bodies_and_idle_sockets_are_closed(running, healed):
+    assert raw(running, request_bytes(SPEECH)[:-5]) == b"HTTP/1.1 408 Request Timeout"
+    assert raw(running, b"POST /v1/aud") == b""
+    assert raw(running, b"") == b""
+
+
+def test_keys_hosts_and_origins(generator):  # noqa: F811
+    with Running(generator, max_streams=2, max_seconds=0.1, api_keys=("first", KEY)) as running:
+        for key in ("wrong", KEY[:-1], f"{KEY}x", ""):
+            response = running.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+            assert response.status_code == 401
+        with running.client("wrong") as client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
+        with running.client(KEY) as client:
+            assert client.models.list().data
+            assert len(client.audio.speech.create(model="csm", voice="alloy", input="Hi.").read()) > 0
+        assert [running.http.get(path).status_code for path in ("/health", "/ready", "/metrics")] == [200, 200, 401]
+        allowed = {"Authorization": f"Bearer {KEY}"}
+        for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}):
+            assert running.http.get("/v1/models", headers={**allowed, **headers}).status_code == 403
+
+
+def test_where_keys_come_from(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# ours\nb\n\n c \n")
+    assert read_keys(["a"], file, "d, e,,") == ("a", "b", "c", "d", "e")
+    assert read_keys([], None, None) == ()
+    with pytest.raises(CSMError, match="cannot be read"):
+        read_keys([], tmp_path / "none", None)
+    with pytest.raises(CSMError, match="API key"):
+        Settings(api_keys=("a b\n",))
+
+
+def test_sigterm_finishes_what_runs(tmp_path):
+    """A server of its own process: SIGTERM while it generates; the response is whole, and the exit code is 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "csm", "serve", "--model", "tiny", "--device", "cpu", "--max-streams", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--port", str(port)], env=environment, stderr=subprocess.PIPE)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: ready(url), 120)
+        body = {"model": "tiny", "voice": "alloy", "input": "Good morning.", "seed": 1, "response_format": "pcm"}
+        with httpx.stream("POST", f"{url}/v1/audio/speech", json=body, timeout=60) as response:
+            chunks = response.iter_raw()
+            first = next(chunks)
+            process.send_signal(signal.SIGTERM)
+            audio = first + b"".join(chunks)
+        assert len(samples(audio)) % 1920 == 0 and len(audio) > len(first)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ready(url):
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_the_load_tool(running, capsys):
+    from csm.bench.command import main
+
+    assert main(["--serve", running.url, "--clients", "2", "--seconds", "0.5"]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])["load"][0]
+    assert row["clients"] == 2 and row["requests"] >= 2 and row["errors"] == "none"
+    assert row["first audio p95 ms"] > 0 and row["x real time"] > 0
+    assert main(["--serve", running.url, "--clients", "0"]) == 2
+
+
+def test_a_player_that_runs_dry():
+    from csm.bench.load import Player
+
+    player = Player()
+    for now in (0.0, 0.1, 0.2, 0.5):  # 0.08 s each: 0.1 s in hand hold until 0.34
+        player.arrive(now, 0.08)
+    assert player.underruns == 1
+    assert player.remaining(0.5) == pytest.approx(0.08)
+
+
+@pytest.mark.slow
+def test_sixty_four_clients_for_two_minutes(tiny):
+    """Nothing lost or mixed up: each response has the samples that its seed gives alone. The memory stays flat."""
+    from csm.bench.load import SENTENCES, run_clients
+    from csm.serve.metrics import resident_bytes
+
+    alone = [tiny.generate(text, 0, seed=0, max_audio_length_ms=6000).numpy() for text in SENTENCES]
+    with Running(tiny, max_streams=8, max_seconds=6.0, max_queue=64) as running:
+        memory = []
+        stop = threading.Event()
+
+        def watch():
+            while not stop.wait(5):
+                memory.append(resident_bytes())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        row = asyncio.run(run_clients(running.url, 64, 120, pace=False, fields={"seed": 0, "voice": "speaker_0"}))
+        stop.set()
+        watcher.join()
+        print(row, [round(m / 1e6) for m in memory])
+        assert row["errors"] == "none"
+        assert max(memory[6:]) < 1.05 * memory[6]
+        for text, wanted in zip(SENTENCES, alone, strict=True):
+            got = samples(running.speak(text, seed=0, voice="speaker_0").content)
+            assert len(got) == len(wanted) and np.abs(got - wanted.clip(-1, 1)).max() < 1e-3
