@@ -36,7 +36,7 @@ from csm.errors import FallbackWarning
 from csm.frame import FrameState, decode_frame
 from csm.graph import Graph
 from csm.kernels import linear_add
-from csm.kernels.launch import enable_kernels, use_kernels
+from csm.kernels.launch import driver_version, enable_kernels, use_kernels
 from csm.model import CSM
 from csm.opchecks import TEMPERATURES, Check, RandomTensors, op_checks, relative_error
 
@@ -268,7 +268,7 @@ def _device_name(device: torch.device) -> str:
     if device.type != "cuda":
         return f"{device.type} {platform.machine()}"
     driver = Path("/sys/module/nvidia/version")
-    version = driver.read_text().strip() if driver.is_file() else torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    version = driver.read_text().strip() if driver.is_file() else str(driver_version())
     return f"{torch.cuda.get_device_name(device)} | driver {version}"
 
 

@@ -213,11 +213,11 @@ def test_standard_output():
 def test_a_pipe():
     os.mkfifo("pipe")
     received = []
-    reader = threading.Thread(target=lambda: received.append(Path("pipe").read_bytes()))
+    reader = threading.Thread(target=lambda: received.append(Path("pipe").read_bytes()), daemon=True)
     reader.start()
     arguments = ["--text", "Hello. Goodbye.", *SHORT, "--stream-to", "pipe", "--out", "o.wav"]
     assert generate.main(arguments) == 0
-    reader.join()
+    reader.join(60)
     assert received[0][:4] == b"RIFF"
     assert received[0][44:] == Path("o.wav").read_bytes()[44:]
     assert len(received[0]) == 44 + 4 * 9600
@@ -231,10 +231,10 @@ def test_a_reader_that_leaves_is_an_error(capsys):
         with open("pipe", "rb") as pipe:
             pipe.read(100)
 
-    reader = threading.Thread(target=read_a_little)
+    reader = threading.Thread(target=read_a_little, daemon=True)
     reader.start()
     assert generate.main(["--text", "Hello. " * 9, *SHORT, "--stream-to", "pipe", "--out", "o.wav"]) == 2
-    reader.join()
+    reader.join(60)
     assert "the stream cannot be written: Broken pipe" in capsys.readouterr().err
     assert not Path("o.wav").exists()
 
