@@ -344,8 +344,8 @@ def test_sixty_four_clients_for_two_minutes(tiny):
     from csm.bench.load import SENTENCES, run_clients
     from csm.serve.metrics import resident_bytes
 
-    alone = [tiny.generate(text, 0, seed=0, max_audio_length_ms=6000).numpy() for text in SENTENCES]
-    with Running(tiny, max_streams=8, max_seconds=6.0, max_queue=64) as running:
+    alone = [tiny.generate(text, 0, seed=0, max_audio_length_ms=1600).numpy() for text in SENTENCES]
+    with Running(tiny, max_streams=8, max_seconds=1.6, max_queue=64, request_timeout=600) as running:
         memory = []
         stop = threading.Event()
 
