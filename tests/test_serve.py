@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import sys
 import threading
 import time
 import wave
@@ -216,6 +217,14 @@ def test_speed_keeps_the_pitch(running, fast, speed):
     audio = samples(running.speak(speed=speed).content)
     assert len(audio) == pytest.approx(LONG_SECONDS * 24_000 / speed, rel=0.01)
     assert pitch(audio, 24_000) == pytest.approx(250, abs=1)
+
+
+@pytest.mark.parametrize("fields", [{"response_format": "aac"}, {"speed": 2.0}])
+def test_without_pyav_the_error_says_so(running, monkeypatch, fields):
+    monkeypatch.setitem(sys.modules, "av", None)
+    response = running.speak("Hi.", **fields)
+    assert response.status_code == 400
+    assert "pip install av" in response.json()["error"]["message"]
 
 
 ERRORS = [

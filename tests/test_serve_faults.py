@@ -21,10 +21,11 @@ import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_serve import Running, clip, generator, samples, until  # noqa: F401 - a fixture
+from test_serve import FastSteps, Running, clip, generator, samples, until  # noqa: F401 - a fixture
 
 import csm.runner
 from csm import CSMError
+from csm.guards import NO_GUARDS
 from csm.serve.settings import Settings, read_keys
 
 KEY = "correct-horse"
@@ -90,6 +91,42 @@ def test_a_vanished_client_frees_its_slot(running, healed, monkeypatch):
     with running.http.stream("POST", "/v1/audio/speech", content=SPEECH, headers={"content-type": "application/json"}):
         until(lambda: running.engine.num_active == 1)
     until(lambda: running.engine.num_active == 0, 10)
+
+
+def test_a_reader_that_stops_pauses_its_own_request_only(running, healed, monkeypatch):
+    """Two and a half minutes of speech for a reader of a few bytes: the model does not run ahead."""
+    steps = FastSteps()
+    monkeypatch.setattr(csm.runner, "decode_frame", steps.decode_frame)
+    monkeypatch.setattr(csm.runner.SlotDecoders, "decode", lambda decoder, *args: steps.decode(decoder, *args))
+    monkeypatch.setattr(running.service, "settings", replace(running.settings, max_seconds=150.0))
+    monkeypatch.setattr(running.service, "guards", NO_GUARDS)
+    host, port = running.url[7:].split(":")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((host, int(port)))
+        connection.sendall(request_bytes(SPEECH))
+        assert connection.recv(1) == b"H"
+
+        def stalled():
+            before = steps.count
+            time.sleep(0.5)
+            return steps.count == before
+
+        until(stalled)
+        assert 25 <= steps.count < 150 / 0.08
+        assert running.engine.num_active == 1
+        monkeypatch.setattr(running.service, "settings", running.settings)
+        assert len(running.speak("Hi.").content) == 5 * 3840
+    until(lambda: running.engine.num_active == 0)
+
+
+def test_a_body_without_a_length_has_the_limit_too(running, healed):
+    def chunks():
+        for _ in range(80):
+            yield b"[" * 65_536
+
+    response = running.http.post("/v1/audio/speech", content=chunks(), headers={"content-type": "application/json"})
+    assert response.status_code == 413
 
 
 def test_a_full_queue_is_429(running, healed, monkeypatch):
@@ -225,9 +262,9 @@ def test_slow_bodies_and_idle_sockets_are_closed(running, healed):
 
 def test_keys_hosts_and_origins(generator):  # noqa: F811
     with Running(generator, max_streams=2, max_seconds=0.1, api_keys=("first", KEY)) as running:
-        for key in ("wrong", KEY[:-1], f"{KEY}x", ""):
-            response = running.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
-            assert response.status_code == 401
+        for value in ("Bearer wrong", f"Bearer {KEY[:-1]}", f"Bearer {KEY}x", "Bearer", f"Basic {KEY}", KEY):
+            assert running.http.get("/v1/models", headers={"Authorization": value}).status_code == 401
+        assert running.http.get("/v1/models").status_code == 401
         with running.client("wrong") as client, pytest.raises(openai.AuthenticationError):
             client.models.list()
         with running.client(KEY) as client:
@@ -307,8 +344,8 @@ def test_sixty_four_clients_for_two_minutes(tiny):
     from csm.bench.load import SENTENCES, run_clients
     from csm.serve.metrics import resident_bytes
 
-    alone = [tiny.generate(text, 0, seed=0, max_audio_length_ms=6000).numpy() for text in SENTENCES]
-    with Running(tiny, max_streams=8, max_seconds=6.0, max_queue=64) as running:
+    alone = [tiny.generate(text, 0, seed=0, max_audio_length_ms=1600).numpy() for text in SENTENCES]
+    with Running(tiny, max_streams=8, max_seconds=1.6, max_queue=64, request_timeout=600) as running:
         memory = []
         stop = threading.Event()
 

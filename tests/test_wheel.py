@@ -36,6 +36,7 @@ def test_only_csm_is_at_the_top(wheel):
         "csm/evaluate/command.py",
         "csm/finetune/train.py",
         "csm/kernels/attention.py",
+        "csm/serve/app.py",
         "csm/weights/hub.py",
         "csm/weights/tiny/model.safetensors",
         "csm/py.typed",

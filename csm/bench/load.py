@@ -18,6 +18,7 @@ from csm.errors import CSMError
 
 PLAYER_BUFFER = 0.1  # seconds
 BYTES_PER_SECOND = 48_000  # 16 bits at 24 kHz
+REQUEST_TIMEOUT = 600.0  # seconds: longer than the server's own
 MAX_CLIENTS, MAX_SECONDS = 1024, 3600.0
 SENTENCES = (
     "The weather was warm in the morning.",
@@ -121,7 +122,7 @@ async def run_clients(
     tally, limits = Tally(), httpx.Limits(max_connections=clients)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     started = time.perf_counter()
-    async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=120) as http:
+    async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=REQUEST_TIMEOUT) as http:
         ends = started + seconds
         await asyncio.gather(*(client(http, i, ends, pace, fields or {}, tally) for i in range(clients)))
     return figures(tally, clients, pace, time.perf_counter() - started)

@@ -64,14 +64,14 @@ class Job:
             turns = service.sessions.begin(self._session) + turns
             self._contexts.callback(self._end_session, self._session)
         self._speaker = chosen.speaker
+        given = {"temperature": body.temperature, "topk": body.top_k}
         speech = SpeechRequest(
             body.input,
-            chosen.speaker,
-            (*chosen.context, *turns),
-            service.settings.max_seconds * 1000,
-            0.9 if body.temperature is None else body.temperature,
-            50 if body.top_k is None else body.top_k,
-            int(torch.randint(2**31, ())) if body.seed is None else body.seed,
+            speaker=chosen.speaker,
+            context=(*chosen.context, *turns),
+            max_audio_length_ms=service.settings.max_seconds * 1000,
+            seed=int(torch.randint(2**31, ())) if body.seed is None else body.seed,
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
         )
         self.num_tokens = len(body.input.split())
         self._clock = PlayerClock(generator.codec.frame_size / generator.sample_rate)
