@@ -207,12 +207,12 @@ class Conversation:
         turns, voices = [], []
         for index, segment in enumerate(self.turns):
             assert segment.codes is not None
-            tensors[f"turn_{index}"] = segment.codes.to(torch.int32)
+            tensors[f"turn_{index}"] = segment.codes.to(torch.int32).contiguous()
             turns.append([segment.speaker, segment.text])
         for speaker, voice in self.voices.items():
             voices.append([speaker, voice.name, list(voice.texts), voice.speaker, voice.consent])
             for index, codes_TK in enumerate(voice.codes):
-                tensors[f"voice_{speaker}_{index}"] = codes_TK.to(torch.int32)
+                tensors[f"voice_{speaker}_{index}"] = codes_TK.to(torch.int32).contiguous()
         settings = {key: getattr(self, key) for key in SETTINGS}
         state = {"turns": turns, "voices": voices, "settings": settings, "stats": vars(self.stats)}
         save_tensors(tensors, Path(path), {"format": FORMAT, "state": json.dumps(state)})
