@@ -361,7 +361,8 @@ def test_bad_inputs(case, tmp_path, capsys):
 
 def guide(language):
     text = (ROOT / "docs" / "voices.md").read_text().replace("\\\n", " ").replace("sesame/csm-1b", NOISE)
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for name, block in blocks if name == language]
 
 
 def test_the_guide(monkeypatch):
