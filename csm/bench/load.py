@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +30,9 @@ SENTENCES = (
 
 @dataclass
 class Tally:
-    """What all clients of one run saw. Times are in seconds."""
+    """What all clients of one run saw. Times are in seconds. ``verify`` judges a whole response, given its text."""
 
+    verify: Callable[[str, bytes], bool] | None = None
     first_audio: list[float] = field(default_factory=list)
     audio: float = 0.0
     rtf: list[float] = field(default_factory=list)
@@ -74,6 +75,7 @@ class Player:
 async def one_request(http: Any, body: dict[str, Any], pace: bool, tally: Tally) -> None:
     """One request to its end."""
     started, first, size, player = time.perf_counter(), None, 0, Player()
+    parts: list[bytes] = []
     async with http.stream("POST", "/v1/audio/speech", json=body) as response:
         if response.status_code != 200:
             tally.fail(str(response.status_code))
@@ -83,12 +85,16 @@ async def one_request(http: Any, body: dict[str, Any], pace: bool, tally: Tally)
             now = time.perf_counter()
             first = first or now - started
             size += len(data)
+            if tally.verify is not None:
+                parts.append(data)
             tally.chunks += 1
             player.arrive(now, len(data) / BYTES_PER_SECOND)
     finished, seconds = time.perf_counter(), size / BYTES_PER_SECOND
     if first is None or not seconds:
         tally.fail("no audio")
         return
+    if tally.verify is not None and not tally.verify(body["input"], b"".join(parts)):
+        tally.fail("wrong audio")
     tally.first_audio.append(first)
     tally.rtf.append((finished - started) / seconds)
     tally.audio += seconds
@@ -114,12 +120,18 @@ async def client(http: Any, index: int, ends: float, pace: bool, fields: dict[st
 
 
 async def run_clients(
-    url: str, clients: int, seconds: float, pace: bool, key: str | None = None, fields: dict[str, Any] | None = None
+    url: str,
+    clients: int,
+    seconds: float,
+    pace: bool,
+    key: str | None = None,
+    fields: dict[str, Any] | None = None,
+    verify: Callable[[str, bytes], bool] | None = None,
 ) -> dict[str, Any]:
     """Load a server with so many clients for so long; the figures of the table."""
     import httpx
 
-    tally, limits = Tally(), httpx.Limits(max_connections=clients)
+    tally, limits = Tally(verify), httpx.Limits(max_connections=clients)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     started = time.perf_counter()
     async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=REQUEST_TIMEOUT) as http:
