@@ -64,8 +64,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def run(args: argparse.Namespace) -> str | None:
-    """Serve until a signal ends it."""
+def run(args: argparse.Namespace) -> str:
+    """Serve until a signal ends it. Prints nothing at the end."""
     settings = read_settings(args)
     from csm.serve.app import create_app
     from csm.serve.server import Server
@@ -85,4 +85,4 @@ def run(args: argparse.Namespace) -> str | None:
         print("warning: no API key: everyone who reaches this address can use the server", file=sys.stderr)
     print(f"serving {settings.model} on http://{settings.host}:{settings.port}", file=sys.stderr, flush=True)
     Server(create_app(service), settings).run()
-    return None
+    return ""
