@@ -6,6 +6,7 @@ The first SIGTERM or SIGINT closes the listening socket and lets running request
 from __future__ import annotations
 
 import asyncio
+import socket
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,7 @@ from csm.serve.service import Service
 from csm.serve.settings import Settings
 
 MAX_HEADERS = 16 << 10  # bytes of a request line and its headers
+SEND_BUFFER = 256 << 10  # bytes that the kernel may hold for a reader that lags: 5 s of PCM, not minutes
 SPARE_CONNECTIONS = 256  # beyond those of requests that run and wait
 
 
@@ -29,6 +31,9 @@ def protocol(idle_timeout: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            connection = transport.get_extra_info("socket")
+            if connection is not None:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             self._watch_headers()
 
         def data_received(self, data: bytes) -> None:
