@@ -301,6 +301,14 @@ class TestComparison:
         print(f"\n{name}: {agreement}")
         assert agreement.failures() != []
 
+    def test_fails_for_wrong_codes_after_frame_1(self, stand_in):
+        folder, golden = stand_in
+        codes_TK = golden.codes_TK.clone()
+        codes_TK[1:-1] = codes_TK[1:-1].roll(1, dims=1)
+        agreement = compare(load(folder), replace(golden, codes_TK=codes_TK))
+        assert agreement.first_difference == 2
+        assert any("teacher-forced agreement is" in failure for failure in agreement.failures())
+
     def test_fails_where_the_speech_does_not_end(self, stand_in):
         folder, golden = stand_in
         agreement = compare(load(folder), replace(golden, codes_TK=golden.codes_TK[:-1]))
