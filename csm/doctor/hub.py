@@ -11,7 +11,16 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
 from csm.doctor.finding import ERROR, OK, WARNING, Finding
 from csm.generator import DEFAULT_MODEL
-from csm.weights.hub import MIMI_BYTES, MIMI_FILE, MIMI_REPO, SINGLE_FILE, cached, cached_weights, size_in_words
+from csm.weights.hub import (
+    MIMI_BYTES,
+    MIMI_FILE,
+    MIMI_REPO,
+    SINGLE_FILE,
+    cached,
+    cached_weights,
+    root_cause,
+    size_in_words,
+)
 
 MIRROR = "unsloth/csm-1b"  # ungated
 REQUEST_SECONDS = 4
@@ -66,14 +75,7 @@ def ask(token: str | None) -> tuple[str, str | None, bool | None]:
         user = _user(token)
         return "", user, None if user is None else _licence(token)
     except (OSError, HfHubHTTPError) as error:  # requests' errors are OSErrors
-        return f"{type(error).__name__}: {' '.join(str(_root(error)).split())}"[:160], None, None
-
-
-def _root(error: BaseException) -> BaseException:
-    """The error of the socket below the errors of urllib3 and requests."""
-    while (below := error.__cause__ or error.__context__) is not None:
-        error = below
-    return error
+        return f"{type(error).__name__}: {root_cause(error)}"[:160], None, None
 
 
 def _user(token: str) -> str | None:
