@@ -294,7 +294,9 @@ def summary(
 
 def suggestion(args: argparse.Namespace, lines: list[str]) -> str:
     """What to try after the first run: CSM-1B after the tiny checkpoint, else a second text in the same voice."""
+    program = getattr(args, "program", "python generate.py")  # "csm generate" or "python -m csm generate"
     if args.model == "tiny":
-        return "next: `csm doctor` shows what CSM-1B needs on this machine; then leave out --model for its voice"
+        csm = "python -m csm" if program.endswith(".py") else program.removesuffix(" generate")
+        return f"next: `{csm} doctor` shows what CSM-1B needs on this machine; then leave out --model for its voice"
     voice = shlex.join(["--ref", str(args.out), "--ref-text", " ".join(lines)])
-    return f'next: the same voice again: csm generate {voice} --text "Something else." --out next.wav'
+    return f'next: the same voice again: {program} {voice} --text "Something else." --out next.wav'

@@ -167,7 +167,7 @@ def test_the_bar_and_the_suggestion_on_a_terminal(tmp_path):
     assert code == 0
     assert re.search(r"\rIt's short\.: \d\.\d s of audio, \d+\.\dx real time", shown)
     assert "it/s" not in shown and "s/s" not in shown
-    example = re.search(r"next: .*: csm generate (.*)", shown).group(1)
+    example = re.search(r"next: .*: python generate\.py (.*)", shown).group(1)
     parsed = generate.parse_arguments(shlex.split(example))
     assert (parsed.ref, parsed.ref_text) == (Path("out.wav"), "It's short.")
     code, shown = on_a_terminal([*args, "--quiet"], tmp_path)

@@ -71,6 +71,16 @@ FAULTS = {
     "memory for bfloat16": (lambda: machine.check_memory(Memory(6_000_000_000)), WARNING, "--dtype bfloat16"),
     "disk full": (lambda: machine.check_disk(5_000_000_000, False), ERROR, r"download of 6\.60 GB.*HF_HOME"),
     "offline by choice": (lambda: hub.check_hub(HubProbe(offline=True)), ERROR, "HF_HUB_OFFLINE forbids.*--model tiny"),
+    "codec not cached, offline": (
+        lambda: hub.check_hub(HubProbe(("sesame/csm-1b",), codec_missing=True, offline=True)),
+        ERROR,
+        "not the codec.*0.38 GB.*HF_HUB_OFFLINE forbids.*--codec",
+    ),
+    "codec not cached": (
+        lambda: hub.check_hub(HubProbe(("sesame/csm-1b",), codec_missing=True)),
+        WARNING,
+        "not the codec.*once with a network.*--codec",
+    ),
     "hub unreachable": (
         lambda: hub.check_hub(HubProbe(failure="ConnectTimeout: 4 s")),
         ERROR,
@@ -267,7 +277,13 @@ def test_the_hub_is_not_asked_offline_or_for_what_is_cached(online, monkeypatch)
     assert hub.probe_hub().offline
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "is_cached", lambda repo: repo == "unsloth/csm-1b")
-    assert hub.probe_hub().cached == ("unsloth/csm-1b",)
+    monkeypatch.setattr(hub, "cached_weights", lambda repo: [Path("model.safetensors")])
+    assert hub.probe_hub() == HubProbe(("unsloth/csm-1b",))
+    (finding,) = hub.check_hub(hub.probe_hub())
+    assert (finding.status, finding.advice) == (OK, "pass --model unsloth/csm-1b")
+    monkeypatch.setattr(hub, "is_cached", lambda repo: True)
+    monkeypatch.setattr(hub, "cached", lambda *_: None)
+    assert hub.probe_hub().codec_missing  # a single file is Sesame's layout here
     assert asked == [None]
 
 

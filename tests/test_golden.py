@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import save_file
 
 from agreement import Golden, compare
-from csm import Generator
+from csm import Generator, UnavailableError
 from csm.audio import read_audio
 from csm.codec import Codec
 from csm.config import CSM_1B, LLAMA_1B, LLAMA_100M, MIMI
 from csm.model import rope_frequencies
 from csm.prompt import TextTokenizer, build_prompt
 from csm.weights import checkpoint as checkpoint_module
+from csm.weights import hub
 from csm.weights.config_json import read_config
 from csm.weights.layouts import Change, export, hf_table, mimi_table, sesame_table, target_shapes
 from llama3 import llama3_tokenizers
@@ -72,9 +73,7 @@ class TestWeights:
     @pytest.mark.parametrize("name", ["conversational_a", "conversational_b"])
     def test_codes_of_sesames_prompts(self, name):
         checkpoint = checkpoint_module.open_checkpoint(MODEL)
-        path = checkpoint.folder / "prompts" / f"{name}.wav"
-        if not path.is_file():
-            pytest.skip(f"{path}: no such file")
+        path = recording(checkpoint.folder, f"prompts/{name}.wav")
         device = torch.device("cpu")
         state = checkpoint_module.read_codec(checkpoint, None, device)
         codes_TK = Codec(checkpoint.codec_config, MIMI.num_codebooks, state, device).encode(*read_audio(path))
@@ -84,6 +83,20 @@ class TestWeights:
             assert codes_TK.shape[0] == 375
         equal = sum(ours == theirs for ours, theirs in zip(codes_TK[:, 0].tolist(), expected, strict=False))
         assert equal >= len(expected) - 1  # one may differ: resamplers round differently
+
+
+def recording(folder, name):
+    """A file of the checkpoint's folder, else of its repository. Without it the test is skipped."""
+    path = folder / name
+    if path.is_file():
+        return path
+    if Path(MODEL).is_dir():
+        pytest.skip(f"{path}: no such file")
+    repo, _, revision = MODEL.partition("@")
+    try:
+        return hub.fetch(repo, name, revision or None)
+    except UnavailableError as error:
+        pytest.skip(str(error))
 
 
 class TestPublishedFiles:
@@ -300,6 +313,14 @@ class TestComparison:
         agreement = compare(FAULTS[name](folder, monkeypatch), golden)
         print(f"\n{name}: {agreement}")
         assert agreement.failures() != []
+
+    def test_fails_for_wrong_codes_after_frame_1(self, stand_in):
+        folder, golden = stand_in
+        codes_TK = golden.codes_TK.clone()
+        codes_TK[1:-1] = codes_TK[1:-1].roll(1, dims=1)
+        agreement = compare(load(folder), replace(golden, codes_TK=codes_TK))
+        assert agreement.first_difference == 2
+        assert any("teacher-forced agreement is" in failure for failure in agreement.failures())
 
     def test_fails_where_the_speech_does_not_end(self, stand_in):
         folder, golden = stand_in

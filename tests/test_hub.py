@@ -254,6 +254,7 @@ def test_no_network(opened, offline, why):
     answer, _ = opened("owner/tiny", HF_HUB_OFFLINE=offline)
     assert answer.startswith(f"UnavailableError owner/tiny: the checkpoint is not in the cache, and {why}")
     assert "--model tiny" in answer
+    assert "MaxRetryError" not in answer  # the cause in words, not urllib3's report of it
 
 
 CHUNK = 2**16  # bytes that the client receives before it writes them; 10 MB if not set
@@ -317,6 +318,18 @@ def test_the_disk_is_checked_before_a_download(opened, server, tmp_path):
     assert "has 0.0 MB free" in answer
     assert "HF_HOME" in answer
     assert "model.safetensors" not in Hub.bytes_sent
+
+
+def test_the_disk_needs_room_for_the_codec_too(opened, server):
+    free = size("owner/both", "model.safetensors") + 500
+    before = f"""
+import shutil
+from csm.weights import hub
+hub.MIMI_BYTES = 1000
+shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9 - {free}, {free})"""
+    answer, _ = opened("owner/both", server, before=before)
+    assert answer.startswith("UnavailableError owner/both: ")
+    assert "must be downloaded, but the disk of" in answer
 
 
 # As raised by Python and by hf_xet.

@@ -279,11 +279,18 @@ def _explained(repo: str, name: str, revision: str | None) -> Iterator[None]:
 
 def _unreachable(repo: str, name: str, error: BaseException) -> str:
     offline = isinstance(error, OfflineModeIsEnabled)
-    why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached: {error}"
+    why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached: {root_cause(error)}"
     return (
         f"{repo}: {name} is not in the cache, and {why}; run it again with a network (what was downloaded is kept), or "
         f"pass a local folder. {OTHERWISE}"
     )
+
+
+def root_cause(error: BaseException) -> str:
+    """In one line, the error of the socket below the errors of urllib3 and requests."""
+    while (below := error.__cause__ or error.__context__) is not None:
+        error = below
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _reason(repo: str, name: str, error: OSError | RuntimeError) -> str:
