@@ -153,7 +153,8 @@ def test_one_slot_restarts_while_the_others_go_on(loud):
     assert not torch.equal(after[1], expected[1])
 
 
-def test_a_moved_slot_continues_its_stream(loud):
+def test_a_moved_slot_continues_its_stream(loud, one_thread):
+    """One thread: with more, a convolution's rounding depends on the place in the batch."""
     decoder, unmoved = (loud.stream_decoder(batch=3) for _ in range(2))
     for one in (decoder, unmoved):
         frames_of(one, range(130), loud)
