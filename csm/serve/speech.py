@@ -33,6 +33,7 @@ from csm.serve.service import Service, encode_turns
 from csm.serve.voices import Chosen, read_recording
 
 PLAIN_MODELS = ("tts-1", "tts-1-hd")  # OpenAI's models without SSE
+MAX_FRAMES = 25  # of 80 ms, in one piece of a response
 
 
 class Job:
@@ -94,16 +95,23 @@ class Job:
             self._loop.call_soon_threadsafe(self._arrived.set)
 
     async def audio(self) -> AsyncIterator[np.ndarray]:
-        """Samples (N,), those of all frames that have arrived. Raises the exception that ended the request."""
+        """Samples (N,), those of the frames that have arrived. Raises the exception that ended the request.
+
+        At most ``MAX_FRAMES`` at once, so that a client that does not read holds up the model even if that is faster
+        than this loop.
+        """
         assert self._ticket is not None
         while True:
             await self._arrived.wait()
             self._arrived.clear()
-            parts = []
-            while (frame := self._ticket.take()) is not None and frame.audio_N is not None:
+            parts: list[np.ndarray] = []
+            while len(parts) < MAX_FRAMES and (frame := self._ticket.take()) is not None:
+                assert frame.audio_N is not None
                 self._measure()
                 self.codes.append(frame.codes_K)
                 parts.append(frame.audio_N.numpy())
+            if len(parts) == MAX_FRAMES:
+                self._arrived.set()  # there may be more
             if parts:
                 yield np.concatenate(parts)
             if self._ticket.finished:
