@@ -258,7 +258,8 @@ class TestConfig:
         path = self.write(tmp_path, values)
         with pytest.warns(CheckpointWarning) as caught:
             assert read_config(path) == (CONFIG, CODEC)
-        message = f"{path}: unknown keys 'colour', 'qkv_bias', 'depth_decoder_config.novelty', 'codec_config.novelty'"
+        message = f"{path}: unknown keys 'colour', 'qkv_bias', 'depth_decoder_config.novelty', 'codec_config.novelty', "
+        message += "'auto_map' are ignored"
         assert [str(warning.message).startswith(message) for warning in caught] == [True]
 
     BAD = {

@@ -108,6 +108,8 @@ def read_config(path: Path) -> tuple[CSMConfig, CodecConfig]:
         raise CheckpointError(f"{path}: {error}") from error
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: value of the wrong type: {error!r}") from error
+    if "auto_map" in values:  # classes of remote code, which is not run
+        unknown.append("'auto_map'")
     if unknown:
         message = f"{path}: unknown keys {', '.join(unknown)} are ignored; if the speech is wrong, look there first"
         warnings.warn(message, CheckpointWarning, stacklevel=2)
