@@ -16,7 +16,7 @@ LAYERS = [
     {"csm.errors"},
     {"csm.config"},
     {"csm.audio", "csm.graph", "csm.kernels", "csm.text", "csm.weights"},
-    {"csm.pronounce"},
+    {"csm.codec_ops", "csm.pronounce"},
     {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt"},
     {"csm.prefix_cache", "csm.voices"},
     {"csm.request"},
