@@ -37,11 +37,12 @@ class Codec:
         self.device = device
         from moshi.models import loaders  # slow to import, and not needed to generate codes
 
-        self._mimi = loaders.get_mimi(
-            None, mimi_config=moshi_config(config), device=device, num_codebooks=num_codebooks
-        )
+        with torch.device("meta"):  # the tensors of ``state`` become the weights, without a copy
+            self._mimi = loaders.get_mimi(
+                None, mimi_config=moshi_config(config), device="meta", num_codebooks=num_codebooks
+            )
         try:
-            self._mimi.load_state_dict(dict(state))
+            self._mimi.load_state_dict(dict(state), assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"not a Mimi codec of the shape given in config.json: {reason}") from error

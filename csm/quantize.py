@@ -28,6 +28,7 @@ from csm.kernels.quantized import (
     pack,
     packed_shape,
 )
+from csm.kernels.row_file import RowFile
 from csm.model import CSM
 
 ALIGNMENT = 64  # bytes: of a weight in the memory that all share
@@ -109,7 +110,7 @@ def quantized_weights(model: CSM) -> Iterator[ModelWeight]:
     yield ModelWeight("heads", "depth_heads", model.depth_heads, model.depth_decoder.norm)
 
 
-def set_weight(model: CSM, name: str, weight: nn.Parameter | QuantizedWeight) -> None:
+def set_weight(model: CSM, name: str, weight: nn.Parameter | QuantizedWeight | RowFile) -> None:
     """Replace a weight by one of any kind."""
     module_name, _, attribute = name.rpartition(".")
     module = model.get_submodule(module_name)

@@ -7,6 +7,7 @@ uint8, and what they are in the file's metadata; and ``config.json``, ``tokenize
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -19,8 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from csm.errors import CheckpointError, CSMError
+from csm.kernels import row_file
 from csm.kernels.native.ops import is_available
 from csm.kernels.quantized import QuantizedWeight, huge_page_buffer, packed_shape
+from csm.kernels.row_file import RowFile
 from csm.model import CSM
 from csm.quantize import (
     ALIGNMENT,
@@ -92,7 +95,7 @@ def save_quantized(
 def open_quantized(name: str | Path) -> tuple[Checkpoint, CSM] | None:
     """The checkpoint and model of a folder that ``save_quantized`` wrote; None for anything else.
 
-    Embeddings stay on disk, memory-mapped: only the rows that are used are read. Raises CheckpointError, which names
+    Embeddings stay on disk: only the rows that are used are read. Raises CheckpointError, which names
     the file and the tensor.
     """
     folder = Path(name).expanduser()
@@ -156,13 +159,28 @@ def _fill(model: CSM, types: dict[str, str], dtype: torch.dtype, path: Path) -> 
         names.remove(weight.name)
     model.depth_embedding = _mapped(path, "depth_embedding")
     for name in names:
-        set_weight(model, name, nn.Parameter(_mapped(path, name), requires_grad=False))
+        is_gathered = name in ("text_embedding", "audio_embedding")
+        set_weight(model, name, _rows(path, name, dtype) if is_gathered else _parameter(_mapped(path, name)))
 
 
 def _mapped(path: Path, name: str) -> Tensor:
     """One tensor, through a memory map of its own: pages that were copied leave memory with it."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _rows(path: Path, name: str, dtype: torch.dtype) -> RowFile | nn.Parameter:
+    """A table of a safetensors file whose header has been checked, for a gather of few rows."""
+    if not row_file.IS_SUPPORTED:
+        return _parameter(_mapped(path, name))
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(header_size))[name]
+    return RowFile(path, 8 + header_size + entry["data_offsets"][0], entry["shape"], dtype)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

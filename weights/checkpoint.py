@@ -131,7 +131,7 @@ def _read_codec_file(path: Path, device: torch.device) -> dict[str, Tensor]:
     state = {}
     for name in tensor_shapes(path):
         current = name.replace("in_proj_weight", "in_projs.0.weight").replace("out_proj.weight", "out_projs.0.weight")
-        state[current] = read_tensor(path, name).to(device, torch.float32, copy=True)
+        state[current] = read_tensor(path, name).to(device, torch.float32)
     return state
 
 
