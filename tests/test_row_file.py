@@ -1,4 +1,4 @@
-"""Embedding tables that stay in their file: rows equal those of the table in memory, and a process holds few of them."""
+"""Embedding tables that stay in their file: rows equal those of the table in memory, and take little memory."""
 
 import subprocess
 import sys
