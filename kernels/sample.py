@@ -9,7 +9,7 @@ Shapes: B slots, K codebooks, V ids (the size of a codebook), D depth decoder di
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
 from csm.kernels.native import ops as native
+from csm.kernels.qkv_table import QKVGather, gather_qkv, gather_qkv_reference
 from csm.kernels.quantized import Weight
 from csm.kernels.tiles import release_next_kernel, wait_for_inputs
 
@@ -129,14 +130,25 @@ def sample_slot(
     codes_ptr,
     table_ptr,
     out_ptr,
+    qkv_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
     codebook,
     logits_stride,
     codes_stride,
+    slot_stride,
+    head_stride,
     V: tl.constexpr,
     D: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    d: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     EMBED: tl.constexpr,
+    GATHER_QKV: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Draw one slot's code without a sort.
@@ -164,18 +176,32 @@ def sample_slot(
         d_D = tl.arange(0, BLOCK_D)
         row_D = tl.load(table_ptr + code * D + d_D, mask=d_D < D, other=0.0)
         tl.store(out_ptr + slot * D + d_D, row_D, mask=d_D < D)
+    if GATHER_QKV:
+        k_slot_ptr, v_slot_ptr = k_ptr + slot * slot_stride, v_ptr + slot * slot_stride
+        gather_qkv(qkv_ptr, code, q_ptr + slot * (H * d), k_slot_ptr, v_slot_ptr, head_stride, H, G, d, BLOCK_E)
 
 
-def sample(logits_BV: Tensor, codebook: int, noise: Noise, codes_BK: Tensor, table_VD: Tensor | None) -> Tensor | None:
+def sample(
+    logits_BV: Tensor,
+    codebook: int,
+    noise: Noise,
+    codes_BK: Tensor,
+    table_VD: Tensor | None,
+    qkv: QKVGather | None = None,
+) -> Tensor | None:
     """Draw the code of ``codebook`` for every slot into ``codes_BK[:, codebook]``.
 
-    Returns the drawn rows of ``table_VD``, (B, D): the input of the next depth position. None without a table.
+    Returns the drawn rows of ``table_VD``, (B, D): the input of the next depth position. None without a table. With
+    ``qkv`` it also copies the first layer's q, k and v of the codes to where the gather says.
     """
     if noise.noise_BKV is not None:
         code_B = draw_ids(logits_BV, noise.noise_BKV[:, codebook], noise.top_k_B)
         codes_BK[:, codebook] = code_B
+        if qkv is not None:
+            gather_qkv_reference(code_B, qkv)
         return None if table_VD is None else F.embedding(code_B, table_VD)
     if native.use_native_sampling(logits_BV):
+        assert qkv is None, "the native op gathers no q, k and v"
         return native.sample(logits_BV, codebook, noise[:4], codes_BK, table_VD)
     (B, V), D = logits_BV.shape, 1 if table_VD is None else table_VD.shape[1]
     assert logits_BV.stride(1) == 1 and codes_BK.stride(1) == 1
@@ -199,6 +225,30 @@ def sample(logits_BV: Tensor, codebook: int, noise: Noise, codes_BK: Tensor, tab
         BLOCK_V=power_of_two(max(4, V)),
         BLOCK_D=power_of_two(D),
         EMBED=table_VD is not None,
+        GATHER_QKV=qkv is not None,
+        **_gather_arguments(qkv, out_BD),
         num_warps=16,  # one Philox quad per thread
     )
     return None if table_VD is None else out_BD
+
+
+def _gather_arguments(qkv: QKVGather | None, unused: Tensor) -> dict[str, Any]:
+    """The kernel's arguments that ``qkv`` decides. Asserts the layouts that it assumes."""
+    if qkv is None:
+        pointers = dict.fromkeys(("qkv_ptr", "q_ptr", "k_ptr", "v_ptr"), unused)
+        return dict(slot_stride=0, head_stride=0, H=0, G=0, d=1, BLOCK_E=1, **pointers)
+    table_VE, q_B1Hd, k_BGd, v_BGd = qkv
+    assert table_VE.is_contiguous() and q_B1Hd.is_contiguous()
+    assert k_BGd.stride() == v_BGd.stride() and k_BGd.stride(2) == 1
+    return dict(
+        qkv_ptr=table_VE,
+        q_ptr=q_B1Hd,
+        k_ptr=k_BGd,
+        v_ptr=v_BGd,
+        slot_stride=k_BGd.stride(0),
+        head_stride=k_BGd.stride(1),
+        H=q_B1Hd.shape[2],
+        G=k_BGd.shape[1],
+        d=k_BGd.shape[2],
+        BLOCK_E=power_of_two(table_VE.shape[1]),
+    )
