@@ -147,9 +147,7 @@ class Transformer(nn.Module):
             bias_BTS = causal_bias(position_BT, context_bucket, self.norm.dtype)
         return AttentionMetadata(position_BT, self.rope.rope_Sp2[position_BT], bias_BTS, context_bucket)
 
-    def forward(
-        self, x_BTD: Tensor, cache: KVCache, meta: AttentionMetadata, q_BTHd: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, cache: KVCache, meta: AttentionMetadata, q_BTHd: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D). Writes the keys and values of the rows into the cache at ``meta.position_BT``.
 
         With ``q_BTHd``, the queries of layer 0, that layer's keys and values are in the cache already.
@@ -232,7 +230,7 @@ class CSM(nn.Module):
         )
 
     def code_qkv(self, codebook: int, batch: int) -> Tensor | None:
-        """``depth_qkv`` of one codebook, (codebook size, E). None if ``batch`` slots must compute q, k and v instead."""
+        """``depth_qkv`` of one codebook, (codebook size, E); None if ``batch`` slots compute q, k and v instead."""
         if self.depth_qkv is None or codebook in (0, self.config.num_codebooks - 1):
             return None
         can_gather = can_gather_qkv(self.depth_decoder.layers[0].attention.qkv, batch)

@@ -58,7 +58,7 @@ def run(setup: Setup, ops: str, frames: int, forced_FK: Tensor | None = None) ->
     codes: list[Tensor] = []
 
     def recording(
-        logits_BV: Tensor, codebook: int, noise: Any, codes_BK: Tensor, table_VD: Tensor | None
+        logits_BV: Tensor, codebook: int, noise: Any, codes_BK: Tensor, table_VD: Tensor | None, qkv: None
     ) -> Tensor | None:
         logits.append(logits_BV[0].float().clone())
         embedding_BD = sample(logits_BV, codebook, noise, codes_BK, table_VD)
