@@ -19,6 +19,7 @@ from torch import Tensor
 from csm.cache import KVCache
 from csm.config import CSMConfig, TransformerConfig
 from csm.kernels import QKVGather, advance_frame, draw_noise, sample
+from csm.kernels.sample import Noise
 from csm.model import CSM
 
 STEP_OUTPUTS = ("pending_row_BC", "pending_mask_BC", "position_B", "frame_B", "codes_BK")  # what the step changes
@@ -137,15 +138,7 @@ def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = Non
     parameters are read, and positions and frame counters advanced, on the device.
     """
     num_codebooks = model.config.num_codebooks
-    noise = draw_noise(
-        seed_B=state.seed_B,
-        frame_B=state.frame_B,
-        temperature_B=state.temperature_B,
-        top_k_B=state.top_k_B,
-        num_codebooks=num_codebooks,
-        codebook_size=model.config.codebook_size,
-        head_VD=model.codebook0_head,
-    )
+    noise = _draw_noise(model, state)
 
     def sample_code(codebook: int, hidden_BTD: Tensor, qkv: QKVGather | None = None) -> Tensor | None:
         """Sample a code from the last row; return its embedding, (B, depth dim), or None for the last codebook."""
@@ -176,6 +169,19 @@ def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = Non
         q_BTHd = None if qkv is None else qkv.q_B1Hd
 
     _advance(model, state)
+
+
+def _draw_noise(model: CSM, state: FrameState) -> Noise:
+    """Inputs of every draw of the frame."""
+    return draw_noise(
+        seed_B=state.seed_B,
+        frame_B=state.frame_B,
+        temperature_B=state.temperature_B,
+        top_k_B=state.top_k_B,
+        num_codebooks=model.config.num_codebooks,
+        codebook_size=model.config.codebook_size,
+        head_VD=model.codebook0_head,
+    )
 
 
 def _qkv_gather(model: CSM, state: FrameState, codebook: int) -> QKVGather | None:

@@ -231,7 +231,7 @@ def test_the_step_waits_for_nothing():
     with Recorder() as recorder, launches() as seen:
         decode_frame(model, state, 256)
     assert recorder.calls
-    assert sum(launch.constants.get("GATHER_QKV", False) for launch in seen) == CONFIG.num_codebooks - 2
+    assert sum(launch.constants.get("BLOCK_E", 0) > 0 for launch in seen) == CONFIG.num_codebooks - 2
 
 
 def test_a_captured_frame_names_a_table_that_moved(captures):
