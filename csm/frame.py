@@ -159,7 +159,8 @@ def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = Non
     )
     code_BD = sample_code(0, hidden_B1D)
     assert code_BD is not None
-    x_BTD, q_BTHd = torch.stack((projected_BD, code_BD), dim=1), None
+    x_BTD = torch.stack((projected_BD, code_BD), dim=1)
+    q_BTHd: Tensor | None = None
     for codebook in range(1, num_codebooks):
         first = codebook + 1 - x_BTD.shape[1]
         hidden_BTD = model.depth_decoder(x_BTD, state.depth_cache, depth_meta.rows(first, codebook + 1), q_BTHd)

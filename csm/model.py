@@ -134,6 +134,12 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.Parameter(torch.ones(config.dim))
 
+    @property
+    def first_attention(self) -> Attention:
+        block = self.layers[0]
+        assert isinstance(block, Block)
+        return block.attention
+
     def attention_metadata(
         self, position_BT: Tensor, context_bucket: int, max_rows: int | None = None
     ) -> AttentionMetadata:
@@ -216,7 +222,7 @@ class CSM(nn.Module):
         The table is (K - 2, codebook size, E): the first pass reads codebook 0, and no pass reads the last one. There
         is none where ``can_gather_qkv`` is false, such as on a CPU or with quantised weights.
         """
-        decoder, attention = self.depth_decoder, self.depth_decoder.layers[0].attention
+        decoder, attention = self.depth_decoder, self.depth_decoder.first_attention
         if self.depth_qkv is not None or not can_gather_qkv(attention.qkv, batch=1):
             return
         embedding_KVD = self.depth_embedding.unflatten(0, (-1, self.config.audio_vocab_size))
@@ -233,7 +239,7 @@ class CSM(nn.Module):
         """``depth_qkv`` of one codebook, (codebook size, E); None if ``batch`` slots compute q, k and v instead."""
         if self.depth_qkv is None or codebook in (0, self.config.num_codebooks - 1):
             return None
-        can_gather = can_gather_qkv(self.depth_decoder.layers[0].attention.qkv, batch)
+        can_gather = can_gather_qkv(self.depth_decoder.first_attention.qkv, batch)
         return self.depth_qkv[codebook - 1] if can_gather else None
 
     @property

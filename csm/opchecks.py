@@ -84,12 +84,12 @@ def op_checks(model: CSM, batch_sizes: Sequence[int]) -> Iterator[Check]:
 
 def _gathers(model: CSM, batch: int) -> bool:
     """Whether a frame of this batch size gathers q, k and v (``csm.kernels.qkv_table``)."""
-    return model.config.num_codebooks > 2 and can_gather_qkv(model.depth_decoder.layers[0].attention.qkv, batch)
+    return model.config.num_codebooks > 2 and can_gather_qkv(model.depth_decoder.first_attention.qkv, batch)
 
 
 def _tabulate(model: CSM, x_1VD: Tensor) -> tuple[Tensor, ...]:
     """The table of as many rows as one launch computes."""
-    decoder, attention = model.depth_decoder, model.depth_decoder.layers[0].attention
+    decoder, attention = model.depth_decoder, model.depth_decoder.first_attention
     rope_1p2, num_kv_heads = decoder.rope.rope_Sp2[2:3], decoder.config.num_kv_heads
     return (tabulate_qkv(x_1VD, attention.norm, attention.qkv, attention.eps, rope_1p2, num_kv_heads),)
 
