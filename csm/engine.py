@@ -323,6 +323,7 @@ class Engine:
     def _choose_ops(self, batch: int) -> None:
         """Check the kernels and graphs of a batch size on this device, and capture it if they pass."""
         rung = choose_rung(self.model, (batch,), self._progress)
+        self.model.precompute_depth_qkv()
         if not (self._graphs and rung.graph):
             return
         try:

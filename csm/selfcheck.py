@@ -199,6 +199,7 @@ def _reference_ops(device: torch.device) -> Iterator[None]:
 
 def _graph_failure(model: CSM, batch_sizes: Sequence[int]) -> str | None:
     """How a captured frame differs from an eager one, or None."""
+    model.precompute_depth_qkv()  # as for the frames that will be captured
     for batch in sorted(set(batch_sizes)):
         with torch.inference_mode():
             state = _random_state(model, batch)

@@ -80,14 +80,16 @@ def test_every_weight_of_a_frame_is_counted_and_none_comes_from_l2():
         cache = L2(gpu.l2_mb * 1e6 * predict.L2_USABLE)
         kernels = [one for one in frame_sequence(CSM_1B, 1, torch.bfloat16) if isinstance(one, Launch)]
         works = [predict.launch_work(launch, fake, cache) for launch in kernels]
-        assert sum(work.weight_bytes for work in works) == pytest.approx(frame_bytes(CSM_1B, torch.bfloat16), rel=1e-3)
+        gathered = 30 * 2 * CSM_1B.depth_decoder.qkv_dim * CSM_1B.depth_decoder.dim  # layer 0's q, k and v, by code
+        expected = frame_bytes(CSM_1B, torch.bfloat16) - gathered
+        assert sum(work.weight_bytes for work in works) == pytest.approx(expected, rel=1e-3)
         assert not any(work.in_l2 for work in works)
 
 
 def test_a_frame_is_kernels_and_a_few_plain_ops():
     sequence = frame_sequence(CSM_1B, 1, torch.bfloat16)
     plain = [one for one in sequence if isinstance(one, str)]
-    assert 0 < len(plain) < 40 and len(sequence) <= 700
+    assert 0 < len(plain) < 40 and len(sequence) <= 640
     assert sequence[-1].name == "advance_slot"
 
 

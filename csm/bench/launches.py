@@ -44,19 +44,21 @@ class Counting(TorchDispatchMode):
         return result
 
 
-def shadow_step(config: CSMConfig, batch: int, dtype: torch.dtype) -> Callable[[], None]:
-    """A step on the meta device: every op is called, and none computes."""
+def shadow_step(config: CSMConfig, batch: int, dtype: torch.dtype, ops: str) -> Callable[[], None]:
+    """A step on the meta device: every op is called, and none computes. ``ops`` is "reference" or "triton"."""
     meta = torch.device("meta")
     shapes = target_shapes(sesame_table(config))
     weights = {name: torch.empty(shape, dtype=dtype, device=meta) for name, shape in shapes.items()}
     model = CSM.from_state_dict(config, weights, meta)
+    with forced_ops(ops):
+        model.precompute_depth_qkv()
     state = FrameState.allocate(config, batch, meta, dtype)
     return lambda: decode_frame(model, state, state.backbone_cache.buckets[0])
 
 
 def frame_launches(config: CSMConfig, batch: int, dtype: torch.dtype) -> list[Launch]:
     """Every kernel launch of one frame, in order."""
-    step = shadow_step(config, batch, dtype)
+    step = shadow_step(config, batch, dtype, "triton")
     with forced_ops("triton"), launches() as seen:
         step()
     return seen
@@ -64,7 +66,7 @@ def frame_launches(config: CSMConfig, batch: int, dtype: torch.dtype) -> list[La
 
 def frame_sequence(config: CSMConfig, batch: int, dtype: torch.dtype) -> list[Launch | str]:
     """Everything that one frame launches, in order: kernels, and the names of PyTorch's ops between them."""
-    step = shadow_step(config, batch, dtype)
+    step = shadow_step(config, batch, dtype, "triton")
     sequence: list[Launch | str] = []
     with forced_ops("triton"), launches() as seen:
 
@@ -81,7 +83,7 @@ def frame_sequence(config: CSMConfig, batch: int, dtype: torch.dtype) -> list[La
 
 def count_launches(config: CSMConfig, ops: str, batch: int = 1) -> Counter[str]:
     """What one frame launches, by name: ``ops`` is "reference" or "triton"."""
-    step = shadow_step(config, batch, torch.bfloat16)
+    step = shadow_step(config, batch, torch.bfloat16, ops)
     with forced_ops(ops), launches() as seen, Counting() as counting:
         step()
     return counting.ops + Counter(launch.name for launch in seen)
