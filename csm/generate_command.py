@@ -107,7 +107,7 @@ def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model",
-        help=f"hub name[@revision], folder, GGUF file, or tiny (default: {DEFAULT_MODEL} where it can be had, else tiny)",
+        help=f"hub name[@revision], folder, GGUF file or tiny (default: {DEFAULT_MODEL} if it can be had, else tiny)",
     )
     group.add_argument("--lora", type=Path, help="folder of an adapter for the model (python -m csm finetune --lora)")
     group.add_argument("--codec", type=Path, help="Mimi weights in Kyutai's layout (default: the checkpoint's own)")
