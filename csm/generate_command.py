@@ -171,8 +171,7 @@ def load(args: argparse.Namespace) -> Generator:
     def from_pretrained(name: str, codec: Path | None = None, lora: Path | None = None) -> Generator:
         dtype = DTYPES.get(args.dtype)
         options: dict[str, Any] = dict(lora=lora, quantize=args.quantize, threads=args.threads)
-        if name == args.model:
-            options["tokenizer"] = args.tokenizer
+        options["tokenizer"] = args.tokenizer
         generator = Generator.from_pretrained(name, device, dtype, codec, progress=not args.quiet, **options)
         _ = generator.codec  # now, not in the first utterance's time
         return generator

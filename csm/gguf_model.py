@@ -46,11 +46,14 @@ FILE_TYPES = {"q8_0": 7, "q4_0": 2, "q4_k": 15}  # general.file_type: most tenso
 ROWS = 1 << 20  # values that are quantised to q4_k at a time
 
 
-def read_gguf_model(checkpoint: Checkpoint, scheme: str | None, dtype: torch.dtype, progress: bool = False) -> CSM:
+def read_gguf_model(
+    checkpoint: Checkpoint, scheme: str | None, dtype: torch.dtype, progress: bool = False, keep_blocks: bool = True
+) -> CSM:
     """Read the model of a GGUF file for a CPU. Blocks of q8_0 and q4_0 become int8 and int4 weights as they are.
 
     ``scheme`` quantises other weights, or these to another type; without it they have ``dtype``, like embeddings and
-    norms. One weight at a time is in memory in ``dtype``. Without native ops all weights have ``dtype``.
+    norms. ``keep_blocks`` False dequantises the blocks of parts that ``scheme`` does not name. One weight at a time is
+    in memory in ``dtype``. Without native ops all weights have ``dtype``.
     """
     types = {part: BITS[kind] for part, kind in (parse_scheme(scheme) if scheme else {}).items()}
     model = empty_model(checkpoint.config)
@@ -60,7 +63,8 @@ def read_gguf_model(checkpoint: Checkpoint, scheme: str | None, dtype: torch.dty
             set_weight(model, name, _dense(checkpoint, name, dtype))
     model.precompute_depth_embedding()
     weights = list(quantized_weights(model))  # in the order in which they are read
-    bits = {weight.name: types.get(weight.part) or _kept_bits(checkpoint, weight.name) for weight in weights}
+    kept = {weight.name: _kept_bits(checkpoint, weight.name) if keep_blocks else None for weight in weights}
+    bits = {weight.name: types.get(weight.part) or kept[weight.name] for weight in weights}
     buffers = _buffers(weights, bits)
     for weight in tqdm(weights, desc="loading weights", delay=1, leave=False, disable=None if progress else True):
         name, width = weight.name, bits[weight.name]

@@ -46,7 +46,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def read_quantized(checkpoint: Checkpoint, scheme: str, dtype: torch.dtype, progress: bool = False) -> CSM:
     """Read a checkpoint's model and quantise it weight by weight: one of them at a time is in memory in ``dtype``."""
     if checkpoint.gguf is not None:
-        return read_gguf_model(checkpoint, scheme, dtype, progress)
+        return read_gguf_model(checkpoint, scheme, dtype, progress, keep_blocks=False)
     types, cpu = parse_scheme(scheme), torch.device("cpu")
 
     def read(name: str) -> Tensor:

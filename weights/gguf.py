@@ -11,6 +11,7 @@ import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ def _dequantize(data_Nb: np.ndarray, info: TensorInfo) -> Tensor:
     return out_NK
 
 
-def package():  # type: ignore[no-untyped-def]
+def package() -> Any:
     """The package ``gguf``. Raises CheckpointError if it is not installed."""
     try:
         import gguf

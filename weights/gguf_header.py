@@ -20,10 +20,11 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_STRING = 64 << 20  # bytes; the largest string of a CSM file is its tokenizer, 17 MB
 MAX_HEADER = 256 << 20  # bytes of metadata and tensor infos
-MAX_COUNT = 1 << 16  # metadata keys; tensors
-MAX_ARRAY = 1 << 22  # strings of an array
+MAX_COUNT = 1 << 14  # metadata keys; tensors
+MAX_ARRAY = 1 << 20  # strings of an array
 MAX_NAME = 1 << 10  # bytes of a key or a tensor's name
 MAX_DIMS = 4
+SHORT = 1 << 12  # bytes that are skipped by reading them, which keeps the file's buffer
 STRING, ARRAY = 8, 9
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # value type: format of struct
 DOWNLOAD = "download the file again"
@@ -227,7 +228,10 @@ class _Parser:
     def _skip(self, num_bytes: int, what: str) -> None:
         self._need(num_bytes, what)
         self._offset += num_bytes
-        self._file.seek(self._offset)
+        if num_bytes < SHORT:
+            self._file.read(num_bytes)
+        else:
+            self._file.seek(self._offset)
 
     def _need(self, num_bytes: int, what: str) -> None:
         """Raise if the file, or the limit of the header, ends before ``num_bytes`` more bytes."""
