@@ -85,16 +85,16 @@ class GGUFFile:
         ``tokenizer`` replaces the tokenizer: a tokenizer.json, or its folder. A config.json that neither the metadata
         nor the file's folder has is taken from beside it.
         """
-        extracted = ExtractedFiles(self.path.name)
-        beside = self.path.parent
-        given = tokenizer if tokenizer is None or tokenizer.is_dir() else tokenizer.parent
+        extracted, metadata, beside = ExtractedFiles(self.path.name), self.header.metadata, self.path.parent
+        if tokenizer is not None and tokenizer.is_dir():
+            tokenizer = tokenizer / "tokenizer.json"
+        if tokenizer is not None and not tokenizer.is_file():
+            raise CheckpointError(f"{tokenizer}: no such file; pass a tokenizer.json, or its folder")
+        given = None if tokenizer is None else tokenizer.parent
         configs = beside if given is None or (beside / "config.json").is_file() else given
-        self._extract(CONFIG_FILES, None if CONFIG in self.header.metadata else configs, extracted.folder)
-        folder = given or (None if TOKENIZER in self.header.metadata else beside)
-        self._extract(TOKENIZER_FILES, folder, extracted.folder)
-        if tokenizer is not None and not tokenizer.is_dir():
-            if not tokenizer.is_file():
-                raise CheckpointError(f"{tokenizer}: no such file; pass a tokenizer.json, or its folder")
+        self._extract(CONFIG_FILES, None if CONFIG in metadata else configs, extracted.folder)
+        self._extract(TOKENIZER_FILES, given or (None if TOKENIZER in metadata else beside), extracted.folder)
+        if tokenizer is not None:
             shutil.copyfile(tokenizer, extracted.folder / "tokenizer.json")
         return extracted
 
