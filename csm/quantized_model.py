@@ -1,4 +1,5 @@
-"""``python -m csm quantize``: write a model with int8 or int4 weights to a folder that loads fast and in little memory.
+"""``python -m csm quantize``: write a model with int8 or int4 weights to a folder that loads fast and in little memory,
+or as a GGUF file.
 
 The folder has the model's tensors under this package's names in ``quantized.safetensors``: quantised weights packed, as
 uint8, and what they are in the file's metadata; and ``config.json``, ``tokenizer.json`` and the codec.
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from csm.errors import CheckpointError, CSMError
+from csm.gguf_model import SCHEMES, empty_model, read_gguf_model, save_gguf
 from csm.kernels import row_file
 from csm.kernels.native.ops import is_available
 from csm.kernels.quantized import QuantizedWeight, huge_page_buffer, packed_shape
@@ -46,13 +48,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 def read_quantized(checkpoint: Checkpoint, scheme: str, dtype: torch.dtype, progress: bool = False) -> CSM:
     """Read a checkpoint's model and quantise it weight by weight: one of them at a time is in memory in ``dtype``."""
+    if checkpoint.gguf is not None:
+        return read_gguf_model(checkpoint, scheme, dtype, progress, keep_blocks=False)
     types, cpu = parse_scheme(scheme), torch.device("cpu")
 
     def read(name: str) -> Tensor:
         table = [entry for entry in checkpoint.table if entry.target == name]
         return read_model(replace(checkpoint, table=table), cpu, dtype)[name]
 
-    model = _empty_model(checkpoint.config)
+    model = empty_model(checkpoint.config)
     later = {weight.name for weight in quantized_weights(model) if weight.part in types}
     for name, _ in list(model.named_parameters()):
         if name not in later:
@@ -85,9 +89,9 @@ def save_quantized(
     name = next(name for name, known in DTYPES.items() if known == dtype)
     save_file(tensors, folder / f"{FILE}.part", metadata={"format": "pt", SCHEME: scheme, DTYPE: name})
     os.replace(folder / f"{FILE}.part", folder / FILE)
-    shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
+    shutil.copyfile(checkpoint.config_folder / "config.json", folder / "config.json")
     shutil.copyfile(checkpoint.tokenizer_path, folder / "tokenizer.json")
-    if checkpoint.has_codec or (checkpoint.folder / MIMI_FILE).is_file():
+    if checkpoint.has_own_codec:
         save_file(read_codec(checkpoint, None, torch.device("cpu")), folder / MIMI_FILE, metadata={"format": "pt"})
     return folder / FILE
 
@@ -103,7 +107,7 @@ def open_quantized(name: str | Path) -> tuple[Checkpoint, CSM] | None:
     if not path.is_file():
         return None
     config, codec_config = read_config(folder / "config.json")
-    model = _empty_model(config)
+    model = empty_model(config)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -118,11 +122,6 @@ def open_quantized(name: str | Path) -> tuple[Checkpoint, CSM] | None:
     _check(model, found, types, path)
     _fill(model, types, dtype, path)
     return Checkpoint(folder, config, codec_config, table=[], file_of={}, shape_of={}), model.eval()
-
-
-def _empty_model(config) -> CSM:  # type: ignore[no-untyped-def]
-    with torch.device("meta"):
-        return CSM(config, torch.device("cpu"))
 
 
 def _check(model: CSM, found: dict[str, tuple[int, ...]], types: dict[str, str], path: Path) -> None:
@@ -185,11 +184,15 @@ def _rows(path: Path, name: str, dtype: torch.dtype) -> RowFile | nn.Parameter:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to ``parser``."""
-    parser.add_argument("model", help="hub name, folder, or tiny")
+    parser.add_argument("model", help="hub name, folder, GGUF file, or tiny")
     parser.add_argument(
-        "--scheme", required=True, help=f"{', '.join(PRESETS)}, or types by part: backbone=int4,depth=int4,heads=int8"
+        "--scheme",
+        required=True,
+        help=f"{', '.join(PRESETS)}, or types by part: backbone=int4,depth=int4,heads=int8; "
+        f"for a GGUF file {', '.join(SCHEMES)}",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to, or FILE.gguf")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json of a GGUF file that has none, or its folder")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="of embeddings and activations (default: bfloat16)"
     )
@@ -198,5 +201,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Quantise the model; return what was written."""
-    path = save_quantized(open_checkpoint(args.model), args.scheme, args.out, DTYPES[args.dtype], not args.quiet)
-    return f"{path}: {path.stat().st_size / 1e6:.0f} MB, {args.scheme}"
+    checkpoint = open_checkpoint(args.model, not args.quiet, args.tokenizer)
+    if args.scheme in SCHEMES or args.out.suffix == ".gguf":
+        paths = save_gguf(checkpoint, args.scheme, args.out, not args.quiet)
+    else:
+        paths = [save_quantized(checkpoint, args.scheme, args.out, DTYPES[args.dtype], not args.quiet)]
+    size = f"{paths[0]}: {paths[0].stat().st_size / 1e6:.0f} MB, {args.scheme}"
+    return size if len(paths) == 1 else f"{size}; its codec: {paths[1]}"

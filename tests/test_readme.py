@@ -65,7 +65,7 @@ def shell_lines():
             yield line.split("  #")[0].strip()
 
 
-@pytest.mark.parametrize("line", [line for line in shell_lines() if "generate.py" in line])
+@pytest.mark.parametrize("line", [line for line in shell_lines() if "generate.py" in line and "gguf" not in line])
 def test_generate_lines(line, short, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_adapter(Lora(open_checkpoint("tiny").config, LoraConfig()), Path("run/adapter"))
@@ -79,7 +79,7 @@ def test_training_and_measuring_lines(short, one_thread, tmp_path, monkeypatch, 
     """In order, on recordings of noise, for two training steps."""
     monkeypatch.chdir(tmp_path)
     write_data(Path("voice"))
-    lines = [line for line in shell_lines() if " -m csm " in line]
+    lines = [line for line in shell_lines() if " -m csm " in line and "gguf" not in line]
     assert [shlex.split(line)[3] for line in lines] == ["finetune", "eval"]
     for line in lines:
         python, option, package, command, *args = shlex.split(HUB_NAME.sub("tiny", line))
@@ -90,6 +90,15 @@ def test_training_and_measuring_lines(short, one_thread, tmp_path, monkeypatch, 
         assert main([command, *args, *more, "--device", "cpu", "--quiet"]) == 0
     assert Path("run/adapter/adapter.safetensors").is_file()
     assert "| recordings | 2 |" in capsys.readouterr().out
+
+
+def test_gguf_lines(short, tmp_path, monkeypatch, capsys):
+    """The file is written, then used."""
+    monkeypatch.chdir(tmp_path)
+    write, use = [shlex.split(HUB_NAME.sub("tiny", line)) for line in shell_lines() if ".gguf " in f"{line} "]
+    assert (write[1:3], use[1]) == (["-m", "csm"], "generate.py")
+    assert main(write[3:]) == 0 and generate.main(use[2:]) == 0
+    assert "s of audio" in capsys.readouterr().out and Path("gguf.wav").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES)

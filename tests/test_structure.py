@@ -22,6 +22,7 @@ LAYERS = [
     {"csm.request"},
     {"csm.model"},
     {"csm.lora", "csm.quantize"},
+    {"csm.gguf_model"},
     {"csm.frame", "csm.quantized_model", "csm.threads"},
     {"csm.prefill", "csm.opchecks"},
     {"csm.selfcheck", "csm.runner"},

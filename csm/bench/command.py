@@ -79,7 +79,9 @@ SERVE_SECONDS, TUNE_SECONDS = 30.0, 120.0
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of ``bench.py``."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", help=f"tiny, a folder or a hub name ({DEFAULT_MODEL}); default: random weights")
+    parser.add_argument(
+        "--model", help=f"tiny, a folder, a GGUF file or a hub name ({DEFAULT_MODEL}); default: random weights"
+    )
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes (default: 1)")

@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--sentences", type=Path, help="a text file with one sentence per line")
     source.add_argument("--data", type=Path, help="manifest.jsonl, its folder, or an LJSpeech folder")
-    parser.add_argument("--model", help="hub name, folder, or tiny: generate the sentences and evaluate them")
+    parser.add_argument(
+        "--model", help="hub name, folder, GGUF file, or tiny: generate the sentences and evaluate them"
+    )
     parser.add_argument("--lora", type=Path, help="folder of an adapter for the model")
     parser.add_argument("--recordings", action="store_true", help="evaluate the recordings of --data")
     parser.add_argument("--codec", action="store_true", help="evaluate the recordings through the codec of --model")

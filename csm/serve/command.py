@@ -21,7 +21,9 @@ KEYS_VARIABLE = "CSM_API_KEYS"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"hub name, folder, or tiny (default: {DEFAULT_MODEL})")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help=f"hub name, folder, GGUF file, or tiny (default: {DEFAULT_MODEL})"
+    )
     parser.add_argument("--lora", type=Path, help="folder of an adapter for the model")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--voices", type=Path, help="folder of voices; uploads are kept there")
