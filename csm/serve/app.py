@@ -15,6 +15,7 @@ from starlette.websockets import WebSocket
 from csm import Segment
 from csm.serve.errors import ApiError, AsciiJSON, add_handlers
 from csm.serve.limits import Gate
+from csm.serve.pages import add_pages
 from csm.serve.schema import SpeechBody
 from csm.serve.service import Service
 from csm.serve.settings import MAX_INPUT, MAX_UPLOAD
@@ -71,11 +72,12 @@ async def audio_models(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/audio/voices")
 async def voices(request: Request) -> dict[str, Any]:
-    """All voices. ``custom`` ones have a file and can be deleted."""
+    """All voices. ``custom`` ones have a file and can be deleted. ``writable``: the server keeps uploads."""
     service = _service(request)
     custom = await service.in_thread(service.voices.files)
     listed = [{"id": name, "name": name, "custom": name in custom} for name in service.voices.ids()]
-    return {"object": "list", "voices": listed, "data": listed}
+    writable = service.voices.folder is not None
+    return {"object": "list", "voices": listed, "data": listed, "writable": writable}
 
 
 @router.post("/v1/audio/voices")
@@ -188,6 +190,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="CSM", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
     app.include_router(router)
+    add_pages(app)
     app.add_middleware(Gate, settings=service.settings)
     add_handlers(app)
     return app
