@@ -33,13 +33,17 @@ async function speak() {
   await player.unlock(SAMPLE_RATE);
   begin();
   const started = performance.now();
-  stream = new Stream((samples) => heard(samples, started), (clause) => read.add(clause));
-  const own = stream;
+  // What arrives after a stop is dropped: stream is another one then, or null.
+  const own = new Stream(
+    (samples) => own === stream && heard(samples, started),
+    (clause) => own === stream && read.add(clause),
+  );
+  stream = own;
+  showControls();
   try {
     await own.open();
     await speakTurns(own, turns.filter((turn) => turn.text.trim()));
-    figures(started);
-    say(`Spoken: ${player.length.toFixed(1)} s.`);
+    if (own === stream) say(`Spoken: ${player.length.toFixed(1)} s.`);
   } catch (error) {
     if (own === stream) problem(error.message);
   } finally {
@@ -59,7 +63,7 @@ async function speakTurns(own, turns) {
     const fields = voices.fields(turn.voice, turn.speaker, !used.has(turn.voice));
     used.add(turn.voice);
     await own.speak({ ...settings(index), ...fields }, turn.text);
-    $("used-seed").textContent ||= String(own.seed);
+    if (own === stream) $("used-seed").textContent ||= String(own.seed);
   }
 }
 
@@ -89,7 +93,6 @@ function begin() {
   for (const id of ["first-audio", "rtf", "length"]) $(id).textContent = "–";
   $("used-seed").textContent = "";
   $("waveform").setAttribute("aria-label", "Waveform of the speech");
-  showControls();
 }
 
 function heard(samples, started) {

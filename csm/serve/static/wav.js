@@ -17,7 +17,8 @@ export function wavFile(samples, sampleRate) {
   view.setUint16(34, 16, true);
   word(36, "data");
   view.setUint32(40, 2 * samples.length, true);
-  samples.forEach((sample, i) => view.setInt16(44 + 2 * i, Math.max(-1, Math.min(1, sample)) * 32767, true));
+  const integer = (sample) => Math.max(-32768, Math.min(32767, Math.round(sample * 32768)));
+  samples.forEach((sample, i) => view.setInt16(44 + 2 * i, integer(sample), true));
   return new Blob([view], { type: "audio/wav" });
 }
 
