@@ -115,7 +115,7 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium):
-    """Opens the page of a server. At the end: no error and no warning on the console, but for the test's getImageData."""
+    """Opens the page of a server. At the end there was no error and no warning, except that tests read pixels."""
     contexts, errors = [], []
 
     def note(message):

@@ -34,17 +34,9 @@ class Start(_Message):
 
     def body(self, text: str, seed: int) -> SpeechBody:
         """The request for speech that generates ``text``, as ``POST /v1/audio/speech`` would take it."""
-        return SpeechBody(
-            model=self.model or "csm",
-            input=text,
-            voice=self.voice,
-            response_format="pcm",
-            speed=self.speed,
-            seed=seed % MAX_SEED,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            speaker=self.speaker,
-        )
+        fields = self.model_dump(include={"voice", "speed", "temperature", "top_k", "speaker"})
+        fields |= {"model": self.model or "csm", "input": text, "response_format": "pcm", "seed": seed % MAX_SEED}
+        return SpeechBody.model_validate(fields)
 
 
 class Piece(_Message):

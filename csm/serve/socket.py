@@ -92,8 +92,8 @@ class Socket:
                     receiving = asyncio.ensure_future(self._websocket.receive())
                     await self._receive(message)
         finally:
-            for task in (receiving, draining):
-                task.cancel()
+            receiving.cancel()
+            draining.cancel()
             await asyncio.gather(receiving, draining, return_exceptions=True)
 
     async def _wait(self, receiving: asyncio.Future[Any], draining: asyncio.Future[Any]) -> None:

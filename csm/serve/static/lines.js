@@ -2,7 +2,7 @@
 
 export class Lines {
   constructor(list) {
-    this.list_ = list;
+    this.items = list;
     this.add("A");
     this.add("B");
   }
@@ -10,18 +10,18 @@ export class Lines {
   // Another line, of the voice that did not speak last. Returns its text field.
   add(who) {
     const item = document.createElement("li");
-    item.dataset.who = who || (this.list_.lastElementChild?.dataset.who === "A" ? "B" : "A");
-    item.append(this.button("who"), document.createElement("input"), this.button("remove"));
+    item.dataset.who = who || (this.items.lastElementChild?.dataset.who === "A" ? "B" : "A");
+    item.append(this.button("who"), document.createElement("textarea"), this.button("remove"));
     const [speaker, field, remove] = item.children;
     field.maxLength = 2000;
-    field.autocomplete = "off";
+    field.rows = 1;
     remove.textContent = "✕";
     speaker.addEventListener("click", () => {
       item.dataset.who = item.dataset.who === "A" ? "B" : "A";
       this.label();
     });
     remove.addEventListener("click", () => this.remove(item));
-    this.list_.append(item);
+    this.items.append(item);
     this.label();
     return field;
   }
@@ -38,35 +38,35 @@ export class Lines {
     if (!next) return;
     item.remove();
     this.label();
-    next.querySelector("input").focus();
+    next.querySelector("textarea").focus();
   }
 
   label() {
-    [...this.list_.children].forEach((item, index) => {
+    [...this.items.children].forEach((item, index) => {
       const [speaker, field, remove] = item.children;
       const { who } = item.dataset;
       speaker.textContent = who;
       speaker.setAttribute("aria-label", `${who} speaks line ${index + 1}: change`);
       field.setAttribute("aria-label", `Line ${index + 1}, voice ${who}`);
       remove.setAttribute("aria-label", `Remove line ${index + 1}`);
-      remove.disabled = this.list_.children.length === 1;
+      remove.disabled = this.items.children.length === 1;
     });
   }
 
   list() {
-    return [...this.list_.children].map((item) => ({
+    return [...this.items.children].map((item) => ({
       who: item.dataset.who,
-      text: item.querySelector("input").value,
+      text: item.querySelector("textarea").value,
       line: item,
     }));
   }
 
   firstField() {
-    return this.list_.querySelector("input");
+    return this.items.querySelector("textarea");
   }
 
   // The line that is being spoken, or null.
   show(line) {
-    for (const item of this.list_.children) item.classList.toggle("now", item === line);
+    for (const item of this.items.children) item.classList.toggle("now", item === line);
   }
 }

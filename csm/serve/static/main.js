@@ -42,8 +42,9 @@ async function speak() {
   showControls();
   try {
     await own.open();
-    await speakTurns(own, turns.filter((turn) => turn.text.trim()));
+    const end = await speakTurns(own, turns.filter((turn) => turn.text.trim()));
     if (own === stream) say(`Spoken: ${player.length.toFixed(1)} s.`);
+    else if (stream === null && end.text) say(`Stopped after “${end.text}”.`);
   } catch (error) {
     if (own === stream) problem(error.message);
   } finally {
@@ -55,16 +56,19 @@ async function speak() {
   }
 }
 
+// The event that ended the last turn that was begun.
 async function speakTurns(own, turns) {
   const used = new Set();
+  let end = {};
   for (const [index, turn] of turns.entries()) {
-    if (own !== stream) return;
+    if (own !== stream) break;
     read.turn(player.length, turn.who, turn.line);
     const fields = voices.fields(turn.voice, turn.speaker, !used.has(turn.voice));
     used.add(turn.voice);
-    await own.speak({ ...settings(index), ...fields }, turn.text);
+    end = await own.speak({ ...settings(index), ...fields }, turn.text);
     if (own === stream) $("used-seed").textContent ||= String(own.seed);
   }
+  return end;
 }
 
 // The lines of the conversation, each with its voice and speaker id.
@@ -116,7 +120,7 @@ function stop() {
   const own = stream;
   stream = null;
   const played = player.position();
-  own?.cancel(played);
+  own?.cancel(Math.max(0, played - read.start)); // seconds of the current turn
   player.stop();
   $("length").textContent = `${played.toFixed(1)} s`;
   say(`Stopped after ${played.toFixed(1)} s.`);
