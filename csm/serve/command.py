@@ -47,6 +47,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         import prometheus_client  # noqa: F401
         import soundfile  # noqa: F401
         import uvicorn  # noqa: F401
+        import websockets  # noqa: F401
     except ImportError as error:
         raise CSMError(f"serve needs the package {error.name}: pip install 'csm[serve]'") from error
     from csm.serve.settings import Settings, read_keys

@@ -15,6 +15,10 @@ MAX_INPUT = 4096  # characters of ``input``, as in OpenAI's API
 MAX_UPLOAD = 10 << 20  # bytes of a voice's recording
 MAX_FORM = MAX_UPLOAD + (64 << 10)  # bytes of an upload with its other fields
 MAX_JSON = 4 << 20  # bytes of any other body
+MAX_MESSAGE = MAX_JSON  # bytes of a WebSocket message
+MAX_PENDING = 16 << 10  # characters of a WebSocket's turn that wait to be spoken
+MAX_SOCKETS = 256  # WebSockets that are open
+TIMES = ("max_seconds", "request_timeout", "body_timeout", "idle_timeout", "socket_idle_timeout", "send_timeout")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -32,6 +36,8 @@ class Settings:
     request_timeout: float = 300.0
     body_timeout: float = 30.0
     idle_timeout: float = 15.0
+    socket_idle_timeout: float = 300.0
+    send_timeout: float = 15.0
     unload_after: float | None = None
     api_keys: tuple[str, ...] = ()
     guards: Guards = DEFAULT_GUARDS
@@ -40,7 +46,15 @@ class Settings:
         for name, least in (("max_streams", 1), ("max_queue", 0), ("port", 0)):
             if getattr(self, name) < least:
                 raise CSMError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        for name in ("max_seconds", "request_timeout", "body_timeout", "idle_timeout"):
+        times = (
+            "max_seconds",
+            "request_timeout",
+            "body_timeout",
+            "idle_timeout",
+            "socket_idle_timeout",
+            "send_timeout",
+        )
+        for name in times:
             if not getattr(self, name) > 0:
                 raise CSMError(f"{name} must be positive, not {getattr(self, name)}")
         if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in self.api_keys):
