@@ -18,9 +18,11 @@ from csm.errors import (
 )
 from csm.generator import DEFAULT_MODEL, Generator, load_csm_1b
 from csm.guards import GuardEvent, Guards
+from csm.metrics import GenerationMetrics, Meter
 from csm.prompt import Segment
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
+from csm.stream import Speech
 from csm.voices import Voice
 
 __all__ = [
@@ -31,9 +33,11 @@ __all__ = [
     "CheckpointWarning",
     "Conversation",
     "FallbackWarning",
+    "GenerationMetrics",
     "Generator",
     "GuardEvent",
     "Guards",
+    "Meter",
     "PromptError",
     "PromptTooLongError",
     "QueueFullError",
@@ -41,6 +45,7 @@ __all__ = [
     "SamplingError",
     "SamplingParams",
     "Segment",
+    "Speech",
     "SpeechRequest",
     "UnavailableError",
     "Voice",

@@ -23,6 +23,7 @@ from csm import (
     DEFAULT_MODEL,
     CSMError,
     Generator,
+    Meter,
     RoomWarning,
     SamplingParams,
     Segment,
@@ -84,6 +85,7 @@ def _add_text_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--play", action="store_true", help="play the audio while it is generated")
     for kind in SUBTITLES:
         group.add_argument(f"--{kind}", type=Path, help=f"write the times of all sentences as {kind.upper()}")
+    group.add_argument("--metrics", action="store_true", help="print RTF, first audio, underruns, retries, memory, ...")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -256,6 +258,7 @@ def generate(args: argparse.Namespace) -> str:
         outputs = open_outputs(args, stack)
         generator = load(args)
         started, first_audio, num_samples = time.perf_counter(), None, 0
+        meter = Meter()
 
         def watch(line: script.Line, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
             return with_progress(chunks, line.text, generator.sample_rate, args.quiet)
@@ -265,6 +268,7 @@ def generate(args: argparse.Namespace) -> str:
             output.begin(generator.sample_rate)
         for chunk in narration.stream(watch):
             first_audio = first_audio or time.perf_counter() - started
+            meter.audio(chunk.shape[0] / generator.sample_rate)
             for output in outputs:
                 output.write(chunk)
             num_samples += chunk.shape[0]
@@ -274,6 +278,9 @@ def generate(args: argparse.Namespace) -> str:
     if args.model == "tiny":
         print(f"note: {TINY_NOTE}", file=sys.stderr)
     closing = summary(args, generator, num_samples, first_audio, time.perf_counter() - started)
+    if args.metrics:
+        stats = narration.conversation.stats
+        closing += f"\nmetrics: {meter.metrics(retries=stats.num_retries, evictions=stats.num_evicted)}"
     texts = [item.text for item in items if isinstance(item, script.Line)]
     next_step = suggest_once("generate", suggestion(args, texts)) if args.out is not None else ""
     return f"{closing}\n{next_step}" if next_step else closing

@@ -13,7 +13,7 @@ ROOT = Path(csm.__file__).parent.parent
 
 # A module may import modules of earlier lines only, and its own package.
 LAYERS = [
-    {"csm.errors"},
+    {"csm.errors", "csm.metrics"},
     {"csm.config"},
     {"csm.audio", "csm.graph", "csm.kernels", "csm.text", "csm.weights"},
     {"csm.pronounce"},
@@ -28,6 +28,7 @@ LAYERS = [
     {"csm.engine"},
     {"csm.worker"},
     {"csm.guards"},
+    {"csm.stream"},
     {"csm.generator"},
     {"csm.conversation"},
     {"csm.script", "csm.player"},
