@@ -24,9 +24,11 @@ from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
 from csm.stream import Speech
 from csm.voices import Voice
+from csm.watermark import WATERMARKS, Watermark, load_watermark
 
 __all__ = [
     "DEFAULT_MODEL",
+    "WATERMARKS",
     "AudioError",
     "CSMError",
     "CheckpointError",
@@ -50,7 +52,9 @@ __all__ = [
     "UnavailableError",
     "Voice",
     "VoiceError",
+    "Watermark",
     "WavWriter",
     "load_csm_1b",
+    "load_watermark",
     "read_audio",
 ]

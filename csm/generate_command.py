@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from csm import (
     DEFAULT_MODEL,
+    WATERMARKS,
     CSMError,
     Generator,
     Meter,
@@ -30,6 +31,7 @@ from csm import (
     UnavailableError,
     Voice,
     WavWriter,
+    load_watermark,
     player,
     read_audio,
     script,
@@ -85,6 +87,7 @@ def _add_text_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--play", action="store_true", help="play the audio while it is generated")
     for kind in SUBTITLES:
         group.add_argument(f"--{kind}", type=Path, help=f"write the times of all sentences as {kind.upper()}")
+    group.add_argument("--watermark", choices=WATERMARKS, help="mark the audio as generated (docs/watermark.md)")
     group.add_argument("--metrics", action="store_true", help="print RTF, first audio, underruns, retries, memory, ...")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -256,6 +259,7 @@ def generate(args: argparse.Namespace) -> str:
     SamplingParams(**{name: value for name, value in given.items() if value is not None})  # checked before loading
     with ExitStack() as stack:
         outputs = open_outputs(args, stack)
+        watermark = None if args.watermark is None else load_watermark(args.watermark)
         generator = load(args)
         started, first_audio, num_samples = time.perf_counter(), None, 0
         meter = Meter()
@@ -266,7 +270,10 @@ def generate(args: argparse.Namespace) -> str:
         narration = narrate(generator, args, items, reference)
         for output in outputs:
             output.begin(generator.sample_rate)
-        for chunk in narration.stream(watch):
+        chunks = narration.stream(watch)
+        if watermark is not None:
+            chunks = watermark.stream(chunks, generator.sample_rate, live=args.play or args.stream_to is not None)
+        for chunk in chunks:
             first_audio = first_audio or time.perf_counter() - started
             meter.audio(chunk.shape[0] / generator.sample_rate)
             for output in outputs:

@@ -17,7 +17,7 @@ LAYERS = [
     {"csm.config"},
     {"csm.audio", "csm.graph", "csm.kernels", "csm.text", "csm.weights"},
     {"csm.pronounce"},
-    {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt"},
+    {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt", "csm.watermark"},
     {"csm.prefix_cache", "csm.voices"},
     {"csm.request"},
     {"csm.model"},
@@ -38,7 +38,7 @@ LAYERS = [
     {"csm"},
     {"csm.serve"},
     {"csm.command_line"},
-    {"csm.doctor", "csm.generate_command"},
+    {"csm.doctor", "csm.generate_command", "csm.watermark_command"},
     {"csm.__main__"},
     {"csm.weights.recipe"},
 ]
