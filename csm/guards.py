@@ -181,7 +181,6 @@ class GuardedTicket:
         self._held: list[Frame] = []
         self._best: list[Frame] = []  # the longest of the takes that were too short
         self._max_retries = guards.retries if request.params.temperature > 0 else 0
-        self._retries = 0
         self._num_kept: int | None = None  # frames of the take that were not dropped at its end
         self._meter = Meter()
         self._start()
@@ -200,7 +199,7 @@ class GuardedTicket:
     def metrics(self) -> GenerationMetrics:
         """What the generation took so far; complete once it has ended."""
         seconds = None if self._num_kept is None else self._num_kept / self._frame_rate
-        return self._meter.metrics(seconds, self._retries)
+        return self._meter.metrics(seconds)
 
     @property
     def finished(self) -> bool:
@@ -238,7 +237,7 @@ class GuardedTicket:
 
     def _end(self, reason: str, error: BaseException | None = None) -> None:
         handed_out = self._watch.num_frames > 0 and not self._hold
-        if reason == "end" and self._watch.too_short and self._retries < self._max_retries and not handed_out:
+        if reason == "end" and self._watch.too_short and self._meter.retries < self._max_retries and not handed_out:
             self._retry()
             return
         frames = self._held[: self._watch.num_kept] if reason == "silence" else self._held
@@ -253,7 +252,7 @@ class GuardedTicket:
         self._report("retry")
         self._best = max(self._best, self._held, key=len)
         self._held = []
-        self._retries += 1
+        self._meter.retries += 1
         seed = (self.seed + 1) % 2**63
         self._request = replace(self._request, params=replace(self._request.params, seed=seed))
         self._start()

@@ -6,14 +6,16 @@ docs/metrics.md explains them.
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PLAYER_BUFFER = 0.1  # seconds that a player holds back before it starts
 
@@ -102,6 +104,23 @@ class GenerationMetrics:
         )
 
 
+def combined(parts: Sequence[GenerationMetrics], elapsed_seconds: float) -> GenerationMetrics:
+    """The metrics of generations that ran together: sums, over the time that all of them took, and the median of
+    their first audio.
+    """
+    first = [part.first_audio_seconds for part in parts if part.first_audio_seconds is not None]
+    return GenerationMetrics(
+        audio_seconds=sum(part.audio_seconds for part in parts),
+        elapsed_seconds=elapsed_seconds,
+        first_audio_seconds=statistics.median(first) if first else None,
+        underruns=sum(part.underruns for part in parts),
+        retries=sum(part.retries for part in parts),
+        evictions=sum(part.evictions for part in parts),
+        resident_bytes=resident_bytes(),
+        gpu_bytes=gpu_bytes(),
+    )
+
+
 def _count(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
@@ -112,6 +131,7 @@ class Meter:
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._started = self._last = clock()
+        self.retries = 0
         self.begin_take()
 
     def begin_take(self) -> None:
@@ -129,19 +149,27 @@ class Meter:
         self._audio_seconds += seconds
         self._listener.arrive(now, seconds)
 
+    def begin(self, sample_rate: int) -> None:
+        """As an output of audio: the sample rate of what ``write`` gets."""
+        self._sample_rate = sample_rate
+
+    def write(self, audio: Tensor) -> None:
+        """As an output of audio: (samples,) have arrived."""
+        self.audio(audio.shape[0] / self._sample_rate)
+
     def finish(self) -> None:
         """The generation has ended. Without audio, its time ends here."""
         if self._first is None:
             self._last = self._clock()
 
-    def metrics(self, audio_seconds: float | None = None, retries: int = 0, evictions: int = 0) -> GenerationMetrics:
+    def metrics(self, audio_seconds: float | None = None, evictions: int = 0) -> GenerationMetrics:
         """The figures so far. ``audio_seconds`` replaces the length that has arrived, where some of it was dropped."""
         return GenerationMetrics(
             audio_seconds=self._audio_seconds if audio_seconds is None else audio_seconds,
             elapsed_seconds=self._last - self._started,
             first_audio_seconds=self._first,
             underruns=self._listener.num_underruns,
-            retries=retries,
+            retries=self.retries,
             evictions=evictions,
             resident_bytes=resident_bytes(),
             gpu_bytes=gpu_bytes(),

@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -151,7 +152,7 @@ class Watermark:
 
     def stream(self, chunks: Iterable[Tensor], sample_rate: int, live: bool = True) -> Iterator[Tensor]:
         """The chunks with the mark. ``live`` marks short segments, since somebody listens; else long blocks."""
-        marker = StreamMarker(self, sample_rate, self._method.segment_seconds if live else WHOLE_SECONDS)
+        marker = self.marker(sample_rate, live)
         for chunk in chunks:
             marked = marker.write(chunk)
             if marked.shape[0]:
@@ -160,9 +161,9 @@ class Watermark:
         if rest.shape[0]:
             yield rest
 
-    def marker(self, sample_rate: int) -> StreamMarker:
-        """A marker for one live stream."""
-        return StreamMarker(self, sample_rate, self._method.segment_seconds)
+    def marker(self, sample_rate: int, live: bool = True) -> StreamMarker:
+        """A marker for one stream; see ``stream``."""
+        return StreamMarker(self, sample_rate, self._method.segment_seconds if live else WHOLE_SECONDS)
 
     @torch.no_grad()
     def detect(self, audio: Tensor, sample_rate: int) -> Detection:
@@ -221,6 +222,53 @@ class StreamMarker:
             ramp = torch.arange(1, overlap + 1) / (overlap + 1)
             marked[:overlap] = self._faded[:overlap] * (1 - ramp) + marked[:overlap] * ramp
         return marked
+
+
+class AudioOutput(Protocol):
+    """Where audio goes: a file, a pipe, a sound device, a meter."""
+
+    def begin(self, sample_rate: int) -> None:
+        """Called once, before the first samples."""
+
+    def write(self, audio: Tensor) -> None:
+        """(samples,)."""
+
+
+class MarkedOutput:
+    """An output that marks audio and passes it on to others. A context manager: leaving it writes what it held back.
+
+    ``live`` is for listeners: short segments, little delay. Otherwise the audio is marked whole.
+    """
+
+    def __init__(self, outputs: Sequence[AudioOutput], watermark: Watermark, live: bool):
+        self._outputs = outputs
+        self._watermark = watermark
+        self._live = live
+        self._marker: StreamMarker | None = None
+
+    def begin(self, sample_rate: int) -> None:
+        """Set the sample rate of all outputs."""
+        self._marker = self._watermark.marker(sample_rate, self._live)
+        for output in self._outputs:
+            output.begin(sample_rate)
+
+    def write(self, audio: Tensor) -> None:
+        """Mark, and write what is complete."""
+        assert self._marker is not None, "call begin() first"
+        self._pass_on(self._marker.write(audio))
+
+    def _pass_on(self, audio: Tensor) -> None:
+        for output in self._outputs if audio.shape[0] else ():
+            output.write(audio)
+
+    def __enter__(self) -> MarkedOutput:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._marker is not None:
+            self._pass_on(self._marker.close())
 
 
 def load_watermark(name: str, device: str = "cpu") -> Watermark:

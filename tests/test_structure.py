@@ -30,7 +30,7 @@ LAYERS = [
     {"csm.guards"},
     {"csm.stream"},
     {"csm.generator"},
-    {"csm.conversation"},
+    {"csm.batch", "csm.conversation"},
     {"csm.script", "csm.player"},
     {"csm.voice_command"},
     {"csm.finetune"},
@@ -39,6 +39,7 @@ LAYERS = [
     {"csm.serve"},
     {"csm.command_line"},
     {"csm.doctor", "csm.generate_command", "csm.watermark_command"},
+    {"csm.batch_command"},
     {"csm.__main__"},
     {"csm.weights.recipe"},
 ]
