@@ -240,10 +240,11 @@ def test_silentcipher_with_a_replaced_package(monkeypatch, capsys):
     ],
 )
 def test_the_server_marks_what_it_must(policy, fields, expected, noisy, tone_mark, tmp_path):
+    from test_serve import Running
+
     from csm.serve.service import Service
     from csm.serve.settings import Settings
     from csm.voices import Voice, save_voice
-    from test_serve import Running
 
     save_voice(Voice("anna", ("Hi.",), (torch.ones(4, 8, dtype=torch.int64),)), tmp_path / "anna.safetensors")
     options = dict(voices=tmp_path, max_seconds=1.2)
