@@ -217,12 +217,16 @@ class Output:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = open(self.folder / MANIFEST, "a+b")
-            _lock(self._file.fileno(), self.folder)
         except OSError as error:
             raise CSMError(f"{self.folder}: cannot be written: {error.strerror}") from error
+        try:
+            _lock(self._file.fileno(), self.folder)
+            self._read_manifest()
+        except CSMError:
+            self._file.close()
+            raise
         for left in self.folder.glob(".csm-*.part"):  # of a run that was killed
             left.unlink()
-        self._read_manifest()
         return self
 
     def _read_manifest(self) -> None:

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ class NoMark(Watermark):
     """In place of a package that may be missing: marks nothing, and finds its mark everywhere."""
 
     def __init__(self, name="perth"):
-        super().__init__(name, None)
+        super().__init__(name, SimpleNamespace(segment_seconds=0.48))
 
     def mark_block(self, audio, sample_rate):
         return audio
@@ -358,7 +359,7 @@ def test_two_speakers(short, noisy, tmp_path, monkeypatch):
 
 def test_help_names_every_option(capsys, monkeypatch):
     run = subprocess.run([sys.executable, ROOT / "generate.py", "--help"], capture_output=True, text=True, check=True)
-    for command in ("finetune", "eval"):
+    for command in ("finetune", "eval", "batch"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
     monkeypatch.setattr(sys, "argv", ["recordings", "--help"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +53,13 @@ class Settings:
         for name, least in (("max_streams", 1), ("max_queue", 0), ("port", 0)):
             if getattr(self, name) < least:
                 raise CSMError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.port > 65_535:
+            raise CSMError(f"port must be at most 65535, not {self.port}")
+        if self.unload_after is not None and not 0 < self.unload_after < math.inf:
+            raise CSMError(f"unload_after must be positive, not {self.unload_after}")
         for name in ("max_seconds", "request_timeout", "body_timeout", "idle_timeout"):
-            if not getattr(self, name) > 0:
-                raise CSMError(f"{name} must be positive, not {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise CSMError(f"{name} must be positive and finite, not {getattr(self, name)}")
         if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in self.api_keys):
             raise CSMError("an API key must be printable ASCII without spaces around it, and not empty")
 
