@@ -114,10 +114,10 @@ class Generator:
         where = find_device(device)
         if dtype is not None and dtype not in DTYPES:
             raise CSMError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
+        if lora is not None and quantize is not None:
+            raise CSMError("an adapter cannot be merged into quantised weights: give either lora or quantize")
         checkpoint, model = _open_model(name, where, dtype or default_dtype(where), quantize, progress)
         if lora is not None:
-            if quantize is not None:
-                raise CSMError("an adapter cannot be merged into quantised weights: give either lora or quantize")
             load_adapter(lora, checkpoint.config).merge(model)
         return cls(checkpoint, model, codec, graphs, max_streams, progress, threads)
 

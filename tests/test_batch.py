@@ -14,6 +14,7 @@ from csm import SpeechRequest
 from csm.__main__ import main
 from csm.batch import LineError, Output, check_id, read_lines, seed_of
 from csm.errors import CSMError
+from csm.kernels.native import cache_folder
 from csm.voices import Voice, save_voice, voices_folder
 from noise import NOISE
 
@@ -31,7 +32,11 @@ LINES = [
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """A folder of its own, with the voice anna."""
+    compiled = list(cache_folder().glob("native-*"))
     monkeypatch.setenv("CSM_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for path in compiled:  # C++ ops, which take a minute to compile
+        (tmp_path / "home" / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     codes = torch.randint(256, (6, 8), generator=torch.Generator().manual_seed(0))
     save_voice(Voice("anna", ("Hi.",), (codes,), 2), voices_folder() / "anna.safetensors")
