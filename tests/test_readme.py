@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ import csm
 import generate
 from csm.__main__ import main, parse_arguments
 from csm.lora import Lora, LoraConfig, save_adapter
+from csm.voices import save_voice, voices_folder
+from csm.watermark import Watermark
 from csm.weights import open_checkpoint
 from csm.weights.recipe import recordings
 from micro import write_data
@@ -79,7 +82,7 @@ def test_training_and_measuring_lines(short, one_thread, tmp_path, monkeypatch, 
     """In order, on recordings of noise, for two training steps."""
     monkeypatch.chdir(tmp_path)
     write_data(Path("voice"))
-    lines = [line for line in shell_lines() if " -m csm " in line and "gguf" not in line]
+    lines = [line for line in shell_lines() if re.search(r" -m csm (finetune|eval) ", line)]
     assert [shlex.split(line)[3] for line in lines] == ["finetune", "eval"]
     for line in lines:
         python, option, package, command, *args = shlex.split(HUB_NAME.sub("tiny", line))
@@ -99,6 +102,46 @@ def test_gguf_lines(short, tmp_path, monkeypatch, capsys):
     assert (write[1:3], use[1]) == (["-m", "csm"], "generate.py")
     assert main(write[3:]) == 0 and generate.main(use[2:]) == 0
     assert "s of audio" in capsys.readouterr().out and Path("gguf.wav").is_file()
+
+
+class NoMark(Watermark):
+    """In place of a package that may be missing: marks nothing, and finds its mark everywhere."""
+
+    def __init__(self, name="perth"):
+        super().__init__(name, SimpleNamespace(segment_seconds=0.48))
+
+    def mark_block(self, audio, sample_rate):
+        return audio
+
+    def _confidence(self, block):
+        return 1.0
+
+
+def test_batch_and_watermark_lines(short, tmp_path, monkeypatch, capsys):
+    """The README's lines, on the lines that docs/batch.md shows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CSM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("csm.watermark_command.load_watermark", NoMark)
+    codes_TK = csm.Generator.from_pretrained("tiny", device="cpu").generate_codes(
+        "Hi.", max_audio_length_ms=240, seed=1
+    )
+    save_voice(csm.Voice("anna", ("Hi.",), (codes_TK,)), voices_folder() / "anna.safetensors")
+    Path("lines.jsonl").write_text(blocks("text", "docs/batch.md")[0])
+    lines = [shlex.split(HUB_NAME.sub("tiny", line)) for line in shell_lines()]
+    lines = [words[3:] for words in lines if words[1:4] in (["-m", "csm", "batch"], ["-m", "csm", "watermark"])]
+    assert len(lines) == 2
+    for words in lines:
+        assert main(words) == 0
+    assert {path.name for path in Path("out").iterdir()} == {"greeting.wav", "price.wav", "manifest.jsonl"}
+    assert "the watermark perth was found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["docs/metrics.md", "docs/watermark.md"])
+def test_python_of_pages(page, short, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(csm, "load_watermark", NoMark)
+    (code,) = blocks("python", page)
+    exec(HUB_NAME.sub("tiny", code), {})
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -325,7 +368,7 @@ def test_two_speakers(short, noisy, tmp_path, monkeypatch):
 
 def test_help_names_every_option(capsys, monkeypatch):
     run = subprocess.run([sys.executable, ROOT / "generate.py", "--help"], capture_output=True, text=True, check=True)
-    for command in ("finetune", "eval"):
+    for command in ("finetune", "eval", "batch"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
     monkeypatch.setattr(sys, "argv", ["recordings", "--help"])

@@ -13,11 +13,11 @@ ROOT = Path(csm.__file__).parent.parent
 
 # A module may import modules of earlier lines only, and its own package.
 LAYERS = [
-    {"csm.errors"},
+    {"csm.errors", "csm.metrics"},
     {"csm.config"},
     {"csm.audio", "csm.graph", "csm.kernels", "csm.text", "csm.weights"},
     {"csm.codec_ops", "csm.pronounce"},
-    {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt"},
+    {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt", "csm.watermark"},
     {"csm.prefix_cache", "csm.voices"},
     {"csm.request"},
     {"csm.model"},
@@ -29,8 +29,9 @@ LAYERS = [
     {"csm.engine"},
     {"csm.worker"},
     {"csm.guards"},
+    {"csm.stream"},
     {"csm.generator"},
-    {"csm.conversation"},
+    {"csm.batch", "csm.conversation"},
     {"csm.script", "csm.player"},
     {"csm.voice_command"},
     {"csm.finetune"},
@@ -38,7 +39,8 @@ LAYERS = [
     {"csm"},
     {"csm.serve"},
     {"csm.command_line"},
-    {"csm.doctor", "csm.generate_command"},
+    {"csm.doctor", "csm.generate_command", "csm.watermark_command"},
+    {"csm.batch_command"},
     {"csm.__main__"},
     {"csm.weights.recipe"},
 ]

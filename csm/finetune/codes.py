@@ -61,7 +61,6 @@ class CodeStore:
         self.source = source
         self.frame_rate = source.checkpoint.codec_config.frame_rate
         self.folder = folder / f"mimi-{source.fingerprint()}"
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._file_of: dict[str, Path] = {}
         self._frames_of: dict[str, int] = {}
         for path in sorted(self.folder.glob("codes-*.safetensors")):
@@ -90,6 +89,7 @@ class CodeStore:
         """Write a shard, named by a hash of its clips."""
         name = hashlib.sha256("".join(sorted(codes)).encode()).hexdigest()[:12]
         path = self.folder / f"codes-{name}.safetensors"
+        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".part-{os.getpid()}")
         save_file(codes, temporary)
         os.replace(temporary, path)

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from csm import Generator, Segment
+from csm import Generator, Segment, Watermark
 from csm.guards import GuardEvent
 from csm.serve.errors import ApiError, queue_full
 from csm.serve.metrics import Metrics
@@ -46,16 +46,18 @@ class Sessions:
         self._busy.add(key)
         return list(self._turns.get(key, (0.0, []))[1])
 
-    def end(self, key: str, turn: Segment | None, max_positions: int) -> None:
-        """Add a turn, if it was generated to its end, and forget the oldest ones that no longer fit."""
+    def end(self, key: str, turn: Segment | None, max_positions: int) -> int:
+        """Add a turn, if it was generated to its end; return how many of the oldest left because they do not fit."""
         self._busy.discard(key)
         if turn is None:
-            return
-        turns = recent_turns([*self._turns.get(key, (0.0, []))[1], turn], max_positions)
+            return 0
+        before = [*self._turns.get(key, (0.0, []))[1], turn]
+        turns = recent_turns(before, max_positions)
         self._turns[key] = time.monotonic(), turns
         self._turns.move_to_end(key)
         while len(self._turns) > MAX_SESSIONS:
             self._turns.popitem(last=False)
+        return len(before) - len(turns)
 
 
 def recent_turns(turns: Sequence[Segment], max_positions: int) -> list[Segment]:
@@ -81,8 +83,10 @@ class Drainable(Protocol):
 class Service:
     """One server's state. ``load`` makes the generator, again after it has been unloaded."""
 
-    def __init__(self, settings: Settings, load: Callable[[], Generator]):
+    def __init__(self, settings: Settings, load: Callable[[], Generator], watermark: Watermark | None = None):
+        assert (watermark is None) == (settings.watermark is None)
         self.settings = settings
+        self.watermark = watermark
         self.voices = VoiceStore(settings.voices)
         self.sessions = Sessions()
         self.metrics = Metrics(lambda: self.num_streams, lambda: self.num_waiting, lambda: len(self.sockets))

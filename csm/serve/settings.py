@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from csm.errors import CSMError
 from csm.guards import DEFAULT_GUARDS, Guards
+from csm.watermark import WATERMARKS
 
 MAX_INPUT = 4096  # characters of ``input``, as in OpenAI's API
 MAX_UPLOAD = 10 << 20  # bytes of a voice's recording
@@ -19,12 +21,17 @@ MAX_MESSAGE = MAX_JSON  # bytes of a WebSocket message
 MAX_PENDING = 16 << 10  # characters of a WebSocket's turn that wait to be spoken
 MAX_SOCKETS = 256  # WebSockets that are open
 TIMES = ("max_seconds", "request_timeout", "body_timeout", "idle_timeout", "socket_idle_timeout", "send_timeout")
+# All speech; speech in added voices or after a context, which can hold any voice; or only where a request asks for it.
+WATERMARK_FOR = ("all", "added-voices", "requests")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to serve. Times are in seconds; ``unload_after`` None keeps the model loaded."""
+    """How to serve. Times are in seconds; ``unload_after`` None keeps the model loaded.
+
+    ``watermark`` names a watermark, and ``watermark_for`` the speech that has it (``WATERMARK_FOR``).
+    """
 
     model: str = "csm"
     voices: Path | None = None
@@ -40,23 +47,25 @@ class Settings:
     send_timeout: float = 15.0
     unload_after: float | None = None
     api_keys: tuple[str, ...] = ()
+    watermark: str | None = None
+    watermark_for: str = "all"
     guards: Guards = DEFAULT_GUARDS
 
     def __post_init__(self) -> None:
+        if self.watermark is not None and self.watermark not in WATERMARKS:
+            raise CSMError(f"no watermark is called {self.watermark!r}; there are {', '.join(WATERMARKS)}")
+        if self.watermark_for not in WATERMARK_FOR:
+            raise CSMError(f"watermark_for must be one of {', '.join(WATERMARK_FOR)}, not {self.watermark_for!r}")
         for name, least in (("max_streams", 1), ("max_queue", 0), ("port", 0)):
             if getattr(self, name) < least:
                 raise CSMError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        times = (
-            "max_seconds",
-            "request_timeout",
-            "body_timeout",
-            "idle_timeout",
-            "socket_idle_timeout",
-            "send_timeout",
-        )
-        for name in times:
-            if not getattr(self, name) > 0:
-                raise CSMError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.port > 65_535:
+            raise CSMError(f"port must be at most 65535, not {self.port}")
+        if self.unload_after is not None and not 0 < self.unload_after < math.inf:
+            raise CSMError(f"unload_after must be positive, not {self.unload_after}")
+        for name in TIMES:
+            if not 0 < getattr(self, name) < math.inf:
+                raise CSMError(f"{name} must be positive and finite, not {getattr(self, name)}")
         if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in self.api_keys):
             raise CSMError("an API key must be printable ASCII without spaces around it, and not empty")
 
