@@ -1,0 +1,247 @@
+"""Replicas on Ray: the same app behind Ray's proxy, sessions that outlive a replica, a batch that is killed.
+
+The cluster tests take minutes: ``make ray``.
+"""
+
+import os
+import pickle
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+import torch
+
+ray = pytest.importorskip("ray")
+
+from csm import CSMError, Segment  # noqa: E402
+from csm.serve import ray as on_ray  # noqa: E402
+from csm.serve.errors import ApiError  # noqa: E402
+
+TEXT = "Hello there."
+REPLICAS = 2
+STREAMS = 2
+SECONDS = 0.8  # of a response
+TIMEOUT = 120.0
+
+
+def test_options_are_those_of_the_server():
+    args = on_ray.parse({"model": "tiny", "max_streams": "16", "max_replicas": "4", "no_guards": "true"})
+    assert (args.model, args.max_streams, args.min_replicas, args.max_replicas) == ("tiny", 16, 1, 4)
+    assert args.no_guards and args.num_gpus == 1 and args.num_cpus == 1
+    assert on_ray.parse({"device": "cpu", "min_replicas": 3}).num_gpus == 0
+    assert on_ray.parse({"min_replicas": 3}).max_replicas == 3
+    assert not on_ray.parse({"no_guards": "False"}).no_guards
+    for wrong in ({"max_stream": "16"}, {"max_streams": "many"}):
+        with pytest.raises(CSMError, match="takes the options of csm serve"):
+            on_ray.parse(wrong)
+
+
+def test_the_deployment_has_one_gpu_and_scales_on_running_requests():
+    deployment = on_ray.app({"model": "tiny", "max_streams": "16", "max_replicas": "4"})._bound_deployment
+    scaling = deployment._deployment_config.autoscaling_config
+    assert deployment.ray_actor_options["num_gpus"] == 1
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 12)
+    assert deployment.max_ongoing_requests > 16 + 64  # the app's own 429 comes first
+
+
+class Store(on_ray.SessionStore):
+    """Which replicas live is said by the test."""
+
+    def __init__(self, alive, **options):
+        super().__init__(**options)
+        self.alive = alive
+
+    def is_alive(self, replica):
+        return replica in self.alive
+
+
+def test_a_session_is_in_use_until_its_end_or_its_replicas():
+    store = Store({"a", "b"})
+    assert store.begin("k", "a", 60) == b""
+    assert store.begin("k", "b", 60) is None and store.begin("other", "b", 60) == b""
+    store.end("k", "b", b"not b's to end")
+    assert store.begin("k", "b", 60) is None
+    store.end("k", "a", b"one")
+    assert store.begin("k", "b", 60) == b"one"
+    store.end("k", "b", None)  # cancelled: the turns stay
+    assert store.begin("k", "a", 60) == b"one"
+    store.alive = {"b"}
+    assert store.begin("k", "b", 60) == b"one"
+    store.end("k", "a", b"from the grave")
+    assert store.begin("k", "a", 60) is None
+    assert store.begin("short", "a", 0) == b"" and store.begin("short", "b", 0) == b""
+
+
+def test_the_store_forgets_the_oldest():
+    store = Store({"a"}, max_sessions=2)
+    for key in "xyz":
+        store.begin(key, "a", 60)
+        store.end(key, "a", key.encode())
+    assert [store.begin(key, "a", 60) for key in "xyz"] == [b"", b"y", b"z"]
+
+
+class Remote:
+    """A store in this process, called as an actor is."""
+
+    def __init__(self, store, monkeypatch):
+        self._store = store
+        monkeypatch.setattr(on_ray.ray, "get", lambda result, timeout: result)
+
+    def __getattr__(self, name):
+        class Method:
+            remote = staticmethod(getattr(self._store, name))
+
+        return Method
+
+
+def test_another_replica_continues_a_session(monkeypatch):
+    store = Store({"a", "b"})
+    a, b = (on_ray.SharedSessions(Remote(store, monkeypatch), name, 60) for name in "ab")
+    turn = Segment(1, "Hello.", codes=torch.ones(3, 32, dtype=torch.int64))
+    assert a.begin("k") == []
+    with pytest.raises(ApiError, match="still running"):
+        b.begin("k")
+    a.end("k", turn, 2048)
+    assert [(t.speaker, t.text, t.codes.shape) for t in b.begin("k")] == [(1, "Hello.", (3, 32))]
+    b.end("k", None, 2048)
+    assert len(a.begin("k")) == 1 and pickle.loads(store.begin("new", "a", 1) or pickle.dumps([])) == []
+    a.end("k", Segment(1, "x" * 2000, codes=torch.ones(3, 32, dtype=torch.int64)), 2048)
+    assert a.begin("k") == []  # the oldest turns no longer fit
+
+
+def test_a_store_that_does_not_answer_is_an_error(monkeypatch):
+    sessions = on_ray.SharedSessions(Remote(Store(set()), monkeypatch), "a", 60)
+
+    def unanswered(result, timeout):
+        raise ray.exceptions.GetTimeoutError
+
+    monkeypatch.setattr(on_ray.ray, "get", unanswered)
+    with pytest.raises(ApiError, match="try again") as caught:
+        sessions.begin("k")
+    assert caught.value.status == 503
+
+
+# --- on a cluster -----------------------------------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A Ray of this process's own, which ends with it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    environment = {"OMP_NUM_THREADS": "1", "CSM_THREADS": "1"}
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        runtime_env={"env_vars": environment},
+        log_to_driver=False,
+        _system_config={"worker_register_timeout_seconds": 300},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(cluster):
+    """Two replicas on the embedded voice."""
+    from ray import serve
+
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    options = {"model": "tiny", "device": "cpu", "num_cpus": 0.1, "min_replicas": REPLICAS, "max_streams": STREAMS}
+    serve.run(on_ray.app({**options, "max_seconds": SECONDS, "request_timeout": TIMEOUT}), name="csm")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+def replicas():
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return [each["name"] for each in named if each["name"].startswith("SERVE_REPLICA")]
+
+
+def speech(http, seed, **fields):
+    body = {"model": "tts-1", "voice": "alloy", "input": TEXT, "response_format": "pcm", "seed": seed, **fields}
+    headers = {"x-session-id": fields["session"]} if "session" in fields else {}
+    return http.post("/v1/audio/speech", json=body, headers=headers)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_streaming_and_errors_are_the_servers(url):
+    with httpx.Client(base_url=url, timeout=TIMEOUT) as http:
+        assert http.get("/health").json() == {"status": "ok"}
+        assert speech(http, 1).content == speech(http, 1).content != b""
+        assert speech(http, 1, temperature=-1).status_code == 400
+        body = {"model": "tts-1", "voice": "alloy", "input": TEXT, "response_format": "pcm"}
+        with http.stream("POST", "/v1/audio/speech", json=body) as response:
+            sizes = [len(part) for part in response.iter_raw()]
+        assert response.headers["x-csm-sample-rate"] == "24000" and len(sizes) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_one_replica_of_two_is_killed_under_load(url):
+    """Each request gets its audio at the first or the second attempt, and none hangs."""
+    assert len(replicas()) == REPLICAS
+    attempts, failures, stop = [], [], threading.Event()
+
+    def client(index):
+        number = 0
+        with httpx.Client(base_url=url, timeout=TIMEOUT) as http:
+            while not stop.is_set():
+                number += 1
+                for attempt in (1, 2, 3):
+                    try:
+                        response = speech(http, 100 * index + number)
+                        if response.status_code == 200 and response.content:
+                            break
+                        failures.append(response.status_code)
+                    except httpx.HTTPError as error:
+                        failures.append(type(error).__name__)
+                attempts.append(attempt)
+
+    clients = [threading.Thread(target=client, args=(index,), daemon=True) for index in range(2 * STREAMS)]
+    for thread in clients:
+        thread.start()
+    while len(attempts) < 2 * len(clients):
+        time.sleep(0.1)
+    victim = replicas()[0]
+    ray.kill(ray.get_actor(victim, namespace=on_ray.NAMESPACE))
+    before = len(attempts)
+    while len(attempts) < before + 3 * len(clients):
+        time.sleep(0.1)
+    stop.set()
+    for thread in clients:
+        thread.join(TIMEOUT)
+    assert not any(thread.is_alive() for thread in clients), "a client hangs"
+    print(f"{len(attempts)} requests, attempts at most {max(attempts)}, failures {failures}")
+    assert max(attempts) <= 2 and len(failures) <= 2 * STREAMS
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_session_outlives_its_replica(url):
+    """The second turn is that of a server that was never killed: its context is the first one."""
+    deadline = time.monotonic() + TIMEOUT
+    while len(replicas()) < REPLICAS and time.monotonic() < deadline:  # the controller replaces the one that was killed
+        time.sleep(0.5)
+    with httpx.Client(base_url=url, timeout=TIMEOUT) as http:
+        for name in ("calm", "lost"):
+            assert speech(http, 5, session=name).status_code == 200
+        calm = speech(http, 6, session="calm").content
+        for victim in replicas()[:1]:
+            ray.kill(ray.get_actor(victim, namespace=on_ray.NAMESPACE))
+        lost = speech(http, 6, session="lost")
+        if lost.status_code != 200:
+            lost = speech(http, 6, session="lost")
+        assert lost.status_code == 200 and lost.content == calm
+        assert calm != speech(http, 6).content  # without the first turn
