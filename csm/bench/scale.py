@@ -28,7 +28,12 @@ from csm.weights.layouts import sesame_table, target_shapes
 
 # Milliseconds of a frame by batch size, without reading the KV cache beyond 256 positions: a prediction, not a
 # measurement. CSM-1B in bfloat16, `python bench.py --predict GPU --batch N` at commit d40ca15.
-PREDICTED: dict[str, dict[int, float]] = {}
+PREDICTED: dict[str, dict[int, float]] = {
+    "h100": {1: 3.49, 2: 5.27, 4: 9.03, 8: 15.20, 16: 27.42, 32: 30.35, 64: 59.39},
+    "h200": {1: 3.04, 2: 4.94, 4: 8.67, 8: 14.93, 16: 27.42, 32: 30.35, 64: 59.39},
+    "4090": {1: 11.85, 2: 12.42, 4: 13.67, 8: 17.72, 16: 24.32, 32: 27.76, 64: 45.50},
+    "5090": {1: 5.59, 2: 5.97, 4: 8.28, 8: 12.47, 16: 21.46, 32: 25.52, 64: 44.32},
+}
 PEAK_TFLOPS = {"h100": 989.0, "h200": 989.0, "4090": 165.2, "5090": 209.5}  # bfloat16, dense; NVIDIA's data sheets
 MEMORY_GB = {"h100": 80, "h200": 141, "4090": 24, "5090": 32}
 PREFILL_EFFICIENCY = 0.5  # assumed: share of the peak that a prefill chunk reaches
