@@ -18,22 +18,28 @@ from csm.errors import (
 )
 from csm.generator import DEFAULT_MODEL, Generator, load_csm_1b
 from csm.guards import GuardEvent, Guards
+from csm.metrics import GenerationMetrics, Meter
 from csm.prompt import Segment
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
+from csm.stream import Speech
 from csm.voices import Voice
+from csm.watermark import WATERMARKS, Watermark, load_watermark
 
 __all__ = [
     "DEFAULT_MODEL",
+    "WATERMARKS",
     "AudioError",
     "CSMError",
     "CheckpointError",
     "CheckpointWarning",
     "Conversation",
     "FallbackWarning",
+    "GenerationMetrics",
     "Generator",
     "GuardEvent",
     "Guards",
+    "Meter",
     "PromptError",
     "PromptTooLongError",
     "QueueFullError",
@@ -41,11 +47,14 @@ __all__ = [
     "SamplingError",
     "SamplingParams",
     "Segment",
+    "Speech",
     "SpeechRequest",
     "UnavailableError",
     "Voice",
     "VoiceError",
+    "Watermark",
     "WavWriter",
     "load_csm_1b",
+    "load_watermark",
     "read_audio",
 ]

@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from csm import compare, doctor, generate_command, quantized_model
+from csm import batch_command, compare, doctor, generate_command, quantized_model, watermark_command
 from csm import voice_command as voice
 from csm.command_line import Parser, UsageError, execute
 from csm.evaluate import command as evaluate
@@ -20,10 +20,12 @@ from csm.serve import command as serve
 # Name, help text, and the module that defines add_arguments() and run().
 COMMANDS = (
     ("generate", "generate speech from text into a WAV file", generate_command),
+    ("batch", "generate a file of lines into a folder, many at a time", batch_command),
     ("finetune", "train all weights or LoRA adapters on recordings", finetune),
     ("voice", "add, list, show, say, remove and export voices", voice),
     ("compare", "compare the weights and the logits of two models", compare),
     ("quantize", "write a model with int8 or int4 weights to a folder", quantized_model),
+    ("watermark", "search audio files for a watermark", watermark_command),
     ("eval", "measure generated speech: word error rate, length, voice similarity", evaluate),
     ("serve", "an HTTP server with OpenAI's audio API", serve),
     ("doctor", "check what this machine has, and what CSM-1B needs", doctor),

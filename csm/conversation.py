@@ -23,8 +23,10 @@ from torch import Tensor
 from csm.engine import Frame
 from csm.errors import CSMError, PromptError
 from csm.generator import Generator
+from csm.metrics import GenerationMetrics
 from csm.prompt import Segment
 from csm.request import SpeechRequest
+from csm.stream import SpeechStream
 from csm.text import ClauseBuffer
 from csm.voices import Voice, save_tensors
 
@@ -37,12 +39,16 @@ SETTINGS = ("max_turn_ms", "low_water", "max_turns", "temperature", "topk", "see
 
 @dataclass
 class ConversationStats:
-    """What a conversation has done: turns generated and added, turns and positions evicted, seconds generated."""
+    """What a conversation has done: turns generated and added, turns and positions evicted, seconds generated, retries.
+
+    A turn is evicted where it leaves the window, for lack of room or because of ``max_turns``.
+    """
 
     num_turns: int = 0
     num_evicted: int = 0
     positions_evicted: int = 0
     seconds: float = 0.0
+    num_retries: int = 0
 
 
 @dataclass(eq=False)
@@ -93,6 +99,7 @@ class Conversation:
         self.max_turns = max_turns
         self.temperature, self.topk, self.seed = temperature, topk, seed
         self.stats = ConversationStats()
+        self.metrics: GenerationMetrics | None = None  # of the turn generated last
         self.voices = {speaker: generator.voice(voice) for speaker, voice in (voices or {}).items()}
         self._references = [
             segment for speaker, voice in sorted(self.voices.items()) for segment in voice.segments(speaker)
@@ -140,8 +147,10 @@ class Conversation:
         a string is checked at the call.
         """
         if isinstance(text, str):
+            num_evicted = self.stats.num_evicted
             request = self._request(speaker, text)
-            return self._say(request, self.generator.stream_frames(request))
+            frames = self.generator.stream_frames(request)
+            return self._say(request, frames, self.stats.num_evicted - num_evicted)
         return self._say_pieces(speaker, text)
 
     def check(self, speaker: int, text: str) -> None:
@@ -169,7 +178,7 @@ class Conversation:
             return request  # voices and text alone leave less than a turn may take: the generator warns
         return replace(request, max_audio_length_ms=min(self.max_turn_ms, room_ms))
 
-    def _say(self, request: SpeechRequest, frames: Iterator[Frame]) -> Iterator[Tensor]:
+    def _say(self, request: SpeechRequest, frames: SpeechStream[Frame], evictions: int) -> Iterator[Tensor]:
         codes: list[Tensor] = []
         try:
             for frame in frames:
@@ -177,6 +186,9 @@ class Conversation:
                 assert frame.audio_N is not None
                 yield frame.audio_N
         finally:
+            if frames.metrics is not None:
+                self.metrics = replace(frames.metrics, evictions=evictions)
+                self.stats.num_retries += self.metrics.retries
             if codes:
                 turn = Segment(request.speaker, request.text, codes=torch.stack(codes))
                 self.stats.seconds += len(codes) * self.generator.frame_ms / 1000

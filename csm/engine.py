@@ -14,6 +14,7 @@ Shapes: B slots, T rows, C columns of a row, K codebooks, N samples of a frame.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,7 +68,8 @@ class Ticket:
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.cancelled = False
-        self._frames: deque[Frame] = deque()
+        self.arrived_at = 0.0  # when the frame last taken arrived, in time.monotonic's seconds
+        self._frames: deque[tuple[Frame, float]] = deque()
         self._notify = notify
 
     @property
@@ -81,11 +83,14 @@ class Ticket:
 
     def take(self) -> Frame | None:
         """The oldest unread frame; None if none has arrived."""
-        return self._frames.popleft() if self._frames else None
+        if not self._frames:
+            return None
+        frame, self.arrived_at = self._frames.popleft()
+        return frame
 
     def _put(self, frame: Frame) -> None:
         self.num_frames += 1
-        self._frames.append(frame)
+        self._frames.append((frame, time.monotonic()))
         self._wake()
 
     def _finish(self, reason: str, error: BaseException | None = None) -> None:

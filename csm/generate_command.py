@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +29,11 @@ from csm import (
     UnavailableError,
     Voice,
     WavWriter,
+    metrics,
     player,
     read_audio,
     script,
+    watermark,
 )
 from csm.command_line import Parser, execute, suggest_once
 
@@ -64,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_text_options(parser.add_argument_group("text and output"))
     _add_voice_options(parser.add_argument_group("voice"))
     _add_sampling_options(parser.add_argument_group("sampling"))
-    _add_model_options(parser.add_argument_group("model and device"))
+    add_model_options(parser.add_argument_group("model and device"))
 
 
 def _add_text_options(group: argparse._ArgumentGroup) -> None:
@@ -84,6 +86,10 @@ def _add_text_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--play", action="store_true", help="play the audio while it is generated")
     for kind in SUBTITLES:
         group.add_argument(f"--{kind}", type=Path, help=f"write the times of all sentences as {kind.upper()}")
+    group.add_argument(
+        "--watermark", choices=watermark.WATERMARKS, help="mark the audio as generated (docs/watermark.md)"
+    )
+    group.add_argument("--metrics", action="store_true", help="print RTF, first audio, underruns, retries, memory, ...")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -104,7 +110,8 @@ def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-seconds", type=float, help="most audio an utterance (default: the checkpoint's, else 90)")
 
 
-def _add_model_options(group: argparse._ArgumentGroup) -> None:
+def add_model_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options that choose the model and where it runs; ``load`` reads them."""
     group.add_argument(
         "--model",
         help=f"hub name[@revision], folder, or tiny (default: {DEFAULT_MODEL} where it can be had, else tiny)",
@@ -163,13 +170,16 @@ def read_reference(args: argparse.Namespace) -> Segment | None:
     return Segment(args.speaker or 0, args.ref_text, audio, sample_rate=sample_rate)
 
 
-def load(args: argparse.Namespace) -> Generator:
-    """The generator that was asked for, its codec loaded; only where none was named may the tiny one stand in."""
+def load(args: argparse.Namespace, **more: Any) -> Generator:
+    """The generator that was asked for, its codec loaded; only where none was named may it fall back to the tiny one.
+
+    ``more`` are arguments of ``Generator.from_pretrained``.
+    """
     device = None if args.device == "auto" else args.device
 
     def from_pretrained(name: str, codec: Path | None = None, lora: Path | None = None) -> Generator:
         dtype = DTYPES.get(args.dtype)
-        options: dict[str, Any] = dict(lora=lora, quantize=args.quantize, threads=args.threads)
+        options: dict[str, Any] = dict(lora=lora, quantize=args.quantize, threads=args.threads, **more)
         generator = Generator.from_pretrained(name, device, dtype, codec, progress=not args.quiet, **options)
         _ = generator.codec  # now, not in the first utterance's time
         return generator
@@ -246,6 +256,19 @@ def open_outputs(args: argparse.Namespace, stack: ExitStack) -> list[WavWriter |
     return outputs
 
 
+def marked(
+    args: argparse.Namespace,
+    stack: ExitStack,
+    outputs: Sequence[watermark.AudioOutput],
+    mark: watermark.Watermark | None,
+) -> Sequence[watermark.AudioOutput]:
+    """The outputs, behind a watermark if there is one."""
+    if mark is None:
+        return outputs
+    live = args.play or args.stream_to is not None
+    return [stack.enter_context(watermark.MarkedOutput(outputs, mark, live))]
+
+
 def generate(args: argparse.Namespace) -> str:
     """Write the audio; return the closing line."""
     items, reference = read_items(args), read_reference(args)
@@ -254,18 +277,21 @@ def generate(args: argparse.Namespace) -> str:
     SamplingParams(**{name: value for name, value in given.items() if value is not None})  # checked before loading
     with ExitStack() as stack:
         outputs = open_outputs(args, stack)
+        mark = None if args.watermark is None else watermark.load_watermark(args.watermark)
         generator = load(args)
         started, first_audio, num_samples = time.perf_counter(), None, 0
+        meter = metrics.Meter()
+        sinks = marked(args, stack, [meter, *outputs], mark)
 
         def watch(line: script.Line, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
             return with_progress(chunks, line.text, generator.sample_rate, args.quiet)
 
         narration = narrate(generator, args, items, reference)
-        for output in outputs:
+        for output in sinks:
             output.begin(generator.sample_rate)
         for chunk in narration.stream(watch):
             first_audio = first_audio or time.perf_counter() - started
-            for output in outputs:
+            for output in sinks:
                 output.write(chunk)
             num_samples += chunk.shape[0]
         for kind, convert in SUBTITLES.items():
@@ -274,6 +300,9 @@ def generate(args: argparse.Namespace) -> str:
     if args.model == "tiny":
         print(f"note: {TINY_NOTE}", file=sys.stderr)
     closing = summary(args, generator, num_samples, first_audio, time.perf_counter() - started)
+    if args.metrics:
+        meter.retries = narration.conversation.stats.num_retries
+        closing += f"\nmetrics: {meter.metrics(evictions=narration.conversation.stats.num_evicted)}"
     texts = [item.text for item in items if isinstance(item, script.Line)]
     next_step = suggest_once("generate", suggestion(args, texts)) if args.out is not None else ""
     return f"{closing}\n{next_step}" if next_step else closing

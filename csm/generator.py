@@ -30,6 +30,7 @@ from csm.quantized_model import open_quantized, read_quantized
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
 from csm.selfcheck import default_dtype
+from csm.stream import Speech, SpeechStream, TicketKeeper
 from csm.threads import choose_threads
 from csm.voices import SESAME_PROMPTS, Voice, find_voice, load_voice
 from csm.weights import Checkpoint, open_checkpoint, read_codec, read_generation_defaults, read_model
@@ -240,19 +241,19 @@ class Generator:
         seed: int | None = None,
         voice: str | Voice | None = None,
         guards: Guards = DEFAULT_GUARDS,
-    ) -> Iterator[Tensor]:
+    ) -> SpeechStream[Tensor]:
         """``generate``, in chunks of 1920 samples (80 ms) as they are generated.
 
         Arguments are checked at the call. Generation starts with the first chunk that is asked for, runs at most
-        ``MAX_UNREAD`` chunks ahead of the reader, and is cancelled when the iterator is closed.
+        ``MAX_UNREAD`` chunks ahead of the reader, and is cancelled when the iterator is closed. The iterator's
+        ``metrics`` say what it took.
         """
         speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice)
-        return (frame.audio_N for frame in self.stream_frames(speech, guards) if frame.audio_N is not None)
+        return SpeechStream(self._opener(speech, guards, max_unread=MAX_UNREAD), _samples)
 
-    def stream_frames(self, speech: SpeechRequest, guards: Guards = DEFAULT_GUARDS) -> Iterator[Frame]:
+    def stream_frames(self, speech: SpeechRequest, guards: Guards = DEFAULT_GUARDS) -> SpeechStream[Frame]:
         """``stream`` with the codes (K,) of each chunk."""
-        frames = self._run([self._opener(speech, guards, max_unread=MAX_UNREAD)])
-        return (frame for _, frame in frames)
+        return SpeechStream(self._opener(speech, guards, max_unread=MAX_UNREAD), lambda frame: frame)
 
     def submit(
         self,
@@ -260,13 +261,15 @@ class Generator:
         guards: Guards = DEFAULT_GUARDS,
         max_unread: int | None = MAX_UNREAD,
         notify: Callable[[], None] | None = None,
+        hold: bool = False,
     ) -> GuardedTicket:
         """Start to generate; frames of codes and samples arrive at the ticket. For event loops, which must not block.
 
         ``notify`` is called from the engine's thread when the ticket may have a frame or has ended. ``max_unread``
-        pauses the request while its reader is so many frames behind.
+        pauses the request while its reader is so many frames behind. ``hold`` hands frames out only once the request
+        has ended, so that the guards may replace a take; the reader must take frames nevertheless.
         """
-        return self._opener(speech, guards, max_unread=max_unread)(notify)
+        return self._opener(speech, guards, hold=hold, max_unread=max_unread)(notify)
 
     def generate_codes(
         self,
@@ -290,12 +293,23 @@ class Generator:
 
         A request draws the codes that it would draw alone, up to the rounding of a matrix product over more rows.
         """
-        openers = [self._opener(SpeechRequest.of(request), guards, hold=True) for request in requests]
+        return [speech.audio for speech in self.generate_speech(requests, guards)]
+
+    def generate_speech(
+        self, requests: Sequence[SpeechRequest | Mapping[str, Any]], guards: Guards = DEFAULT_GUARDS
+    ) -> list[Speech]:
+        """``generate_batch`` with the metrics, the seed and the end of each request."""
+        openers = [TicketKeeper(self._opener(SpeechRequest.of(request), guards, hold=True)) for request in requests]
         chunks: list[list[Tensor]] = [[] for _ in openers]
         for index, frame in self._run(openers):
-            assert frame.audio_N is not None
-            chunks[index].append(frame.audio_N)
-        return [torch.cat(parts) if parts else torch.zeros(0) for parts in chunks]
+            chunks[index].append(_samples(frame))
+        speeches = []
+        for parts, opener in zip(chunks, openers, strict=True):
+            assert opener.ticket is not None
+            audio = torch.cat(parts) if parts else torch.zeros(0)
+            reason = opener.ticket.finish_reason or "end"
+            speeches.append(Speech(audio, opener.ticket.metrics, opener.ticket.seed, reason))
+        return speeches
 
     def generate_codes_batch(self, requests: Sequence[SpeechRequest | Mapping[str, Any]]) -> list[Tensor]:
         """``generate_batch`` before the codec and without guards: codes (T, K) of each request."""
@@ -422,6 +436,11 @@ class Generator:
                 )
                 worker = self._worker = Worker(engine, lambda: choose_threads(self.model, self._threads))
             return worker
+
+
+def _samples(frame: Frame) -> Tensor:
+    assert frame.audio_N is not None
+    return frame.audio_N
 
 
 def _open_model(

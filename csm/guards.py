@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from csm.engine import Frame, Request, Ticket
 from csm.errors import CSMError
+from csm.metrics import GenerationMetrics, Meter
 from csm.worker import Worker
 
 log = logging.getLogger("csm.guards")
@@ -179,10 +180,13 @@ class GuardedTicket:
         self._out: deque[Frame] = deque()
         self._held: list[Frame] = []
         self._best: list[Frame] = []  # the longest of the takes that were too short
-        self._retries_left = guards.retries if request.params.temperature > 0 else 0
+        self._max_retries = guards.retries if request.params.temperature > 0 else 0
+        self._num_kept: int | None = None  # frames of the take that were not dropped at its end
+        self._meter = Meter()
         self._start()
 
     def _start(self) -> None:
+        self._meter.begin_take()
         self._watch = Watch(self._guards, self._text, self._frame_rate)
         self._ticket: Ticket = self._worker.submit(self._request, self._max_unread, self._notify)
 
@@ -190,6 +194,12 @@ class GuardedTicket:
     def seed(self) -> int:
         """The seed of the current take."""
         return self._request.params.seed
+
+    @property
+    def metrics(self) -> GenerationMetrics:
+        """What the generation took so far; complete once it has ended."""
+        seconds = None if self._num_kept is None else self._num_kept / self._frame_rate
+        return self._meter.metrics(seconds)
 
     @property
     def finished(self) -> bool:
@@ -218,6 +228,7 @@ class GuardedTicket:
         if self._max_unread is not None and self._ticket.num_unread == self._max_unread - 1:
             self._worker.wake()
         (self._held if self._hold else self._out).append(frame)
+        self._meter.audio(1 / self._frame_rate, self._ticket.arrived_at)
         guard = self._watch.feed(frame.codes_K, frame.audio_N)
         if guard is not None:
             self.cancel()
@@ -226,20 +237,22 @@ class GuardedTicket:
 
     def _end(self, reason: str, error: BaseException | None = None) -> None:
         handed_out = self._watch.num_frames > 0 and not self._hold
-        if reason == "end" and self._watch.too_short and self._retries_left and not handed_out:
+        if reason == "end" and self._watch.too_short and self._meter.retries < self._max_retries and not handed_out:
             self._retry()
             return
         frames = self._held[: self._watch.num_kept] if reason == "silence" else self._held
         if reason == "end" and len(self._best) > len(frames):
             frames = self._best
         self._out.extend(frames)
+        self._num_kept = len(frames) if self._hold else None
+        self._meter.finish()
         self.error, self.finish_reason = error, reason
 
     def _retry(self) -> None:
         self._report("retry")
         self._best = max(self._best, self._held, key=len)
         self._held = []
-        self._retries_left -= 1
+        self._meter.retries += 1
         seed = (self.seed + 1) % 2**63
         self._request = replace(self._request, params=replace(self._request.params, seed=seed))
         self._start()
@@ -257,7 +270,7 @@ class GuardedTicket:
 Opener = Callable[[Callable[[], None] | None], GuardedTicket]  # submits a request, given its ``notify``
 
 
-def guarded_frames(openers: Sequence[Opener]) -> Iterator[tuple[int, Frame]]:
+def guarded_frames(openers: Sequence[Opener]) -> Generator[tuple[int, Frame], None, None]:
     """Frames of several requests as they arrive, each with the index of its request. Closing it cancels them.
 
     Raises the exception of the first request that failed.

@@ -330,12 +330,12 @@ def test_the_load_tool(running, capsys):
 
 
 def test_a_player_that_runs_dry():
-    from csm.bench.load import Player
+    from csm.metrics import Listener
 
-    player = Player()
+    player = Listener()
     for now in (0.0, 0.1, 0.2, 0.5):  # 0.08 s each: 0.1 s in hand hold until 0.34
         player.arrive(now, 0.08)
-    assert player.underruns == 1
+    assert player.num_underruns == 1
     assert player.remaining(0.5) == pytest.approx(0.08)
 
 
@@ -343,7 +343,7 @@ def test_a_player_that_runs_dry():
 def test_sixty_four_clients_for_two_minutes(tiny):
     """Nothing lost or mixed up: each response has the samples that its seed gives alone. The memory stays flat."""
     from csm.bench.load import SENTENCES, run_clients
-    from csm.serve.metrics import resident_bytes
+    from csm.metrics import resident_bytes
 
     options = dict(seed=0, max_audio_length_ms=1600)
     alone = {text: tiny.generate(text, 0, **options).numpy().clip(-1, 1) for text in SENTENCES}

@@ -13,11 +13,11 @@ ROOT = Path(csm.__file__).parent.parent
 
 # A module may import modules of earlier lines only, and its own package.
 LAYERS = [
-    {"csm.errors"},
+    {"csm.errors", "csm.metrics"},
     {"csm.config"},
     {"csm.audio", "csm.graph", "csm.kernels", "csm.text", "csm.weights"},
     {"csm.pronounce"},
-    {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt"},
+    {"csm.codec", "csm.cache", "csm.sampling", "csm.prompt", "csm.watermark"},
     {"csm.prefix_cache", "csm.voices"},
     {"csm.request"},
     {"csm.model"},
@@ -28,8 +28,9 @@ LAYERS = [
     {"csm.engine"},
     {"csm.worker"},
     {"csm.guards"},
+    {"csm.stream"},
     {"csm.generator"},
-    {"csm.conversation"},
+    {"csm.batch", "csm.conversation"},
     {"csm.script", "csm.player"},
     {"csm.voice_command"},
     {"csm.finetune"},
@@ -37,7 +38,8 @@ LAYERS = [
     {"csm"},
     {"csm.serve"},
     {"csm.command_line"},
-    {"csm.doctor", "csm.generate_command"},
+    {"csm.doctor", "csm.generate_command", "csm.watermark_command"},
+    {"csm.batch_command"},
     {"csm.__main__"},
     {"csm.weights.recipe"},
 ]

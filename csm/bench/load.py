@@ -1,8 +1,7 @@
 """``bench.py --serve URL``: load from N clients on a running server.
 
 Each client asks for PCM again and again. In pace, it reads as a player does, and asks anew when the audio has been
-played; flat out, it reads as fast as it can. An underrun is a time at which a player with ``PLAYER_BUFFER`` seconds of
-audio in hand has none left.
+played; flat out, it reads as fast as it can. Underruns are those of ``csm.metrics.Listener``.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Any
 
 from csm.bench import report
 from csm.errors import CSMError
+from csm.metrics import Listener
 
-PLAYER_BUFFER = 0.1  # seconds
 BYTES_PER_SECOND = 48_000  # 16 bits at 24 kHz
 REQUEST_TIMEOUT = 600.0  # seconds: longer than the server's own
 MAX_CLIENTS, MAX_SECONDS = 1024, 3600.0
@@ -53,28 +52,9 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
     return ordered[min(len(ordered) - 1, int(percent / 100 * len(ordered)))]
 
 
-class Player:
-    """Plays what arrives, from ``PLAYER_BUFFER`` after the first byte on, and counts when it runs dry."""
-
-    def __init__(self) -> None:
-        self._ends: float | None = None
-        self.underruns = 0
-
-    def arrive(self, now: float, seconds: float) -> None:
-        """Audio of so many seconds arrives."""
-        if self._ends is None:
-            self._ends = now + PLAYER_BUFFER
-        self.underruns += now > self._ends
-        self._ends = max(self._ends, now) + seconds
-
-    def remaining(self, now: float) -> float:
-        """Seconds until everything has been played."""
-        return max(0.0, (self._ends or now) - now)
-
-
 async def one_request(http: Any, body: dict[str, Any], pace: bool, tally: Tally) -> None:
     """One request to its end."""
-    started, first, size, player = time.perf_counter(), None, 0, Player()
+    started, first, size, player = time.perf_counter(), None, 0, Listener()
     parts: list[bytes] = []
     async with http.stream("POST", "/v1/audio/speech", json=body) as response:
         if response.status_code != 200:
@@ -98,7 +78,7 @@ async def one_request(http: Any, body: dict[str, Any], pace: bool, tally: Tally)
     tally.first_audio.append(first)
     tally.rtf.append((finished - started) / seconds)
     tally.audio += seconds
-    tally.underruns += player.underruns
+    tally.underruns += player.num_underruns
     if pace:
         await asyncio.sleep(player.remaining(finished))
 

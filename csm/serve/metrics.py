@@ -1,16 +1,13 @@
-"""Figures for Prometheus, and the clock that tells whether a listener would have heard a gap."""
+"""Figures for Prometheus. ``csm.metrics`` defines the terms."""
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-PLAYER_BUFFER = 0.1  # seconds that a player holds back before it starts
+from csm.metrics import gpu_bytes, resident_bytes
+
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
@@ -31,6 +28,7 @@ class Metrics:
             "csm_frame_lateness_seconds", "How late a frame was for a player", buckets=SECONDS, registry=registry
         )
         self.underruns = Counter("csm_underruns", "Frames that came too late for a player", registry=registry)
+        self.evictions = Counter("csm_evictions", "Turns that left a session's context", registry=registry)
         self.guards = Counter("csm_guard_events", "What the guards did", ["guard"], registry=registry)
         gauges: list[tuple[str, str, Callable[[], float]]] = [
             ("csm_streams", "Requests that are being generated", streams),
@@ -44,37 +42,3 @@ class Metrics:
     def render(self) -> bytes:
         """The exposition format, text version 0.0.4."""
         return generate_latest(self.registry)
-
-
-def resident_bytes() -> float:
-    """Memory of this process: now on Linux, at its highest elsewhere."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def gpu_bytes() -> float:
-    """Memory that PyTorch has reserved on all GPUs."""
-    if not torch.cuda.is_available():
-        return 0
-    return sum(torch.cuda.memory_reserved(index) for index in range(torch.cuda.device_count()))
-
-
-class PlayerClock:
-    """A player that starts ``PLAYER_BUFFER`` after the first frame, and waits where a frame is missing."""
-
-    def __init__(self, frame_seconds: float):
-        self._frame_seconds = frame_seconds
-        self._due: float | None = None
-        self.num_late = 0
-
-    def arrive(self, now: float) -> float:
-        """A frame arrives: by how many seconds it is late."""
-        if self._due is None:
-            self._due = now + PLAYER_BUFFER
-        late = max(0.0, now - self._due)
-        self.num_late += late > 0
-        self._due = max(self._due, now) + self._frame_seconds
-        return late

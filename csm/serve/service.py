@@ -44,18 +44,20 @@ class Sessions:
         self._busy.add(key)
         return list(self._turns.get(key, (0.0, []))[1])
 
-    def end(self, key: str, turn: Segment | None, max_positions: int) -> None:
-        """Add a turn, if it was generated to its end, and forget the oldest ones that no longer fit."""
+    def end(self, key: str, turn: Segment | None, max_positions: int) -> int:
+        """Add a turn, if it was generated to its end; return how many of the oldest left because they do not fit."""
         self._busy.discard(key)
         if turn is None:
-            return
+            return 0
         turns = [*self._turns.get(key, (0.0, []))[1], turn]
+        num_turns = len(turns)
         while turns and sum(map(_positions, turns)) > max_positions * SESSION_SHARE:
             turns.pop(0)
         self._turns[key] = time.monotonic(), turns
         self._turns.move_to_end(key)
         while len(self._turns) > MAX_SESSIONS:
             self._turns.popitem(last=False)
+        return num_turns - len(turns)
 
 
 def _positions(turn: Segment) -> int:

@@ -25,9 +25,9 @@ from torch import Tensor
 from csm import CSMError, Generator, Segment, SpeechRequest
 from csm.codec import check_codes
 from csm.guards import GuardedTicket
+from csm.metrics import Listener
 from csm.serve.encoders import ENCODERS, MEDIA_TYPES, Stretch
 from csm.serve.errors import ApiError, api_error
-from csm.serve.metrics import PlayerClock
 from csm.serve.schema import SpeechBody, Turn
 from csm.serve.service import Service, encode_turns
 from csm.serve.voices import Chosen, read_recording
@@ -75,7 +75,7 @@ class Job:
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
         )
         self.num_tokens = len(body.input.split())
-        self._clock = PlayerClock(generator.codec.frame_size / generator.sample_rate)
+        self._listener = Listener()
         self._ticket = generator.submit(speech, service.guards, notify=self._notify)
 
     @property
@@ -124,7 +124,7 @@ class Job:
         metrics, now = self.service.metrics, time.monotonic()
         if not self.codes:
             metrics.first_audio.observe(now - self.started)
-        late = self._clock.arrive(now)
+        late = self._listener.arrive(now, self._generator.frame_ms / 1000)
         metrics.lateness.observe(late)
         metrics.underruns.inc(late > 0)
 
@@ -149,7 +149,8 @@ class Job:
     def _end_session(self, session: str) -> None:
         complete = self.codes and self._outcome not in ("cancelled", "error", "timeout")
         turn = Segment(self._speaker, self.body.input, codes=torch.stack(self.codes)) if complete else None
-        self.service.sessions.end(session, turn, self._generator.config.backbone.max_positions)
+        evicted = self.service.sessions.end(session, turn, self._generator.config.backbone.max_positions)
+        self.service.metrics.evictions.inc(evicted)
 
 
 def _choose(service: Service, body: SpeechBody) -> Chosen:

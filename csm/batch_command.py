@@ -1,0 +1,142 @@
+"""Generate a file of lines into a folder of WAV files, many lines at a time (docs/batch.md).
+
+Each line of the file is a JSON object: id, text, and as you like voice, speaker, seed, temperature, top_k, max_seconds.
+A run that was stopped goes on where it was. Exit code: 0, 1 where lines are listed in errors.jsonl, 2 for an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from csm import CSMError, GenerationMetrics, Generator, SamplingParams, Watermark, load_watermark
+from csm.batch import (
+    ERRORS,
+    FIELDS,
+    BatchLine,
+    BatchOptions,
+    Job,
+    Output,
+    Problem,
+    generate_jobs,
+    make_job,
+    read_lines,
+)
+from csm.command_line import Output as Printed
+from csm.generate_command import add_model_options, load
+from csm.metrics import combined
+from csm.watermark import WATERMARKS
+
+MAX_SLOTS = 1024
+SHOWN = 10  # problems that are printed; errors.jsonl has all
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to ``parser``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("lines", type=Path, metavar="FILE", help=f"JSON lines with the fields {', '.join(FIELDS)}")
+    parser.add_argument("out", type=Path, help="folder for ID.wav of each line, manifest.jsonl and errors.jsonl")
+    group = parser.add_argument_group("defaults of all lines")
+    group.add_argument("--seed", type=int, default=0, help="a line without a seed draws one from this and its id (0)")
+    group.add_argument("--max-seconds", type=float, help="most audio of a line (default: the checkpoint's, else 90)")
+    group.add_argument("--no-normalize", action="store_true", help="keep numbers, abbreviations and markup as written")
+    group.add_argument("--watermark", choices=WATERMARKS, help="mark the audio as generated (docs/watermark.md)")
+    group = parser.add_argument_group("run")
+    group.add_argument("--slots", type=int, default=8, help="lines that are generated at a time (default: 8)")
+    group.add_argument("--metrics", action="store_true", help="print RTF, first audio, retries and memory of the run")
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_model_options(parser.add_argument_group("model and device"))
+
+
+def run(args: argparse.Namespace) -> Printed:
+    """Generate what is not there yet; return the closing line."""
+    lines, problems = read_lines(args.lines)
+    check_options(args)
+    watermark = None if args.watermark is None else load_watermark(args.watermark)
+    generator = load(args, max_streams=args.slots)
+    jobs, more = make_jobs(generator, lines, options_of(args))
+    problems += more
+    with Output(args.out) as output:
+        open_jobs = [job for job in jobs if not output.has(job)]
+        started = time.perf_counter()
+        parts, failed = generate_all(generator, open_jobs, output, args, watermark)
+        metrics = combined(parts, time.perf_counter() - started)
+        problems = sorted([*problems, *failed], key=lambda problem: problem.line)
+        output.finish([job.id for job in jobs], problems)
+    report(problems)
+    done, there = len(parts), len(jobs) - len(open_jobs)
+    return Printed(closing(args, metrics, done, there, len(problems)), 1 if problems else 0)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise CSMError for an option that is out of range, before anything is loaded."""
+    SamplingParams(seed=args.seed)
+    if not 1 <= args.slots <= MAX_SLOTS:
+        raise CSMError(f"--slots must be 1 to {MAX_SLOTS}, not {args.slots}")
+    BatchLine("x", "x", max_seconds=args.max_seconds)
+    if args.out.exists() and not args.out.is_dir():
+        raise CSMError(f"{args.out} is not a folder: give the name of one")
+
+
+def options_of(args: argparse.Namespace) -> BatchOptions:
+    """What holds for all lines."""
+    parts = (args.model, args.lora, args.codec, args.device, args.dtype, args.quantize, args.watermark)
+    identity = " ".join(str(part) for part in parts)
+    return BatchOptions(args.seed, not args.no_normalize, args.max_seconds, identity)
+
+
+def make_jobs(
+    generator: Generator, lines: dict[int, BatchLine], options: BatchOptions
+) -> tuple[list[Job], list[Problem]]:
+    """The requests of all lines, and the lines that have none. Raises CSMError if no line has one."""
+    jobs: list[Job] = []
+    problems: list[Problem] = []
+    for number, line in lines.items():
+        try:
+            jobs.append(make_job(generator, number, line, options))
+        except CSMError as error:
+            problems.append(Problem(number, line.id, str(error)))
+    if not jobs:
+        raise CSMError(f"no line can be spoken: line {problems[0].line}: {problems[0].error}")
+    return jobs, problems
+
+
+def generate_all(
+    generator: Generator, jobs: Sequence[Job], output: Output, args: argparse.Namespace, watermark: Watermark | None
+) -> tuple[list[GenerationMetrics], list[Problem]]:
+    """Generate and keep every job. Returns the metrics of each, and the jobs that failed."""
+    parts: list[GenerationMetrics] = []
+    failed: list[Problem] = []
+    with tqdm(total=len(jobs), unit="line", disable=True if args.quiet else None, leave=False) as bar:
+        for job, result in generate_jobs(generator, jobs, args.slots, watermark):
+            if isinstance(result, Exception):
+                failed.append(Problem(job.line, job.id, f"{result}" or type(result).__name__))
+            else:
+                output.write(job, result, generator.sample_rate)
+                parts.append(result.metrics)
+            bar.update()
+    return parts, failed
+
+
+def report(problems: Sequence[Problem]) -> None:
+    """Print the first lines that were left out."""
+    for problem in problems[:SHOWN]:
+        print(f"line {problem.line}: {problem.error}", file=sys.stderr)
+    if len(problems) > SHOWN:
+        print(f"... and {len(problems) - SHOWN} more", file=sys.stderr)
+
+
+def closing(args: argparse.Namespace, metrics: GenerationMetrics, done: int, there: int, num_problems: int) -> str:
+    """What was done, on one line, and the metrics if they are asked for."""
+    text = f"{args.out}: {done} lines generated, {there} were there"
+    if num_problems:
+        text += f", {num_problems} left out ({args.out / ERRORS})"
+    if metrics.rtf:
+        seconds, elapsed = metrics.audio_seconds, metrics.elapsed_seconds
+        text += f"; {seconds:.2f} s of audio in {elapsed:.2f} s ({1 / metrics.rtf:.1f}x real time)"
+    return f"{text}\nmetrics: {metrics}" if args.metrics else text

@@ -1,0 +1,29 @@
+"""Search audio files for a watermark. Exit code: 0 where every file has it, 1 where one has not, 2 for an error."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from csm import WATERMARKS, load_watermark, read_audio
+from csm.command_line import Output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to ``parser``."""
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="an audio file: WAV, FLAC, MP3 or Ogg")
+    parser.add_argument("--watermark", choices=WATERMARKS, default="perth", help="which one (default: perth)")
+
+
+def run(args: argparse.Namespace) -> Output:
+    """Search the files; a line for each."""
+    recordings = [(path, *read_audio(path)) for path in args.files]  # a bad file is an error before anything is loaded
+    watermark = load_watermark(args.watermark)
+    lines, all_found = [], True
+    for path, audio_CN, sample_rate in recordings:
+        found, confidence, num_marked, num_blocks = watermark.detect(audio_CN, sample_rate)
+        all_found &= found
+        share = f" in {num_marked} of {num_blocks} blocks" if num_blocks > 1 else ""
+        verdict = f"the watermark {args.watermark} was {'found' if found else 'not found'}{share}"
+        lines.append(f"{path}: {verdict} (confidence {confidence:.2f})")
+    return Output("\n".join(lines), 0 if all_found else 1)
