@@ -3,7 +3,6 @@
 The cluster tests take minutes: ``make ray``.
 """
 
-import os
 import pickle
 import socket
 import threading
@@ -176,6 +175,15 @@ def speech(http, seed, **fields):
     return http.post("/v1/audio/speech", json=body, headers=headers)
 
 
+def failure_of(http, seed):
+    """One request: None, or what went wrong."""
+    try:
+        response = speech(http, seed)
+    except httpx.HTTPError as error:
+        return type(error).__name__
+    return None if response.status_code == 200 and response.content else response.status_code
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_streaming_and_errors_are_the_servers(url):
@@ -200,16 +208,11 @@ def test_one_replica_of_two_is_killed_under_load(url):
         number = 0
         with httpx.Client(base_url=url, timeout=TIMEOUT) as http:
             while not stop.is_set():
-                number += 1
-                for attempt in (1, 2, 3):
-                    try:
-                        response = speech(http, 100 * index + number)
-                        if response.status_code == 200 and response.content:
-                            break
-                        failures.append(response.status_code)
-                    except httpx.HTTPError as error:
-                        failures.append(type(error).__name__)
-                attempts.append(attempt)
+                number, tries = number + 1, 1
+                while (failure := failure_of(http, 100 * index + number)) is not None and tries < 4:
+                    failures.append(failure)
+                    tries += 1
+                attempts.append(tries)
 
     clients = [threading.Thread(target=client, args=(index,), daemon=True) for index in range(2 * STREAMS)]
     for thread in clients:

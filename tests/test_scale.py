@@ -23,8 +23,8 @@ from csm.bench.queueing import (
 )
 from csm.codec import Codec, moshi_config
 from csm.config import CSM_1B, MIMI
+from csm.metrics import Listener
 from csm.model import CSM
-from csm.serve.metrics import PlayerClock
 from csm.weights.layouts import sesame_table, target_shapes
 
 
@@ -55,10 +55,10 @@ def test_late_frames_are_those_of_the_servers_clock():
     random = np.random.default_rng(0)
     for _ in range(200):
         time_T = np.cumsum(random.exponential(random.uniform(0.03, 0.12), 60))
-        clock = PlayerClock(FRAME_SECONDS)
+        listener = Listener()
         for now in time_T:
-            clock.arrive(float(now))
-        assert late_frames(time_T) == clock.num_late
+            listener.arrive(float(now), FRAME_SECONDS)
+        assert late_frames(time_T) == listener.num_underruns
 
 
 def test_frames_are_late_once_a_step_takes_longer_than_a_frame():

@@ -102,11 +102,12 @@ class SharedSessions(Sessions):
         self._turns[key] = time.monotonic(), pickle.loads(turns) if turns else []
         return super().begin(key)
 
-    def end(self, key: str, turn: Segment | None, max_positions: int) -> None:
-        """Add a turn, if it was generated to its end, and hand the turns to the store."""
-        super().end(key, turn, max_positions)
+    def end(self, key: str, turn: Segment | None, max_positions: int) -> int:
+        """Add a turn, if it was generated to its end, and hand the turns to the store; how many turns were left out."""
+        num_evicted = super().end(key, turn, max_positions)
         turns = self._turns.pop(key, (0.0, []))[1]
         self._store.end.remote(key, self._replica, None if turn is None else pickle.dumps(turns))
+        return num_evicted
 
 
 class SessionRouter(ConsistentHashRouter):
