@@ -3,10 +3,16 @@
 The cluster tests take minutes: ``make ray``.
 """
 
+import json
+import multiprocessing
+import os
 import pickle
+import signal
 import socket
+import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -14,9 +20,13 @@ import torch
 
 ray = pytest.importorskip("ray")
 
-from csm import CSMError, Segment  # noqa: E402
+from csm import CSMError, Generator, Segment, batch_ray  # noqa: E402
+from csm.__main__ import main  # noqa: E402
+from csm.audio import read_audio  # noqa: E402
+from csm.batch import BatchLine, BatchOptions, make_job  # noqa: E402
 from csm.serve import ray as on_ray  # noqa: E402
 from csm.serve.errors import ApiError  # noqa: E402
+from noise import NOISE  # noqa: E402
 
 TEXT = "Hello there."
 REPLICAS = 2
@@ -129,6 +139,48 @@ def test_a_store_that_does_not_answer_is_an_error(monkeypatch):
     with pytest.raises(ApiError, match="try again") as caught:
         sessions.begin("k")
     assert caught.value.status == 503
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+LINES = [
+    BatchLine("one", "Hello there."),
+    BatchLine("two", "Good morning.", voice="nobody"),
+    BatchLine("three", "Yes."),
+]
+
+
+def blocks_of(tasks):
+    return {"item": [pickle.dumps(task) for task in tasks]}
+
+
+def test_a_worker_writes_files_and_tells_the_rest(tmp_path):
+    generator = Generator.from_pretrained(NOISE, device="cpu", max_streams=2, threads=1)
+    options = BatchOptions(max_seconds=0.16)
+    worker = batch_ray.Worker(batch_ray.Plan(lambda: generator, tmp_path, options, 2, None))
+
+    def run(entries):
+        tasks = [batch_ray.Task(n, line, entries.get(line.id)) for n, line in enumerate(LINES, start=1)]
+        return [pickle.loads(each) for each in worker(blocks_of(tasks))["item"]]
+
+    results = run({})
+    (problem,) = [result.problem for result in results if result.problem]
+    assert (problem.line, problem.id) == (2, "two") and "nobody" in problem.error
+    entries = {result.entry["id"]: result.entry for result in results if result.entry}
+    assert {name: entry["bytes"] for name, entry in entries.items()} == {
+        path.stem: path.stat().st_size for path in tmp_path.iterdir()
+    }
+    speech = make_job(generator, 1, LINES[0], options).speech
+    expected = generator.generate(speech.text, 0, max_audio_length_ms=160, seed=speech.seed)
+    assert torch.equal(read_audio(tmp_path / "one.wav")[0][0], (expected.clip(-1, 1) * 32767).round() / 32768)
+    assert sorted(r.entry is None and r.problem is None for r in run(entries)) == [False, True, True]
+    (tmp_path / "one.wav").write_bytes(b"cut off")
+    assert [r.entry["id"] for r in run(entries) if r.entry] == ["one"]
+
+
+def test_a_folder_that_the_nodes_do_not_share_is_an_error(tmp_path):
+    with pytest.raises(CSMError, match="all nodes share"):
+        batch_ray._check_shared(tmp_path, {"file": "one.wav", "bytes": 44})
 
 
 # --- on a cluster -----------------------------------------------------------------------------------------------------
@@ -250,3 +302,87 @@ def test_a_session_outlives_its_replica(url):
             lost = speech(http, 6, session="lost")
         assert lost.status_code == 200 and lost.content == calm
         assert calm != speech(http, 6).content  # without the first turn
+
+
+NUM_LINES = 500
+
+
+def run_batch(folder, address):
+    """In a process of its own, which imports nothing anew: ``csm batch --ray``."""
+    os.setsid()
+    os.environ.update(ENVIRONMENT, RAY_ADDRESS=address)
+    command = ["batch", str(folder / "in.jsonl"), str(folder / "out"), "--model", NOISE, "--device", "cpu", "--quiet"]
+    options = ["--ray", "--ray-workers", str(REPLICAS), "--ray-cpus", "0.1", "--slots", "4", "--max-seconds", "0.08"]
+    sys.exit(main([*command, *options]))
+
+
+def ids_of(folder):
+    """The ids of the manifest's whole lines."""
+    path = folder / "out" / "manifest.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line)["id"] for line in lines]
+
+
+def wait_for_lines(folder, count, process):
+    while len(ids_of(folder)) < count:
+        assert process.is_alive(), process.exitcode
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_batch_killed_twice_has_every_line_once(cluster, tmp_path):
+    """First the command is killed, then a worker and the command."""
+    lines = [{"id": f"line-{number:03}", "text": f"Line {number}."} for number in range(NUM_LINES)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    address = ray.get_runtime_context().gcs_address
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["csm.batch_ray", "csm.__main__"])
+
+    def start():
+        process = processes.Process(target=run_batch, args=(tmp_path, address))
+        process.start()
+        return process
+
+    first = start()
+    wait_for_lines(tmp_path, NUM_LINES // 5, first)
+    first.kill()
+    first.join()
+    after_first = ids_of(tmp_path)
+
+    second = start()
+    wait_for_lines(tmp_path, len(after_first) + NUM_LINES // 5, second)
+    os.kill(worker_pid(), signal.SIGKILL)
+    wait_for_lines(tmp_path, len(ids_of(tmp_path)) + NUM_LINES // 5, second)
+    second.kill()
+    second.join()
+    after_second = ids_of(tmp_path)
+    assert len(set(after_second)) == len(after_second) < NUM_LINES
+    assert set(after_first) < set(after_second)
+
+    last = start()
+    last.join()
+    assert last.exitcode == 0
+    assert ids_of(tmp_path) == [line["id"] for line in lines]
+    files = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.wav")}
+    assert files == {f"{line['id']}.wav": 44 + 2 * 1920 for line in lines}
+    generator = Generator.from_pretrained(NOISE, device="cpu", threads=1)
+    for number in (0, 250, 499):  # whoever generated it, and however often
+        line = BatchLine(**lines[number])
+        speech = make_job(generator, number + 1, line, BatchOptions()).speech
+        expected = generator.generate(speech.text, 0, max_audio_length_ms=80, seed=speech.seed)
+        kept = read_audio(tmp_path / "out" / f"{line.id}.wav")[0][0]
+        assert torch.equal(kept, (expected.clip(-1, 1) * 32767).round() / 32768)
+    print(f"{len(after_first)} lines, then {len(after_second)}, then {len(files)}")
+
+
+def worker_pid():
+    """The process of one of the batch's workers."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (folder / "cmdline").read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if title.startswith(b"ray::MapWorker"):
+            return int(folder.name)
+    raise AssertionError("no worker runs")
