@@ -13,6 +13,7 @@ from csm.bench import scale
 from csm.bench.queueing import (
     FRAME_SECONDS,
     PLAYER_BUFFER,
+    SEEDS,
     Server,
     erlang_c,
     highest_load,
@@ -31,7 +32,7 @@ from csm.weights.layouts import sesame_table, target_shapes
 @pytest.mark.parametrize(("slots", "load"), [(1, 0.7), (4, 3.0), (16, 12.8)])
 def test_the_queue_is_erlangs(slots, load):
     """A step whose time does not depend on the batch makes the engine an M/M/c queue."""
-    frames, step = 200, 0.001
+    frames, step = 100, 0.001
     outcome = simulate(Server(slots, lambda running: step), load / (frames * step), frames, 20_000)
     waited = float((outcome.wait_N > step).mean())  # an arrival within a round waits for its end
     assert waited == pytest.approx(erlang_c(slots, load), abs=0.04)
@@ -70,10 +71,10 @@ def test_frames_are_late_once_a_step_takes_longer_than_a_frame():
 
 
 def test_prefill_delays_the_frames_of_others():
-    """One chunk a round: two chunks of 50 ms make two rounds late, and the buffer covers one of them."""
-    server = Server(2, lambda running: 0.03, chunk_seconds=0.2, chunks=3)
-    assert simulate(server, 0.5, 100, 400).in_time < 0.999
-    assert simulate(Server(2, lambda running: 0.03, chunk_seconds=0.01, chunks=3), 0.5, 100, 400).in_time == 1
+    """One chunk a round: three chunks of 0.2 s are more than the player's buffer covers, three of 10 ms are none."""
+    server = Server(2, lambda running: 0.07, chunk_seconds=0.2, chunks=3)
+    assert simulate(server, 0.15, 100, 400).in_time < 0.99
+    assert simulate(Server(2, lambda running: 0.07, chunk_seconds=0.01, chunks=3), 0.15, 100, 400).in_time == 1
 
 
 def test_the_highest_rate_is_acceptable_and_more_is_not():
@@ -81,7 +82,8 @@ def test_the_highest_rate_is_acceptable_and_more_is_not():
     rate = highest_rate(server, 75, 2000)
     assert 0.5 * server.capacity(75) < rate < server.capacity(75)
     assert simulate(server, rate, 75, 2000).acceptable
-    assert not simulate(server, rate + 0.02 * server.capacity(75), 75, 2000).acceptable
+    more = rate + 0.02 * server.capacity(75)
+    assert not all(simulate(server, more, 75, 2000, seed).acceptable for seed in SEEDS)
     assert highest_rate(Server(8, lambda running: 0.2), 75, 500) == 0
 
 
