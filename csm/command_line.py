@@ -45,10 +45,10 @@ def execute(program: str, parse: Callable[[], argparse.Namespace]) -> int:
         program = getattr(args, "program", program)
         output = args.run(args)
     except UsageError as error:
-        print(f"{error.program}: error: {error}", file=sys.stderr)
+        print(f"{error.program}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except (CSMError, OSError) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -57,6 +57,10 @@ def execute(program: str, parse: Callable[[], argparse.Namespace]) -> int:
     if output.text:
         print(output.text)
     return output.exit_code
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def suggest_once(name: str, text: str) -> str:

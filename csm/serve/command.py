@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csm import CSMError, Generator, RoomWarning
+from csm import WATERMARKS, CSMError, Generator, RoomWarning, load_watermark
 from csm.generator import DEFAULT_MODEL
 from csm.guards import DEFAULT_GUARDS, NO_GUARDS
 
@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key", action="append", default=[], help=f"required from clients; or ${KEYS_VARIABLE}")
     parser.add_argument("--api-key-file", type=Path, help="a file with an API key on each line")
     parser.add_argument("--unload-after", type=float, help="free the model after so many idle seconds")
+    parser.add_argument("--watermark", choices=WATERMARKS, help="mark the audio as generated (docs/watermark.md)")
+    parser.add_argument(
+        "--watermark-for",
+        choices=("all", "added-voices", "requests"),
+        default="all",
+        help="which speech: all of it; that in added voices or after a context; or where a request asks (default: all)",
+    )
     parser.add_argument("--no-guards", action="store_true", help="neither stop runaways nor generate again")
 
 
@@ -61,6 +68,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
         request_timeout=args.request_timeout,
         unload_after=args.unload_after,
         api_keys=read_keys(args.api_key, args.api_key_file, os.environ.get(KEYS_VARIABLE)),
+        watermark=args.watermark,
+        watermark_for=args.watermark_for,
         guards=NO_GUARDS if args.no_guards else DEFAULT_GUARDS,
     )
 
@@ -77,7 +86,7 @@ def open_service(args: argparse.Namespace, settings: Settings) -> Service:
         return generator
 
     warnings.simplefilter("ignore", RoomWarning)  # a client's long prompt is no matter for the server's log
-    service = Service(settings, load)
+    service = Service(settings, load, None if args.watermark is None else load_watermark(args.watermark))
     service.load_now()
     return service
 

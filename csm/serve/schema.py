@@ -60,6 +60,7 @@ class SpeechBody(BaseModel):
     top_k: int | None = Field(None, ge=1)
     speaker: Speaker | None = None
     context: list[Turn] = Field(default_factory=list, max_length=32)
+    watermark: bool = Field(False, description="mark the audio as generated")
     session: str | None = Field(None, pattern="^[A-Za-z0-9._:-]{1,128}$")
 
     @property

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from csm import Generator, Segment
+from csm import Generator, Segment, Watermark
 from csm.guards import GuardEvent
 from csm.serve.errors import ApiError, queue_full
 from csm.serve.metrics import Metrics
@@ -68,8 +68,10 @@ def _positions(turn: Segment) -> int:
 class Service:
     """One server's state. ``load`` makes the generator, again after it has been unloaded."""
 
-    def __init__(self, settings: Settings, load: Callable[[], Generator]):
+    def __init__(self, settings: Settings, load: Callable[[], Generator], watermark: Watermark | None = None):
+        assert (watermark is None) == (settings.watermark is None)
         self.settings = settings
+        self.watermark = watermark
         self.voices = VoiceStore(settings.voices)
         self.sessions = Sessions()
         self.metrics = Metrics(lambda: self.num_streams, lambda: self.num_waiting)

@@ -10,17 +10,23 @@ from pathlib import Path
 
 from csm.errors import CSMError
 from csm.guards import DEFAULT_GUARDS, Guards
+from csm.watermark import WATERMARKS
 
 MAX_INPUT = 4096  # characters of ``input``, as in OpenAI's API
 MAX_UPLOAD = 10 << 20  # bytes of a voice's recording
 MAX_FORM = MAX_UPLOAD + (64 << 10)  # bytes of an upload with its other fields
 MAX_JSON = 4 << 20  # bytes of any other body
+# All speech; speech in added voices or after a context, which can hold any voice; or only where a request asks for it.
+WATERMARK_FOR = ("all", "added-voices", "requests")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to serve. Times are in seconds; ``unload_after`` None keeps the model loaded."""
+    """How to serve. Times are in seconds; ``unload_after`` None keeps the model loaded.
+
+    ``watermark`` names a watermark, and ``watermark_for`` the speech that has it (``WATERMARK_FOR``).
+    """
 
     model: str = "csm"
     voices: Path | None = None
@@ -34,9 +40,15 @@ class Settings:
     idle_timeout: float = 15.0
     unload_after: float | None = None
     api_keys: tuple[str, ...] = ()
+    watermark: str | None = None
+    watermark_for: str = "all"
     guards: Guards = DEFAULT_GUARDS
 
     def __post_init__(self) -> None:
+        if self.watermark is not None and self.watermark not in WATERMARKS:
+            raise CSMError(f"no watermark is called {self.watermark!r}; there are {', '.join(WATERMARKS)}")
+        if self.watermark_for not in WATERMARK_FOR:
+            raise CSMError(f"watermark_for must be one of {', '.join(WATERMARK_FOR)}, not {self.watermark_for!r}")
         for name, least in (("max_streams", 1), ("max_queue", 0), ("port", 0)):
             if getattr(self, name) < least:
                 raise CSMError(f"{name} must be at least {least}, not {getattr(self, name)}")

@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
-from csm import CSMError, Generator, Segment, SpeechRequest
+from csm import CSMError, Generator, Segment, SpeechRequest, Watermark
 from csm.codec import check_codes
 from csm.guards import GuardedTicket
 from csm.metrics import Listener
@@ -31,6 +31,7 @@ from csm.serve.errors import ApiError, api_error
 from csm.serve.schema import SpeechBody, Turn
 from csm.serve.service import Service, encode_turns
 from csm.serve.voices import Chosen, read_recording
+from csm.watermark import StreamMarker
 
 PLAIN_MODELS = ("tts-1", "tts-1-hd")  # OpenAI's models without SSE
 MAX_FRAMES = 25  # of 80 ms, in one piece of a response
@@ -46,6 +47,7 @@ class Job:
         self.deadline = self.started + service.settings.request_timeout
         self.codes: list[Tensor] = []
         self.num_tokens = 0
+        self.watermark: Watermark | None = None
         self._session = None if body.session is None else f"{owner}/{body.session}"
         self._contexts = ExitStack()
         self._ticket: GuardedTicket | None = None
@@ -65,6 +67,7 @@ class Job:
             turns = service.sessions.begin(self._session) + turns
             self._contexts.callback(self._end_session, self._session)
         self._speaker = chosen.speaker
+        self.watermark = choose_watermark(service, body, added_voice=bool(chosen.context or turns))
         given = {"temperature": body.temperature, "topk": body.top_k}
         speech = SpeechRequest(
             body.input,
@@ -153,6 +156,15 @@ class Job:
         self.service.metrics.evictions.inc(evicted)
 
 
+def choose_watermark(service: Service, body: SpeechBody, added_voice: bool) -> Watermark | None:
+    """The watermark that this request's audio must have. ``added_voice``: the prompt holds somebody's voice."""
+    watermark, policy = service.watermark, service.settings.watermark_for
+    if body.watermark and watermark is None:
+        raise ApiError(400, "this server has no watermark: start it with --watermark perth", "watermark")
+    wanted = policy == "all" or body.watermark or (policy == "added-voices" and added_voice)
+    return watermark if wanted else None
+
+
 def _choose(service: Service, body: SpeechBody) -> Chosen:
     try:
         return service.voices.choose(body.voice_id, body.speaker)
@@ -193,11 +205,24 @@ async def encoded(job: Job) -> AsyncIterator[bytes]:
     """The response's body as raw audio."""
     encoder = ENCODERS[job.body.response_format or "mp3"](job.sample_rate)
     stretch = Stretch(job.body.speed or 1.0, job.sample_rate)
+    marker = None if job.watermark is None else job.watermark.marker(job.sample_rate)
+
+    async def marked(audio_N: np.ndarray, last: bool = False) -> np.ndarray:
+        """The samples with the watermark, those that are complete; in a thread, since marking takes its time."""
+        return audio_N if marker is None else await job.service.in_thread(_mark, marker, audio_N, last)
+
     async for audio_N in job.audio():
-        data = encoder.write(stretch.write(audio_N))
+        data = encoder.write(await marked(stretch.write(audio_N)))
         if data:
             yield data
-    yield encoder.write(stretch.close()) + encoder.close()
+    yield encoder.write(await marked(stretch.close(), last=True)) + encoder.close()
+
+
+def _mark(marker: StreamMarker, audio_N: np.ndarray, last: bool) -> np.ndarray:
+    parts = [marker.write(torch.from_numpy(audio_N))]
+    if last:
+        parts.append(marker.close())
+    return torch.cat(parts).numpy()
 
 
 async def events(job: Job) -> AsyncIterator[bytes]:
@@ -284,6 +309,8 @@ class AudioResponse(Response):
             "x-csm-seed": str(self._job.seed),
             "x-csm-sample-rate": str(self._job.sample_rate),
         }
+        if self._job.watermark is not None:
+            headers["x-csm-watermark"] = self._job.watermark.name
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})
         data: bytes | None = self._first
