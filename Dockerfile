@@ -34,7 +34,8 @@ ENV PATH=/opt/csm/bin:$PATH \
     HOME=/data \
     CSM_HOME=/data/csm \
     HF_HOME=/data/huggingface \
-    TRITON_CACHE_DIR=/data/triton
+    TRITON_CACHE_DIR=/data/triton \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /data
 VOLUME /data
 USER 10001:10001
