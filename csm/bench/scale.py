@@ -146,9 +146,9 @@ def stream_rows(gpus: Iterable[StepTimes]) -> list[dict[str, Any]]:
                 "slots": slots,
                 "requests/s": rate,
                 "streams": streams,
-                "frames in time %": None if outcome is None else f"{100 * outcome.in_time:.2f}",
+                "in time %": None if outcome is None else f"{100 * outcome.in_time:.2f}",
                 "first frame p95 ms": None if outcome is None else 1e3 * quantile(outcome.first_frame_N, 0.95),
-                "GPU hours per hour of audio": 1 / streams if streams else None,
+                "GPU hours per hour": 1 / streams if streams else None,
             }
         )
     return rows
@@ -252,10 +252,10 @@ def speaker_rows() -> list[dict[str, Any]]:
     return [
         {
             "speakers": f"{speakers:,}",
-            "codes, GB of host memory": f"{speakers * codes / 1e9:.4g}",
-            "keys and values of all, GB": f"{speakers * VOICE_POSITIONS * per_position / 1e9:.4g}",
+            "codes, GB": f"{speakers * codes / 1e9:.4g}",
+            "keys and values, GB": f"{speakers * VOICE_POSITIONS * per_position / 1e9:.4g}",
             "share in the prefix cache": f"{min(1.0, cached / speakers):.2%}",
-            "a model each in bfloat16, GB": f"{speakers * weight_bytes('bfloat16') / 1e9:,.0f}",
+            "a model each, GB": f"{speakers * weight_bytes('bfloat16') / 1e9:,.0f}",
         }
         for speakers in (10, 1000, 100_000)
     ]
