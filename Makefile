@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: demo test check fix slow fullsize golden browser kernels gpu tiny clean
+.PHONY: demo test check fix slow ray fullsize golden browser kernels gpu tiny clean
 
 demo: .venv/installed
 	$(BIN)/python generate.py --model tiny --file docs/examples/demo.txt --seed 0 --max-seconds 15 --out out.wav
@@ -22,6 +22,10 @@ fix: .venv/installed-dev
 
 slow: .venv/installed-test
 	$(BIN)/python -m pytest -m slow
+
+# Replicas and workers on a Ray cluster of this machine, with the embedded voice.
+ray: .venv/installed-test .venv/installed-ray
+	$(BIN)/python -m pytest -m ray -s
 
 fullsize: .venv/installed-test
 	$(BIN)/python -m pytest -m fullsize -s

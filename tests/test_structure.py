@@ -32,6 +32,7 @@ LAYERS = [
     {"csm.stream"},
     {"csm.generator"},
     {"csm.batch", "csm.conversation"},
+    {"csm.batch_ray"},
     {"csm.script", "csm.player"},
     {"csm.voice_command"},
     {"csm.finetune"},

@@ -14,6 +14,7 @@ from csm.generator import DEFAULT_MODEL
 from csm.guards import DEFAULT_GUARDS, NO_GUARDS
 
 if TYPE_CHECKING:
+    from csm.serve.service import Service
     from csm.serve.settings import Settings
 
 KEYS_VARIABLE = "CSM_API_KEYS"
@@ -76,11 +77,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def run(args: argparse.Namespace) -> str:
-    """Serve until a signal ends it. Prints nothing at the end."""
-    settings = read_settings(args)
-    from csm.serve.app import create_app
-    from csm.serve.server import Server
+def open_service(args: argparse.Namespace, settings: Settings) -> Service:
+    """What the routes share, with the model loaded and warmed up. Raises CSMError."""
     from csm.serve.service import Service
 
     def load() -> Generator:
@@ -93,6 +91,16 @@ def run(args: argparse.Namespace) -> str:
     warnings.simplefilter("ignore", RoomWarning)  # a client's long prompt is no matter for the server's log
     service = Service(settings, load, None if args.watermark is None else load_watermark(args.watermark))
     service.load_now()
+    return service
+
+
+def run(args: argparse.Namespace) -> str:
+    """Serve until a signal ends it. Prints nothing at the end."""
+    settings = read_settings(args)
+    from csm.serve.app import create_app
+    from csm.serve.server import Server
+
+    service = open_service(args, settings)
     if not settings.is_local and not settings.api_keys:
         print("warning: no API key: everyone who reaches this address can use the server", file=sys.stderr)
     print(f"serving {settings.model} on http://{settings.host}:{settings.port}", file=sys.stderr, flush=True)
