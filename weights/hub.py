@@ -118,8 +118,8 @@ def fetch_checkpoint(repo: str, revision: str | None, progress: bool = True) -> 
     gguf = sorted(name for name in remote if name.endswith(".gguf"))
     if gguf and not remote.keys() & set(WEIGHTS):
         raise UnavailableError(
-            f"{repo}: its weights are GGUF files ({', '.join(gguf[:3])}); download one, `hf download {repo} {gguf[0]}`, "
-            f"and pass its path"
+            f"{repo}: its weights are GGUF files ({', '.join(gguf[:3])}); download one with "
+            f"`hf download {repo} {gguf[0]}`, and pass its path"
         )
     with _progress_bars(progress):
         for name in ("config.json", "tokenizer.json"):
