@@ -194,7 +194,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to, or FILE.gguf")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json of a GGUF file that has none, or its folder")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of embeddings and activations (default: bfloat16)"
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="of embeddings and activations (default: bfloat16); embeddings of a GGUF file are float16",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 

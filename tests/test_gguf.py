@@ -30,7 +30,7 @@ from csm.model import CSM
 from csm.prompt import TextTokenizer
 from csm.quantize import quantized_weights
 from csm.quantized_model import open_quantized
-from csm.weights import open_checkpoint, read_model
+from csm.weights import hub, open_checkpoint, read_model
 from csm.weights.gguf import open_gguf
 from csm.weights.gguf_blocks import quantize_q4_k
 from csm.weights.gguf_header import read_header
@@ -521,6 +521,14 @@ def test_a_name_of_a_file_that_is_not_there(tmp_path):
     for name in (tmp_path / "no.gguf", "models/no.gguf"):
         with pytest.raises(CheckpointError, match=r"no.gguf: no such file"):
             open_checkpoint(name)
+
+
+def test_a_repository_of_gguf_files_says_what_to_download(monkeypatch):
+    monkeypatch.setattr(
+        hub, "_list_files", lambda *_: {"a-q8_0.gguf": hub.RemoteFile(1), "README.md": hub.RemoteFile(1)}
+    )
+    with pytest.raises(CheckpointError, match=r"hf download owner/csm-GGUF a-q8_0.gguf"):
+        open_checkpoint("owner/csm-GGUF")
 
 
 def test_a_file_is_recognised_by_its_content(files, tmp_path):

@@ -368,7 +368,7 @@ def test_two_speakers(short, noisy, tmp_path, monkeypatch):
 
 def test_help_names_every_option(capsys, monkeypatch):
     run = subprocess.run([sys.executable, ROOT / "generate.py", "--help"], capture_output=True, text=True, check=True)
-    for command in ("finetune", "eval", "batch"):
+    for command in ("finetune", "eval", "batch", "quantize"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
     monkeypatch.setattr(sys, "argv", ["recordings", "--help"])
