@@ -95,7 +95,7 @@ def test_memory_is_that_of_the_models_own_tensors():
     }
     model = CSM.from_state_dict(CSM_1B, weights, meta)
     tensors = {tensor.untyped_storage()._cdata: tensor for tensor in [*model.parameters(), *model.buffers()]}
-    assert scale.weight_bytes("bfloat16") == pytest.approx(sum(t.nbytes for t in tensors.values()), rel=0.001)
+    assert 0 <= sum(t.nbytes for t in tensors.values()) / scale.weight_bytes("bfloat16") - 1 < 0.07  # and small tables
     assert 64 << 20 < scale.slot_bytes() - scale.CODEC_STATE_BYTES < 65 << 20
 
 

@@ -212,7 +212,7 @@ def weight_bytes(scheme: str) -> float:
     vocab, dim, depth_dim = CSM_1B.audio_vocab_size, CSM_1B.backbone.dim, CSM_1B.depth_decoder.dim
     heads = vocab * dim + (CSM_1B.num_codebooks - 1) * depth_dim * vocab + depth_dim * dim
     everything = sum(torch.Size(shape).numel() for shape in shapes.values())
-    table_bytes = 2 * CSM_1B.num_codebooks * vocab * depth_dim
+    table_bytes = 2 * (CSM_1B.num_codebooks - 1) * vocab * depth_dim  # the last codebook is no input
     parts = zip((backbone, depth, heads), SCHEMES[scheme], strict=True)
     multiplied = sum(count * BITS[kind] / 8 for count, kind in parts)
     return 2 * (everything - backbone - depth - heads) + multiplied + table_bytes
