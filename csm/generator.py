@@ -101,8 +101,8 @@ class Generator:
             graphs: on a GPU, capture each frame as a CUDA graph on first use; False runs eagerly.
             max_streams: how many requests are generated at a time; further ones wait. Each takes KV cache for all
                 positions (64 MB for CSM-1B in bfloat16).
-            quantize: on a CPU, weights in "int8", "int4" or by part, "backbone=int4,depth=int4,heads=int8"
-                (docs/cpu.md). A folder that ``python -m csm quantize`` wrote is quantised already.
+            quantize: weights in "int8", "fp8", "int4-depth", "int4" or by part, "backbone=int4,depth=int4,heads=int8"
+                (docs/quantization.md). A folder that ``python -m csm quantize`` wrote is quantised already.
             threads: on a CPU, compute threads; None is ``CSM_THREADS``, else one for a small model and PyTorch's number
                 for a large one.
 
@@ -428,16 +428,14 @@ def _open_model(
     name: str | Path, device: torch.device, dtype: torch.dtype, quantize: str | None, progress: bool
 ) -> tuple[Checkpoint, CSM]:
     """A checkpoint and its model; see ``Generator.from_pretrained``."""
-    quantized = open_quantized(name)
-    if (quantized or quantize) and device.type != "cpu":
-        raise CSMError(f"quantised weights run on a CPU only, not on {device}")
+    quantized = open_quantized(name, device)
     if quantized is not None:
         if quantize is not None:
             raise CSMError(f"{name} is quantised already: load it without quantize={quantize!r}")
         return quantized
     checkpoint = open_checkpoint(name, progress)
     if quantize is not None:
-        return checkpoint, read_quantized(checkpoint, quantize, dtype, progress)
+        return checkpoint, read_quantized(checkpoint, quantize, dtype, progress, device)
     return checkpoint, CSM.from_state_dict(checkpoint.config, read_model(checkpoint, device, dtype, progress), device)
 
 

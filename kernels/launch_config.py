@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from csm.kernels.launch import gpu_arch, power_of_two
 from csm.kernels.quantized import QuantizedWeight, Weight
 from csm.kernels.quantized_rows import BLOCK, QuantizedRows
