@@ -77,7 +77,7 @@ def test_every_weight_of_a_frame_is_counted_and_none_comes_from_l2():
     """Against the shapes of the checkpoint. Nothing is compiled: the counts do not depend on it."""
     fake = Compiled("", "", 90, 1, 4, 64, 10.0, 0, 0, 128, 0, 0, 0, 300, 300)
     for gpu in GPUS.values():
-        cache = L2(gpu.l2_mb * 1e6 * predict.L2_USABLE)
+        cache = L2(gpu.l2_mb * 1e6 * predict.L2_SHARE)
         kernels = [one for one in frame_sequence(CSM_1B, 1, torch.bfloat16) if isinstance(one, Launch)]
         works = [predict.launch_work(launch, fake, cache) for launch in kernels]
         assert sum(work.weight_bytes for work in works) == pytest.approx(frame_bytes(CSM_1B, torch.bfloat16), rel=1e-3)
