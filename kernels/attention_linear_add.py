@@ -109,7 +109,7 @@ def attention_linear_add_row(
         weight_NK = tl.load(weight_ptr_NK, mask=mask_NK, other=0.0, eviction_policy=EVICT)
     else:  # without padded heads
         weight_NK = weight_tile(weight_ptr, n_N, N, H * d, GROUPS * R * D, KIND, EVICT)
-    scale = scale_tile(scale_ptr, n_N, N, H * d, GROUPS * R * D, KIND, EVICT)
+    weight_scale = scale_tile(scale_ptr, n_N, N, H * d, GROUPS * R * D, KIND, EVICT)
     wait_for_inputs(PDL)
     residual_N = tl.load(residual_ptr + n_N, mask=n_N < N, other=0.0).to(tl.float32)
     offset_MD, mask_MD = head_offsets(m_M[:, None] * D + tl.arange(0, D)[None, :], H, G, d, GROUPS, R, D)
@@ -118,7 +118,7 @@ def attention_linear_add_row(
     attended_MD = tl.where((m_M < GROUPS * R)[:, None], attended_MD, 0.0)
     attended_K = tl.sum(tl.reshape(attended_MD, (M // (GROUPS * R), GROUPS * R * D)), axis=0)  # drops the padded heads
     attended_K = attended_K.to(q_ptr.dtype.element_ty).to(tl.float32)
-    out_N = residual_N + gemv_tile(weight_NK, scale, attended_K, KIND)
+    out_N = residual_N + gemv_tile(weight_NK, weight_scale, attended_K, KIND)
     tl.store(out_ptr + n_N, out_N.to(q_ptr.dtype.element_ty), mask=n_N < N)
 
 

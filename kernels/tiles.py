@@ -78,16 +78,17 @@ def scale_tile(
     The order of the pointers makes Triton give a thread the scales of its own bytes: threads follow each other along
     the first dimension where neither is contiguous, which the compiler is kept from seeing.
     """
+    scale = 1.0
     if KIND == "fp8":
-        return tl.load(scale_ptr + n_N, mask=n_N < N, other=0.0)
-    if KIND == "dense":
-        return 1.0
-    BLOCKS: tl.constexpr = (K + QUANT_BLOCK - 1) // QUANT_BLOCK
-    c_C = tl.arange(0, BLOCK_K // QUANT_BLOCK * (2 if KIND == "int8" else 1))
-    j_C = c_C // 2 if KIND == "int8" else c_C * 2 // 2
-    mask_CN = (j_C < BLOCKS)[:, None] & (n_N < N)[None, :]
-    scale_ptr_CN = scale_ptr + n_N[None, :] * BLOCKS + j_C[:, None]
-    return tl.trans(tl.load(scale_ptr_CN, mask=mask_CN, other=0.0, eviction_policy=EVICT))
+        scale = tl.load(scale_ptr + n_N, mask=n_N < N, other=0.0)
+    if KIND == "int8" or KIND == "int4":
+        BLOCKS: tl.constexpr = (K + QUANT_BLOCK - 1) // QUANT_BLOCK
+        c_C = tl.arange(0, BLOCK_K // QUANT_BLOCK * (2 if KIND == "int8" else 1))
+        j_C = c_C // 2 if KIND == "int8" else c_C * 2 // 2
+        mask_CN = (j_C < BLOCKS)[:, None] & (n_N < N)[None, :]
+        scale_ptr_CN = scale_ptr + n_N[None, :] * BLOCKS + j_C[:, None]
+        scale = tl.trans(tl.load(scale_ptr_CN, mask=mask_CN, other=0.0, eviction_policy=EVICT))
+    return scale
 
 
 @jit
@@ -98,25 +99,29 @@ def unpack_bytes(byte, ZERO: tl.constexpr):
     of integers, which runs on the slow units for special functions.
     """
     if INTERPRETED:
-        return byte.to(tl.float32) - ZERO
-    wide = tl.inline_asm_elementwise(BYTES_ASM, "=r,=r,=r,=r,r", [byte], dtype=tl.float32, is_pure=True, pack=4)
-    return wide - (8388608.0 + ZERO)
+        value = byte.to(tl.float32) - ZERO
+    else:
+        wide = tl.inline_asm_elementwise(BYTES_ASM, "=r,=r,=r,=r,r", [byte], dtype=tl.float32, is_pure=True, pack=4)
+        value = wide - (8388608.0 + ZERO)
+    return value
 
 
 @jit
 def unpack_nibbles(byte):
     """Both halves of bytes, minus 8, in float32: a last dimension of 2, the lower half first. See ``unpack_bytes``."""
     if INTERPRETED:
-        return tl.join(byte & 15, byte >> 4).to(tl.float32) - NIBBLE_ZERO
-    lower, upper = tl.inline_asm_elementwise(
-        NIBBLES_ASM,
-        "=r,=r,=r,=r,=r,=r,=r,=r,r",
-        [byte],
-        dtype=(tl.float32, tl.float32),
-        is_pure=True,
-        pack=4,
-    )
-    return tl.join(lower, upper) - (8388608.0 + NIBBLE_ZERO)
+        value = tl.join(byte & 15, byte >> 4).to(tl.float32) - NIBBLE_ZERO
+    else:
+        lower, upper = tl.inline_asm_elementwise(
+            NIBBLES_ASM,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [byte],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=4,
+        )
+        value = tl.join(lower, upper) - (8388608.0 + NIBBLE_ZERO)
+    return value
 
 
 @jit
@@ -142,19 +147,21 @@ def gemv_tile(weight_NK, scale, x_K, KIND: tl.constexpr):
     A thread sums the products of the 16 bytes that it loaded, and multiplies the sum with their scale.
     """
     BLOCK_N: tl.constexpr = weight_NK.shape[0]
-    if KIND == "dense":
-        return tl.sum(weight_NK.to(tl.float32) * x_K[None, :], axis=1)
-    if KIND == "fp8":
-        return tl.sum(weight_NK.to(tl.float32) * x_K[None, :], axis=1) * scale
     if KIND == "int8":
         product_NK = unpack_bytes(weight_NK, BYTE_ZERO) * x_K[None, :]
         part_NC = tl.sum(tl.reshape(product_NK, (BLOCK_N, x_K.shape[0] // 16, 16)), axis=2)
-        return tl.sum(part_NC * scale.to(tl.float32), axis=1)
-    BLOCKS: tl.constexpr = x_K.shape[0] // QUANT_BLOCK
-    x_K2 = tl.reshape(tl.permute(tl.reshape(x_K, (BLOCKS, 2, 16)), (0, 2, 1)), (BLOCKS * 16, 2))
-    product_NK2 = unpack_nibbles(weight_NK) * x_K2[None, :, :]
-    part_NC = tl.sum(tl.reshape(product_NK2, (BLOCK_N, BLOCKS, QUANT_BLOCK)), axis=2)
-    return tl.sum(part_NC * scale.to(tl.float32), axis=1)
+        out_N = tl.sum(part_NC * scale.to(tl.float32), axis=1)
+    elif KIND == "int4":
+        BLOCKS: tl.constexpr = x_K.shape[0] // QUANT_BLOCK
+        x_K2 = tl.reshape(tl.permute(tl.reshape(x_K, (BLOCKS, 2, 16)), (0, 2, 1)), (BLOCKS * 16, 2))
+        product_NK2 = unpack_nibbles(weight_NK) * x_K2[None, :, :]
+        part_NC = tl.sum(tl.reshape(product_NK2, (BLOCK_N, BLOCKS, QUANT_BLOCK)), axis=2)
+        out_N = tl.sum(part_NC * scale.to(tl.float32), axis=1)
+    else:
+        out_N = tl.sum(weight_NK.to(tl.float32) * x_K[None, :], axis=1)
+        if KIND == "fp8":
+            out_N *= scale
+    return out_N
 
 
 @jit
@@ -191,15 +198,18 @@ def dense_tile(
     mask_KN = (k_K < K)[:, None] & (n_N < N)[None, :]
     weight_ptr_KN = weight_ptr + n_N[None, :] * WIDTH + at_K[:, None]
     weight_KN = tl.load(weight_ptr_KN, mask=mask_KN, other=0.0, eviction_policy=EVICT)
-    if KIND == "dense" or KIND == "fp8":
-        return weight_KN.to(DTYPE)
-    if KIND == "int4":
-        weight_KN = unpack_bytes((weight_KN >> (k_K % QUANT_BLOCK // 16 * 4)[:, None].to(tl.uint8)) & 15, NIBBLE_ZERO)
+    if KIND == "int8" or KIND == "int4":
+        if KIND == "int4":
+            shift_K = (k_K % QUANT_BLOCK // 16 * 4).to(tl.uint8)
+            value_KN = unpack_bytes((weight_KN >> shift_K[:, None]) & 15, NIBBLE_ZERO)
+        else:
+            value_KN = unpack_bytes(weight_KN, BYTE_ZERO)
+        scale_ptr_KN = scale_ptr + n_N[None, :] * BLOCKS + (k_K // QUANT_BLOCK)[:, None]
+        scale_KN = tl.load(scale_ptr_KN, mask=mask_KN, other=0.0, eviction_policy=EVICT).to(tl.float32)
+        dense_KN = (value_KN * scale_KN).to(DTYPE)
     else:
-        weight_KN = unpack_bytes(weight_KN, BYTE_ZERO)
-    scale_ptr_KN = scale_ptr + n_N[None, :] * BLOCKS + (k_K // QUANT_BLOCK)[:, None]
-    scale_KN = tl.load(scale_ptr_KN, mask=mask_KN, other=0.0, eviction_policy=EVICT).to(tl.float32)
-    return (weight_KN * scale_KN).to(DTYPE)
+        dense_KN = weight_KN.to(DTYPE)
+    return dense_KN
 
 
 @jit
