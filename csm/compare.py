@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to ``parser``."""
     parser.add_argument("a", help="hub name, folder, GGUF file, or tiny")
     parser.add_argument("b", nargs="?", help="another model, or a folder of csm quantize (default: A)")
-    parser.add_argument("--scheme", help="quantise B: int8, int4, or types by part")
+    parser.add_argument("--scheme", help="quantise B: int8, fp8, int4-depth, int4, or types by part")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 

@@ -121,7 +121,7 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tokenizer", type=Path, help="tokenizer.json of a GGUF file that has none, or its folder")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="bfloat16 on a GPU by default")
-    group.add_argument("--quantize", help="on a CPU: int8, int4, or by part: backbone=int4,depth=int4,heads=int8")
+    group.add_argument("--quantize", help="int8, fp8, int4-depth, int4, or by part: backbone=int4,depth=int8")
     group.add_argument("--threads", type=int, help="on a CPU: compute threads (default: CSM_THREADS, else by model)")
 
 

@@ -105,8 +105,8 @@ class Generator:
             graphs: on a GPU, capture each frame as a CUDA graph on first use; False runs eagerly.
             max_streams: how many requests are generated at a time; further ones wait. Each takes KV cache for all
                 positions (64 MB for CSM-1B in bfloat16).
-            quantize: on a CPU, weights in "int8", "int4" or by part, "backbone=int4,depth=int4,heads=int8"
-                (docs/cpu.md). A folder that ``python -m csm quantize`` wrote is quantised already.
+            quantize: weights in "int8", "fp8", "int4-depth", "int4" or by part, "backbone=int4,depth=int4,heads=int8"
+                (docs/quantization.md). A folder that ``python -m csm quantize`` wrote is quantised already.
             threads: on a CPU, compute threads; None is ``CSM_THREADS``, else one for a small model and PyTorch's number
                 for a large one.
             tokenizer: the tokenizer.json of a GGUF file that has no tokenizer, or its folder.
@@ -453,10 +453,8 @@ def _samples(frame: Frame) -> Tensor:
 
 
 def _open_quantized(name: str | Path, device: torch.device, quantize: str | None) -> tuple[Checkpoint, CSM] | None:
-    """``open_quantized``, and errors for arguments that do not fit quantised weights."""
-    quantized = open_quantized(name)
-    if (quantized or quantize) and device.type != "cpu":
-        raise CSMError(f"quantised weights run on a CPU only, not on {device}")
+    """``open_quantized``, and an error for weights that would be quantised twice."""
+    quantized = open_quantized(name, device)
     if quantized is not None and quantize is not None:
         raise CSMError(f"{name} is quantised already: load it without quantize={quantize!r}")
     return quantized
@@ -476,7 +474,7 @@ def _read_model(
     if checkpoint.gguf is not None and keep_blocks and device.type == "cpu":
         return read_gguf_model(checkpoint, quantize, dtype, progress)
     if quantize is not None:
-        return read_quantized(checkpoint, quantize, dtype, progress)
+        return read_quantized(checkpoint, quantize, dtype, progress, device)
     return CSM.from_state_dict(checkpoint.config, read_model(checkpoint, device, dtype, progress), device)
 
 
