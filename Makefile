@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: demo test check fix slow fullsize golden kernels gpu tiny clean
+.PHONY: demo test check fix slow ray fullsize golden browser kernels gpu tiny clean
 
 demo: .venv/installed
 	$(BIN)/python generate.py --model tiny --file docs/examples/demo.txt --seed 0 --max-seconds 15 --out out.wav
@@ -23,6 +23,10 @@ fix: .venv/installed-dev
 slow: .venv/installed-test
 	$(BIN)/python -m pytest -m slow
 
+# Replicas and workers on a Ray cluster of this machine, with the embedded voice.
+ray: .venv/installed-test .venv/installed-ray
+	$(BIN)/python -m pytest -m ray -s
+
 fullsize: .venv/installed-test
 	$(BIN)/python -m pytest -m fullsize -s
 
@@ -31,6 +35,10 @@ fullsize: .venv/installed-test
 golden: .venv/installed-test
 	$(if $(MODEL),,$(error MODEL is not set: make golden MODEL=sesame/csm-1b, or a folder with the weights))
 	HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-0} CSM_MODEL=$(MODEL) $(BIN)/python -m pytest -m golden -s
+
+# The server's web page in a browser: needs Chromium (Debian's package, or CSM_CHROMIUM names the program).
+browser: .venv/installed-browser
+	$(BIN)/python -m pytest -m browser
 
 # Compiles every kernel for four GPU architectures; needs no GPU.
 kernels: .venv/installed

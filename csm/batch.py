@@ -249,36 +249,15 @@ class Output:
 
     def has(self, job: Job) -> bool:
         """Whether this very line was finished, and its file is as long as it was."""
-        entry, path = self.entries.get(job.id), self.path(job.id)
-        return (
-            entry is not None
-            and entry.get("key") == job.key
-            and path.is_file()
-            and path.stat().st_size == entry["bytes"]
-        )
-
-    def path(self, name: str) -> Path:
-        """The WAV file of an id."""
-        return self.folder / f"{name}.wav"
+        return is_finished(self.folder, job, self.entries.get(job.id))
 
     def write(self, job: Job, speech: Speech, sample_rate: int) -> None:
         """Keep a line's audio, then its entry in the manifest."""
-        path = self.path(job.id)
-        with WavWriter(path) as wav:
-            wav.begin(sample_rate)
-            wav.write(speech.audio)
-        entry = {
-            "id": job.id,
-            "line": job.line,
-            "file": path.name,
-            "seconds": speech.audio.shape[0] / sample_rate,
-            "seed": speech.seed,
-            "finish": speech.finish_reason,
-            **_rounded(speech.metrics),
-            "bytes": path.stat().st_size,
-            "key": job.key,
-        }
-        self.entries[job.id] = entry
+        self.add(write_audio(self.folder, job, speech, sample_rate))
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Add an entry to the manifest; its file is there."""
+        self.entries[entry["id"]] = entry
         self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -291,6 +270,33 @@ class Output:
             _replace(self.folder / ERRORS, [vars(problem) for problem in problems])
         else:
             (self.folder / ERRORS).unlink(missing_ok=True)
+
+
+def is_finished(folder: Path, job: Job, entry: dict[str, Any] | None) -> bool:
+    """Whether a manifest's entry is of this very job, and its file is as long as it was."""
+    path = folder / f"{job.id}.wav"
+    return (
+        entry is not None and entry.get("key") == job.key and path.is_file() and path.stat().st_size == entry["bytes"]
+    )
+
+
+def write_audio(folder: Path, job: Job, speech: Speech, sample_rate: int) -> dict[str, Any]:
+    """Write a line's WAV file at once; its entry for the manifest."""
+    path = folder / f"{job.id}.wav"
+    with WavWriter(path) as wav:
+        wav.begin(sample_rate)
+        wav.write(speech.audio)
+    return {
+        "id": job.id,
+        "line": job.line,
+        "file": path.name,
+        "seconds": speech.audio.shape[0] / sample_rate,
+        "seed": speech.seed,
+        "finish": speech.finish_reason,
+        **_rounded(speech.metrics),
+        "bytes": path.stat().st_size,
+        "key": job.key,
+    }
 
 
 def _rounded(metrics: GenerationMetrics) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -50,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--slots", type=int, default=8, help="lines that are generated at a time (default: 8)")
     group.add_argument("--metrics", action="store_true", help="print RTF, first audio, retries and memory of the run")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
+    group = parser.add_argument_group("on a Ray cluster (docs/scale.md)")
+    group.add_argument("--ray", action="store_true", help="on the cluster of $RAY_ADDRESS, or one of this machine")
+    group.add_argument("--ray-workers", type=int, metavar="N", help="models (default: one for each GPU, else one)")
+    group.add_argument("--ray-cpus", type=float, default=1.0, metavar="N", help="processors of a worker (default: 1)")
     add_model_options(parser.add_argument_group("model and device"))
 
 
@@ -57,6 +62,8 @@ def run(args: argparse.Namespace) -> Printed:
     """Generate what is not there yet; return the closing line."""
     lines, problems = read_lines(args.lines)
     check_options(args)
+    if args.ray:
+        return run_on_ray(args, lines, problems)
     watermark = None if args.watermark is None else load_watermark(args.watermark)
     generator = load(args, max_streams=args.slots)
     jobs, more = make_jobs(generator, lines, options_of(args))
@@ -66,11 +73,40 @@ def run(args: argparse.Namespace) -> Printed:
         started = time.perf_counter()
         parts, failed = generate_all(generator, open_jobs, output, args, watermark)
         metrics = combined(parts, time.perf_counter() - started)
-        problems = sorted([*problems, *failed], key=lambda problem: problem.line)
+        problems = sort([*problems, *failed])
         output.finish([job.id for job in jobs], problems)
     report(problems)
     done, there = len(parts), len(jobs) - len(open_jobs)
     return Printed(closing(args, metrics, done, there, len(problems)), 1 if problems else 0)
+
+
+def run_on_ray(args: argparse.Namespace, lines: dict[int, BatchLine], problems: list[Problem]) -> Printed:
+    """The same on a Ray cluster. Workers say which lines are there already."""
+    try:
+        from csm.batch_ray import Plan, Workers, generate_on_ray
+    except ImportError as error:
+        raise CSMError(f"--ray needs the package {error.name}: pip install 'csm[ray]'") from error
+
+    plan = Plan(
+        partial(load, args, max_streams=args.slots), args.out.resolve(), options_of(args), args.slots, args.watermark
+    )
+    workers = Workers(args.ray_workers, num_cpus=args.ray_cpus)
+    with Output(args.out) as output:
+        started = time.perf_counter()
+        parts, failed = generate_on_ray(lines, output, plan, workers, args.device == "cpu", args.quiet)
+        metrics = combined(parts, time.perf_counter() - started)
+        left_out = {problem.id for problem in failed}
+        output.finish([line.id for line in lines.values() if line.id not in left_out], sort(problems + failed))
+    report(sort(problems + failed))
+    there = len(lines) - len(parts) - len(failed)
+    return Printed(
+        closing(args, metrics, len(parts), there, len(problems) + len(failed)), 1 if problems or failed else 0
+    )
+
+
+def sort(problems: Sequence[Problem]) -> list[Problem]:
+    """In the order of the lines."""
+    return sorted(problems, key=lambda problem: problem.line)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -78,6 +114,8 @@ def check_options(args: argparse.Namespace) -> None:
     SamplingParams(seed=args.seed)
     if not 1 <= args.slots <= MAX_SLOTS:
         raise CSMError(f"--slots must be 1 to {MAX_SLOTS}, not {args.slots}")
+    if (args.ray_workers is not None and args.ray_workers < 1) or not args.ray_cpus >= 0:
+        raise CSMError("--ray-workers must be at least 1, and --ray-cpus at least 0")
     BatchLine("x", "x", max_seconds=args.max_seconds)
     if args.out.exists() and not args.out.is_dir():
         raise CSMError(f"{args.out} is not a folder: give the name of one")

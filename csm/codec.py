@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from csm.audio import to_mono
+from csm.codec_ops import use_matmuls
 from csm.config import CodecConfig
 from csm.errors import AudioError, CheckpointError
 
@@ -36,15 +37,18 @@ class Codec:
         self.device = device
         from moshi.models import loaders  # slow to import, and not needed to generate codes
 
-        self._mimi = loaders.get_mimi(
-            None, mimi_config=moshi_config(config), device=device, num_codebooks=num_codebooks
-        )
+        with torch.device("meta"):  # the tensors of ``state`` become the weights, without a copy
+            self._mimi = loaders.get_mimi(
+                None, mimi_config=moshi_config(config), device="meta", num_codebooks=num_codebooks
+            )
         try:
-            self._mimi.load_state_dict(dict(state))
+            self._mimi.load_state_dict(dict(state), assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"not a Mimi codec of the shape given in config.json: {reason}") from error
         self._mimi.requires_grad_(False)
+        if device.type == "cpu":
+            use_matmuls(self._mimi.decoder)
         for module in self._mimi.modules():  # moshi computes embedding tables lazily: compute them on one stream now
             getattr(module, "embedding", None)
 
@@ -78,11 +82,14 @@ class Codec:
             audio_B1N = self._mimi.decode(codes_TK.to(self.device).T.unsqueeze(0))
         return audio_B1N[0, 0].cpu()
 
-    def stream_decoder(self, batch: int = 1) -> StreamDecoder:
-        """A decoder of ``batch`` slots with streaming state of its own. Any number may be in use at once."""
+    def stream_decoder(self, batch: int = 1, max_frames: int = 1) -> StreamDecoder:
+        """A decoder of ``batch`` slots with streaming state of its own. Any number may be in use at once.
+
+        It decodes up to ``max_frames`` frames of every slot at a time.
+        """
         with self._exclusive(), self._mimi.streaming(batch):
             state = self._mimi.get_streaming_state()
-        return StreamDecoder(self, state, batch)
+        return StreamDecoder(self, state, batch, max_frames)
 
     @contextmanager
     def _exclusive(self, state: dict[str, Any] | None = None) -> Iterator[None]:
@@ -109,28 +116,30 @@ class Codec:
         """Steps of the decoder transformer in one frame: 2 in Mimi."""
         return round(self._mimi.encoder_frame_rate / self._mimi.frame_rate)
 
-    def _decode_frame(self, codes_BK: Tensor, state: dict[str, Any]) -> Tensor:
-        """Decode one frame of each slot to (B, frame_size) samples, and advance the streaming state."""
+    def _decode_frames(self, codes_BKT: Tensor, state: dict[str, Any]) -> Tensor:
+        """Decode the next frames of each slot to (B, T * frame_size) samples, and advance the streaming state."""
         mimi = self._mimi
         with self._exclusive(state):
-            latent_BCT = mimi.upsample(mimi.decode_latent(codes_BK.unsqueeze(-1)))
+            latent_BCT = mimi.upsample(mimi.decode_latent(codes_BKT))
             return mimi.decoder(mimi.decoder_transformer(latent_BCT)[0])[:, 0]
 
 
 class StreamDecoder:
-    """Decodes one frame of every slot at a time. The samples equal those of ``Codec.decode`` on all frames.
+    """Decodes the next frame, or frames, of every slot. The samples equal those of ``Codec.decode`` on all frames.
 
-    ``run`` reads ``codes_BK`` and ``active_B`` and writes ``audio_BN``, buffers with fixed addresses, and never
-    synchronises with the host, so that it can be captured. Slots are independent. Where ``active_B`` (initially all
-    true) is false, ``run`` leaves the slot's streaming state as it is, and the slot's audio is meaningless.
+    ``run`` decodes one frame of every slot. It reads ``codes_BK`` and ``active_B`` and writes ``audio_BN``, buffers
+    with fixed addresses, and never synchronises with the host, so that it can be captured. Slots are independent. Where
+    ``active_B`` (initially all true) is false, ``run`` leaves the slot's streaming state as it is, and the slot's audio
+    is meaningless.
 
     The streaming state is three tensors, of which the attributes that moshi reads and writes are views: ``_conv_BN``
     (overlaps of convolutions), ``_offset_BN`` (counts of latent steps), ``_keys_L2BHSd`` (rings of keys and values of
     L layers). So resetting or moving a slot takes one op for each of them.
     """
 
-    def __init__(self, codec: Codec, state: dict[str, Any], batch: int):
+    def __init__(self, codec: Codec, state: dict[str, Any], batch: int, max_frames: int):
         self._codec = codec
+        self._max_frames = max_frames
         self.codes_BK = torch.zeros(batch, codec.num_codebooks, dtype=torch.int64, device=codec.device)
         self.audio_BN = torch.zeros(batch, codec.frame_size, dtype=torch.float32, device=codec.device)
         self.active_B = torch.ones(batch, dtype=torch.bool, device=codec.device)
@@ -140,20 +149,29 @@ class StreamDecoder:
         rings = [module_state.kv_cache for module_state in modules if hasattr(module_state, "kv_cache")]
         for module_state in modules:
             module_state.exec_mask = self.active_B
-        self._keys_L2BHSd = _enlarge_rings(rings, codec._latent_steps - 1)
+        self._keys_L2BHSd = _enlarge_rings(rings, codec._latent_steps * max_frames - 1)
         self._offset_BN = _pack([*modules, *rings], ("offset", "offsets", "end_offset"))
         self._conv_BN = _pack(modules, ("previous", "partial"))
 
     @torch.no_grad()
     def run(self) -> None:
         """Decode the frame in ``codes_BK`` into ``audio_BN``."""
-        self.audio_BN.copy_(self._codec._decode_frame(self.codes_BK, self._state))
+        self.audio_BN.copy_(self._codec._decode_frames(self.codes_BK.unsqueeze(-1), self._state))
 
     def step(self, codes_BK: Tensor) -> Tensor:
         """Decode one frame of each slot, (B, K) int64, to (B, frame_size) float32 on the codec's device."""
         self.codes_BK.copy_(codes_BK)
         self.run()
         return self.audio_BN.clone()
+
+    @torch.no_grad()
+    def decode(self, codes_BKT: Tensor) -> Tensor:
+        """Decode up to ``max_frames`` frames of each slot, (B, K, T) int64, to (B, T, frame_size) float32.
+
+        Weights are read once for all frames, so on a CPU several frames take little longer than one.
+        """
+        assert codes_BKT.shape[2] <= self._max_frames
+        return self._codec._decode_frames(codes_BKT, self._state).unflatten(1, (codes_BKT.shape[2], -1))
 
     @torch.no_grad()
     def reset(self, slots: Sequence[int] | None = None) -> None:

@@ -121,9 +121,9 @@ def report(errors: dict[str, float], parts: Sequence[Divergence], greedy: Sequen
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to ``parser``."""
-    parser.add_argument("a", help="hub name, folder, or tiny")
+    parser.add_argument("a", help="hub name, folder, GGUF file, or tiny")
     parser.add_argument("b", nargs="?", help="another model, or a folder of csm quantize (default: A)")
-    parser.add_argument("--scheme", help="quantise B: int8, int4, or types by part")
+    parser.add_argument("--scheme", help="quantise B: int8, fp8, int4-depth, int4, or types by part")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -142,7 +142,8 @@ def run(args: argparse.Namespace) -> str:
         raise CSMError(f"{args.a} and {args.b} are models of different shapes")
     if args.scheme:
         quantize_model(b.model, args.scheme, not args.quiet)
-    tokenizer = TextTokenizer(open_checkpoint(args.a).tokenizer_path, a.config.text_vocab_size)
+    checkpoint = open_checkpoint(args.a)
+    tokenizer = TextTokenizer(checkpoint.tokenizer_path, a.config.text_vocab_size)
     bar = tqdm(SENTENCES, desc="comparing", disable=args.quiet, leave=False)
     parts = [compare_sentence(a, b, tokenizer, text, seed) for seed, text in enumerate(bar)]
     greedy = [greedy_agreement(a, b, text) for text in SENTENCES]

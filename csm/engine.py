@@ -32,7 +32,7 @@ from csm.model import CSM
 from csm.prefill import Prefill, PrefillJob
 from csm.prefix_cache import PrefixCache
 from csm.prompt import Prompt, audio_rows
-from csm.runner import AudioDecoder, BatchDecoder, BatchRunner, Output, audio_decoder
+from csm.runner import AudioDecoder, BatchDecoder, BatchRunner, Output, SlotDecoders, audio_decoder, group_size
 from csm.sampling import SamplingParams
 from csm.selfcheck import choose_rung, fall_back
 
@@ -328,6 +328,7 @@ class Engine:
     def _choose_ops(self, batch: int) -> None:
         """Check the kernels and graphs of a batch size on this device, and capture it if they pass."""
         rung = choose_rung(self.model, (batch,), self._progress)
+        self.model.precompute_depth_qkv()
         if not (self._graphs and rung.graph):
             return
         try:
@@ -364,7 +365,8 @@ class Engine:
             self._park(active, running=active.slot in running, covered=active.slot < runner.state.batch)
         bucket = self._state.backbone_cache.bucket_for(max(active.num_positions for active in running.values()))
         audio = [slot for slot, active in running.items() if active.ticket.request.audio]
-        output = runner.launch(bucket, self._audio_decoder() if audio else None, audio)
+        decoder = self._audio_decoder() if audio else None
+        output = runner.launch(bucket, decoder if isinstance(decoder, BatchDecoder) else None, audio)
         for active in running.values():
             active.launched += 1
         self._in_flight.append(_Flight(output, running))
@@ -416,15 +418,26 @@ class Engine:
         return True
 
     def _hand_out(self, active: _Active, output: Output, slot: int) -> None:
+        ended = not output.codes_BK[slot].any()  # a frame of zeros ends the speech
+        if not ended:
+            active.codes.append(output.codes_BK[slot].clone())
+        last = ended or len(active.codes) == active.ticket.request.max_frames
+        if active.ticket.request.audio and isinstance(self._decoder, SlotDecoders):
+            self._hand_out_group(active, self._decoder, last)
+        elif not ended:
+            audio_N = output.audio_BN[slot].clone() if active.ticket.request.audio else None
+            active.ticket._put(Frame(output.codes_BK[slot].clone(), audio_N))
+        if last:
+            self._release(active, "end" if ended else "length")
+
+    def _hand_out_group(self, active: _Active, decoder: SlotDecoders, last: bool) -> None:
+        """Decode and hand out the frames since the last group, once they are a group or the last ones."""
         ticket = active.ticket
-        if not output.codes_BK[slot].any():  # a frame of zeros ends the speech
-            self._release(active, "end")
-            return
-        audio_N = output.audio_BN[slot].clone() if ticket.request.audio else None
-        active.codes.append(output.codes_BK[slot].clone())
-        ticket._put(Frame(output.codes_BK[slot].clone(), audio_N))
-        if ticket.num_frames == ticket.request.max_frames:
-            self._release(active, "length")
+        codes = active.codes[ticket.num_frames :]
+        if codes and (last or len(codes) == group_size(ticket.num_frames, ticket.max_unread)):
+            audio_TN = decoder.decode(active.slot, torch.stack(codes))
+            for codes_K, audio_N in zip(codes, audio_TN, strict=True):
+                ticket._put(Frame(codes_K.clone(), audio_N.clone()))
 
     # Ends
 

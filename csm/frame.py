@@ -18,7 +18,8 @@ from torch import Tensor
 
 from csm.cache import KVCache
 from csm.config import CSMConfig, TransformerConfig
-from csm.kernels import advance_frame, draw_noise, sample
+from csm.kernels import QKVGather, advance_frame, draw_noise, sample
+from csm.kernels.sample import Noise
 from csm.model import CSM
 
 STEP_OUTPUTS = ("pending_row_BC", "pending_mask_BC", "position_B", "frame_B", "codes_BK")  # what the step changes
@@ -137,21 +138,13 @@ def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = Non
     parameters are read, and positions and frame counters advanced, on the device.
     """
     num_codebooks = model.config.num_codebooks
-    noise = draw_noise(
-        seed_B=state.seed_B,
-        frame_B=state.frame_B,
-        temperature_B=state.temperature_B,
-        top_k_B=state.top_k_B,
-        num_codebooks=num_codebooks,
-        codebook_size=model.config.codebook_size,
-        head_VD=model.codebook0_head,
-    )
+    noise = _draw_noise(model, state)
 
-    def sample_code(codebook: int, hidden_BTD: Tensor) -> Tensor | None:
+    def sample_code(codebook: int, hidden_BTD: Tensor, qkv: QKVGather | None = None) -> Tensor | None:
         """Sample a code from the last row; return its embedding, (B, depth dim), or None for the last codebook."""
         logits_BV = model.logits(codebook, hidden_BTD[:, -1:]).squeeze(1)
         table_VD = model.code_embedding(codebook) if codebook + 1 < num_codebooks else None
-        return sample(logits_BV, codebook, noise, state.codes_BK, table_VD)
+        return sample(logits_BV, codebook, noise, state.codes_BK, table_VD, qkv=qkv)
 
     x_B1D = model.embed_rows(state.pending_row_BC.unsqueeze(1), state.pending_mask_BC.unsqueeze(1))
     meta = model.backbone.attention_metadata(
@@ -167,13 +160,38 @@ def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = Non
     code_BD = sample_code(0, hidden_B1D)
     assert code_BD is not None
     x_BTD = torch.stack((projected_BD, code_BD), dim=1)
+    q_BTHd: Tensor | None = None
     for codebook in range(1, num_codebooks):
         first = codebook + 1 - x_BTD.shape[1]
-        hidden_BTD = model.depth_decoder(x_BTD, state.depth_cache, depth_meta.rows(first, codebook + 1))
-        code_BD = sample_code(codebook, hidden_BTD)
+        hidden_BTD = model.depth_decoder(x_BTD, state.depth_cache, depth_meta.rows(first, codebook + 1), q_BTHd)
+        qkv = _qkv_gather(model, state, codebook)
+        code_BD = sample_code(codebook, hidden_BTD, qkv)
         x_BTD = x_BTD if code_BD is None else code_BD.unsqueeze(1)
+        q_BTHd = None if qkv is None else qkv.q_B1Hd
 
     _advance(model, state)
+
+
+def _draw_noise(model: CSM, state: FrameState) -> Noise:
+    """Inputs of every draw of the frame."""
+    return draw_noise(
+        seed_B=state.seed_B,
+        frame_B=state.frame_B,
+        temperature_B=state.temperature_B,
+        top_k_B=state.top_k_B,
+        num_codebooks=model.config.num_codebooks,
+        codebook_size=model.config.codebook_size,
+        head_VD=model.codebook0_head,
+    )
+
+
+def _qkv_gather(model: CSM, state: FrameState, codebook: int) -> QKVGather | None:
+    """The gather of layer 0's q, k and v for the next depth position; None if the next pass computes them."""
+    table_VE = model.code_qkv(codebook, state.batch)
+    if table_VE is None:
+        return None
+    cache, position = state.depth_cache, codebook + 1
+    return QKVGather.allocate(table_VE, cache.k_LBGSd[0, :, :, position], cache.v_LBGSd[0, :, :, position])
 
 
 def _advance(model: CSM, state: FrameState) -> None:

@@ -114,13 +114,14 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     """Add the options that choose the model and where it runs; ``load`` reads them."""
     group.add_argument(
         "--model",
-        help=f"hub name[@revision], folder, or tiny (default: {DEFAULT_MODEL} where it can be had, else tiny)",
+        help=f"hub name[@revision], folder, GGUF file or tiny (default: {DEFAULT_MODEL} if it can be had, else tiny)",
     )
     group.add_argument("--lora", type=Path, help="folder of an adapter for the model (python -m csm finetune --lora)")
     group.add_argument("--codec", type=Path, help="Mimi weights in Kyutai's layout (default: the checkpoint's own)")
+    group.add_argument("--tokenizer", type=Path, help="tokenizer.json of a GGUF file that has none, or its folder")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="bfloat16 on a GPU by default")
-    group.add_argument("--quantize", help="on a CPU: int8, int4, or by part: backbone=int4,depth=int4,heads=int8")
+    group.add_argument("--quantize", help="int8, fp8, int4-depth, int4, or by part: backbone=int4,depth=int8")
     group.add_argument("--threads", type=int, help="on a CPU: compute threads (default: CSM_THREADS, else by model)")
 
 
@@ -179,7 +180,8 @@ def load(args: argparse.Namespace, **more: Any) -> Generator:
 
     def from_pretrained(name: str, codec: Path | None = None, lora: Path | None = None) -> Generator:
         dtype = DTYPES.get(args.dtype)
-        options: dict[str, Any] = dict(lora=lora, quantize=args.quantize, threads=args.threads, **more)
+        options: dict[str, Any] = dict(lora=lora, quantize=args.quantize, threads=args.threads)
+        options |= dict(tokenizer=args.tokenizer, **more)
         generator = Generator.from_pretrained(name, device, dtype, codec, progress=not args.quiet, **options)
         _ = generator.codec  # now, not in the first utterance's time
         return generator

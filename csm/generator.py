@@ -21,6 +21,7 @@ from csm.codec import Codec, check_codes
 from csm.config import CSMConfig
 from csm.engine import Engine, Frame, Request
 from csm.errors import AudioError, CheckpointError, CSMError, PromptError, RoomWarning, SamplingError, VoiceError
+from csm.gguf_model import read_gguf_model
 from csm.guards import DEFAULT_GUARDS, NO_GUARDS, GuardedTicket, Guards, Opener, guarded_frames
 from csm.lora import load_adapter
 from csm.model import CSM
@@ -59,7 +60,7 @@ class Generator:
         self.config: CSMConfig = model.config
         self.model = model
         self.sample_rate = checkpoint.codec_config.sample_rate
-        self.defaults = read_generation_defaults(checkpoint.folder)
+        self.defaults = read_generation_defaults(checkpoint.config_folder)
         self._checkpoint = checkpoint
         self._codec_file = codec_file
         self._tokenizer = TextTokenizer(checkpoint.tokenizer_path, model.config.text_vocab_size)
@@ -87,25 +88,28 @@ class Generator:
         max_streams: int = MAX_STREAMS,
         quantize: str | None = None,
         threads: int | None = None,
+        tokenizer: str | Path | None = None,
     ) -> Generator:
         """Load a checkpoint.
 
         Args:
             name: a hub name (``sesame/csm-1b``, ``unsloth/csm-1b``, with an optional ``@revision``), a folder in
-                Sesame's or HF Transformers' layout, or "tiny", the embedded checkpoint (a demonstration voice).
+                Sesame's or HF Transformers' layout, a GGUF file (docs/gguf.md), or "tiny", the embedded checkpoint (a
+                demonstration voice).
             device: where to run; None is a GPU if there is one.
             dtype: of the weights; None is bfloat16 on a GPU (float16 if it has no bfloat16) and float32 on
-                a CPU.
+                a CPU (bfloat16 for a GGUF file).
             codec: a file of Mimi weights in Kyutai's layout; None is the checkpoint's own, else Kyutai's from the hub.
             progress: show a bar where loading takes more than a second.
             lora: the folder of an adapter (``python -m csm finetune --lora``), which is merged into the weights.
             graphs: on a GPU, capture each frame as a CUDA graph on first use; False runs eagerly.
             max_streams: how many requests are generated at a time; further ones wait. Each takes KV cache for all
                 positions (64 MB for CSM-1B in bfloat16).
-            quantize: on a CPU, weights in "int8", "int4" or by part, "backbone=int4,depth=int4,heads=int8"
-                (docs/cpu.md). A folder that ``python -m csm quantize`` wrote is quantised already.
+            quantize: weights in "int8", "fp8", "int4-depth", "int4" or by part, "backbone=int4,depth=int4,heads=int8"
+                (docs/quantization.md). A folder that ``python -m csm quantize`` wrote is quantised already.
             threads: on a CPU, compute threads; None is ``CSM_THREADS``, else one for a small model and PyTorch's number
                 for a large one.
+            tokenizer: the tokenizer.json of a GGUF file that has no tokenizer, or its folder.
 
         Raises:
             CheckpointError: it is damaged or of another shape; the message names the file and the tensor.
@@ -116,7 +120,12 @@ class Generator:
             raise CSMError(f"dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
         if lora is not None and quantize is not None:
             raise CSMError("an adapter cannot be merged into quantised weights: give either lora or quantize")
-        checkpoint, model = _open_model(name, where, dtype or default_dtype(where), quantize, progress)
+        quantized = _open_quantized(name, where, quantize)
+        if quantized is not None:
+            checkpoint, model = quantized
+        else:
+            checkpoint = open_checkpoint(name, progress, tokenizer)
+            model = _read_model(checkpoint, where, dtype, quantize, progress, keep_blocks=lora is None)
         if lora is not None:
             load_adapter(lora, checkpoint.config).merge(model)
         return cls(checkpoint, model, codec, graphs, max_streams, progress, threads)
@@ -443,21 +452,30 @@ def _samples(frame: Frame) -> Tensor:
     return frame.audio_N
 
 
-def _open_model(
-    name: str | Path, device: torch.device, dtype: torch.dtype, quantize: str | None, progress: bool
-) -> tuple[Checkpoint, CSM]:
-    """A checkpoint and its model; see ``Generator.from_pretrained``."""
-    quantized = open_quantized(name)
-    if (quantized or quantize) and device.type != "cpu":
-        raise CSMError(f"quantised weights run on a CPU only, not on {device}")
-    if quantized is not None:
-        if quantize is not None:
-            raise CSMError(f"{name} is quantised already: load it without quantize={quantize!r}")
-        return quantized
-    checkpoint = open_checkpoint(name, progress)
+def _open_quantized(name: str | Path, device: torch.device, quantize: str | None) -> tuple[Checkpoint, CSM] | None:
+    """``open_quantized``, and an error for weights that would be quantised twice."""
+    quantized = open_quantized(name, device)
+    if quantized is not None and quantize is not None:
+        raise CSMError(f"{name} is quantised already: load it without quantize={quantize!r}")
+    return quantized
+
+
+def _read_model(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    quantize: str | None,
+    progress: bool,
+    keep_blocks: bool,
+) -> CSM:
+    """See ``Generator.from_pretrained``. ``keep_blocks`` keeps the blocks of a GGUF file, on a CPU."""
+    if dtype is None:
+        dtype = torch.bfloat16 if checkpoint.gguf is not None and device.type == "cpu" else default_dtype(device)
+    if checkpoint.gguf is not None and keep_blocks and device.type == "cpu":
+        return read_gguf_model(checkpoint, quantize, dtype, progress)
     if quantize is not None:
-        return checkpoint, read_quantized(checkpoint, quantize, dtype, progress)
-    return checkpoint, CSM.from_state_dict(checkpoint.config, read_model(checkpoint, device, dtype, progress), device)
+        return read_quantized(checkpoint, quantize, dtype, progress, device)
+    return CSM.from_state_dict(checkpoint.config, read_model(checkpoint, device, dtype, progress), device)
 
 
 def find_device(name: str | torch.device | None) -> torch.device:

@@ -206,6 +206,11 @@ class GuardedTicket:
         """Whether ``take`` will return no further frame."""
         return self.finish_reason is not None and not self._out
 
+    @property
+    def released(self) -> bool:
+        """Whether the engine has ended the current take: it holds no slot. Frames may be unread."""
+        return self._ticket.finished
+
     def take(self) -> Frame | None:
         """The oldest unread frame; None if none has arrived."""
         while not self._out and self.finish_reason is None:

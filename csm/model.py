@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from csm.cache import KVCache
 from csm.config import CSMConfig, RopeScaling, TransformerConfig
-from csm.kernels import BlockWeights, block, causal_bias, embed_rows, norm_linear, use_kernels
+from csm.kernels import (
+    BlockWeights,
+    block,
+    can_gather_qkv,
+    causal_bias,
+    embed_rows,
+    norm_linear,
+    tabulate_qkv,
+    use_kernels,
+)
 
 
 class AttentionMetadata(NamedTuple):
@@ -91,7 +100,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x_BTD: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, slot_B1: Tensor, meta: AttentionMetadata
+        self,
+        x_BTD: Tensor,
+        k_BGSd: Tensor,
+        v_BGSd: Tensor,
+        slot_B1: Tensor,
+        meta: AttentionMetadata,
+        q_BTHd: Tensor | None = None,
     ) -> Tensor:
         attention, mlp = self.attention, self.mlp
         return block(
@@ -105,6 +120,7 @@ class Block(nn.Module):
             slot_B1=slot_B1,
             position_BT=meta.position_BT,
             context=meta.context,
+            q_BTHd=q_BTHd,
         )
 
 
@@ -117,6 +133,12 @@ class Transformer(nn.Module):
         self.rope = RoPE(config, device)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.Parameter(torch.ones(config.dim))
+
+    @property
+    def first_attention(self) -> Attention:
+        block = self.layers[0]
+        assert isinstance(block, Block)
+        return block.attention
 
     def attention_metadata(
         self, position_BT: Tensor, context_bucket: int, max_rows: int | None = None
@@ -131,10 +153,14 @@ class Transformer(nn.Module):
             bias_BTS = causal_bias(position_BT, context_bucket, self.norm.dtype)
         return AttentionMetadata(position_BT, self.rope.rope_Sp2[position_BT], bias_BTS, context_bucket)
 
-    def forward(self, x_BTD: Tensor, cache: KVCache, meta: AttentionMetadata) -> Tensor:
-        """(B, T, D) -> (B, T, D). Writes the keys and values of the rows into the cache at ``meta.position_BT``."""
+    def forward(self, x_BTD: Tensor, cache: KVCache, meta: AttentionMetadata, q_BTHd: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D). Writes the keys and values of the rows into the cache at ``meta.position_BT``.
+
+        With ``q_BTHd``, the queries of layer 0, that layer's keys and values are in the cache already.
+        """
         for index, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, cache.k_LBGSd[index], cache.v_LBGSd[index], cache.slot_B1, meta)
+            x_BTD = layer(x_BTD, cache.k_LBGSd[index], cache.v_LBGSd[index], cache.slot_B1, meta, q_BTHd)
+            q_BTHd = None
         return x_BTD
 
 
@@ -147,6 +173,7 @@ class CSM(nn.Module):
 
     offset_K: Tensor
     depth_embedding: Tensor
+    depth_qkv: Tensor | None
 
     def __init__(self, config: CSMConfig, device: torch.device | None = None):
         super().__init__()
@@ -164,6 +191,7 @@ class CSM(nn.Module):
         self.register_buffer("offset_K", offset_K, persistent=False)
         depth_embedding = torch.empty((num_codebooks - 1) * vocab, depth_dim)
         self.register_buffer("depth_embedding", depth_embedding, persistent=False)
+        self.register_buffer("depth_qkv", None, persistent=False)
         self.register_load_state_dict_post_hook(lambda model, _: model.precompute_depth_embedding())
 
     @classmethod
@@ -178,13 +206,41 @@ class CSM(nn.Module):
     def precompute_depth_embedding(self) -> None:
         """Project the embedding of every code that the depth decoder can read, into ``depth_embedding``.
 
-        Loading a state dict calls this. Call it after changing ``projection`` or ``audio_embedding`` in place.
+        Loading a state dict calls this. Call it after changing weights in place: it also discards ``depth_qkv``.
         """
+        self.depth_qkv = None
         vocab = self.config.audio_vocab_size
         num_rows = (self.config.num_codebooks - 1) * vocab  # the depth decoder never reads the last codebook
         self.depth_embedding = self.projection.new_empty(num_rows, self.projection.shape[0])
         for rows in (slice(first, first + vocab) for first in range(0, num_rows, vocab)):
             self.depth_embedding[rows] = F.linear(self.audio_embedding[rows], self.projection)
+
+    @torch.no_grad()
+    def precompute_depth_qkv(self) -> None:
+        """Compute the depth decoder's first q, k and v of every code, into ``depth_qkv``, unless that has been done.
+
+        The table is (K - 2, codebook size, E): the first pass reads codebook 0, and no pass reads the last one. There
+        is none where ``can_gather_qkv`` is false, such as on a CPU or with quantised weights.
+        """
+        decoder, attention = self.depth_decoder, self.depth_decoder.first_attention
+        if self.depth_qkv is not None or not can_gather_qkv(attention.qkv, batch=1):
+            return
+        embedding_KVD = self.depth_embedding.unflatten(0, (-1, self.config.audio_vocab_size))
+        self.depth_qkv = tabulate_qkv(
+            x_KVD=embedding_KVD[1:, : self.config.codebook_size],
+            norm_D=attention.norm,
+            qkv_ED=attention.qkv,
+            eps=attention.eps,
+            rope_Kp2=decoder.rope.rope_Sp2[2 : self.config.num_codebooks],
+            num_kv_heads=decoder.config.num_kv_heads,
+        )
+
+    def code_qkv(self, codebook: int, batch: int) -> Tensor | None:
+        """``depth_qkv`` of one codebook, (codebook size, E); None if ``batch`` slots compute q, k and v instead."""
+        if self.depth_qkv is None or codebook in (0, self.config.num_codebooks - 1):
+            return None
+        can_gather = can_gather_qkv(self.depth_decoder.first_attention.qkv, batch)
+        return self.depth_qkv[codebook - 1] if can_gather else None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 
 from csm.kernels import (
+    QKVGather,
     advance_frame,
     attention_linear_add,
+    can_gather_qkv,
     draw_noise,
     linear_add,
     norm_rope_cache,
     norm_swiglu,
     sample,
+    tabulate_qkv,
 )
+from csm.kernels.launch_config import MAX_GEMV_ROWS
 from csm.model import CSM, Attention, AttentionMetadata, Block, Transformer
 
 TEMPERATURES = (0.0, 0.9)  # greedy and sampled
@@ -73,6 +77,21 @@ def op_checks(model: CSM, batch_sizes: Sequence[int]) -> Iterator[Check]:
                 yield replace(check, name=f"{check.name} of the {part} at batch {batch}")
         for check in (*_embedding_and_head_checks(random, model, batch), *_sample_checks(random, model, batch)):
             yield replace(check, name=f"{check.name} at batch {batch}")
+    if _gathers(model, 1):
+        x_1VD = random.normal(1, MAX_GEMV_ROWS, config.depth_decoder.dim)
+        yield Check("tabulate_qkv", partial(_tabulate, model, x_1VD))
+
+
+def _gathers(model: CSM, batch: int) -> bool:
+    """Whether a frame of this batch size gathers q, k and v (``csm.kernels.qkv_table``)."""
+    return model.config.num_codebooks > 2 and can_gather_qkv(model.depth_decoder.first_attention.qkv, batch)
+
+
+def _tabulate(model: CSM, x_1VD: Tensor) -> tuple[Tensor, ...]:
+    """The table of as many rows as one launch computes."""
+    decoder, attention = model.depth_decoder, model.depth_decoder.first_attention
+    rope_1p2, num_kv_heads = decoder.rope.rope_Sp2[2:3], decoder.config.num_kv_heads
+    return (tabulate_qkv(x_1VD, attention.norm, attention.qkv, attention.eps, rope_1p2, num_kv_heads),)
 
 
 def _block_checks(
@@ -182,6 +201,7 @@ def _sample_checks(random: RandomTensors, model: CSM, batch: int) -> Iterator[Ch
     seed_B = random.integers(2**62, batch)
     frame_B = random.integers(100, batch)
     top_k_B = torch.full_like(frame_B, num_candidates)
+    qkv_VE = random.normal(config.codebook_size, config.depth_decoder.qkv_dim) if _gathers(model, batch) else None
 
     def run(codebook: int, temperature: float) -> Sequence[Tensor]:
         temperature_B = torch.full((batch,), temperature, device=device)
@@ -196,11 +216,20 @@ def _sample_checks(random: RandomTensors, model: CSM, batch: int) -> Iterator[Ch
         )
         codes_BK = torch.zeros(batch, config.num_codebooks, device=device, dtype=torch.int64)
         is_last = codebook + 1 == config.num_codebooks
-        row_BD = sample(logits_BV, codebook, noise, codes_BK, None if is_last else model.code_embedding(codebook))
-        return (codes_BK,) if row_BD is None else (codes_BK, row_BD)
+        qkv = None if qkv_VE is None or codebook == 0 or is_last else _empty_gather(model, qkv_VE, batch)
+        table_VD = None if is_last else model.code_embedding(codebook)
+        row_BD = sample(logits_BV, codebook, noise, codes_BK, table_VD, qkv=qkv)
+        return (codes_BK, *(() if row_BD is None else (row_BD,)), *(() if qkv is None else qkv[1:]))
 
-    for codebook in (0, config.num_codebooks - 1):
+    for codebook in sorted({0, 1, config.num_codebooks - 1}):
         for temperature in TEMPERATURES:
             yield Check(
                 f"sample (codebook {codebook}, temperature {temperature:g})", partial(run, codebook, temperature)
             )
+
+
+def _empty_gather(model: CSM, table_VE: Tensor, batch: int) -> QKVGather:
+    """A gather into a cache of zeros."""
+    config = model.config.depth_decoder
+    k_BGd, v_BGd = table_VE.new_zeros(2, batch, config.num_kv_heads, config.head_dim)
+    return QKVGather.allocate(table_VE, k_BGd, v_BGd)

@@ -1,4 +1,5 @@
-"""``python -m csm quantize``: write a model with int8 or int4 weights to a folder that loads fast and in little memory.
+"""``python -m csm quantize``: write a model with quantised weights to a folder that loads fast and in little memory, or
+as a GGUF file.
 
 The folder has the model's tensors under this package's names in ``quantized.safetensors``: quantised weights packed, as
 uint8, and what they are in the file's metadata; and ``config.json``, ``tokenizer.json`` and the codec.
@@ -7,6 +8,7 @@ uint8, and what they are in the file's metadata; and ``config.json``, ``tokenize
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -19,18 +21,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from csm.errors import CheckpointError, CSMError
+from csm.gguf_model import SCHEMES, empty_model, read_gguf_model, save_gguf
+from csm.kernels import row_file
 from csm.kernels.native.ops import is_available
 from csm.kernels.quantized import QuantizedWeight, huge_page_buffer, packed_shape
+from csm.kernels.quantized_rows import QuantizedRows, empty_rows
+from csm.kernels.row_file import RowFile
 from csm.model import CSM
 from csm.quantize import (
     ALIGNMENT,
     BITS,
     PRESETS,
     ModelWeight,
+    check_device,
     parse_scheme,
     quantize_model,
     quantized_weights,
     set_weight,
+    use_rows,
 )
 from csm.weights import Checkpoint, open_checkpoint, read_codec, read_model
 from csm.weights.checkpoint import MIMI_FILE
@@ -38,18 +46,30 @@ from csm.weights.config_json import read_config
 
 FILE = "quantized.safetensors"
 SCHEME, DTYPE = "csm.scheme", "csm.dtype"  # keys of the file's metadata
+SCALES = ".scales"  # of an fp8 weight: its name and this
+CPU = torch.device("cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def read_quantized(checkpoint: Checkpoint, scheme: str, dtype: torch.dtype, progress: bool = False) -> CSM:
-    """Read a checkpoint's model and quantise it weight by weight: one of them at a time is in memory in ``dtype``."""
-    types, cpu = parse_scheme(scheme), torch.device("cpu")
+def read_quantized(
+    checkpoint: Checkpoint, scheme: str, dtype: torch.dtype, progress: bool = False, device: torch.device = CPU
+) -> CSM:
+    """Read a checkpoint's model and quantise it weight by weight: one of them at a time is in memory in ``dtype``.
+
+    They are quantised on the CPU and then moved to ``device``.
+    """
+    check_device(parse_scheme(scheme).values(), device)
+    if checkpoint.gguf is not None:
+        if device.type != "cpu":
+            raise CSMError(f"a GGUF file is quantised again on a CPU only, not on {device}")
+        return read_gguf_model(checkpoint, scheme, dtype, progress, keep_blocks=False)
+    types = parse_scheme(scheme)
 
     def read(name: str) -> Tensor:
         table = [entry for entry in checkpoint.table if entry.target == name]
-        return read_model(replace(checkpoint, table=table), cpu, dtype)[name]
+        return read_model(replace(checkpoint, table=table), CPU, dtype)[name]
 
-    model = _empty_model(checkpoint.config)
+    model = empty_model(checkpoint.config)
     later = {weight.name for weight in quantized_weights(model) if weight.part in types}
     for name, _ in list(model.named_parameters()):
         if name not in later:
@@ -57,7 +77,9 @@ def read_quantized(checkpoint: Checkpoint, scheme: str, dtype: torch.dtype, prog
     if "projection" in later:
         set_weight(model, "projection", nn.Parameter(read("projection"), requires_grad=False))
     model.precompute_depth_embedding()
-    quantize_model(model, scheme, progress, read)
+    quantize_model(model, scheme, progress, read, rows=device.type != "cpu")
+    if device.type != "cpu":
+        use_rows(model, device)
     return model.eval()
 
 
@@ -78,29 +100,31 @@ def save_quantized(
         value = weight.value
         if isinstance(value, QuantizedWeight):
             tensors[weight.name] = value.packed.contiguous()
+        elif isinstance(value, QuantizedRows):
+            tensors[weight.name], tensors[weight.name + SCALES] = value.values, value.scales
     folder.mkdir(parents=True, exist_ok=True)
     name = next(name for name, known in DTYPES.items() if known == dtype)
     save_file(tensors, folder / f"{FILE}.part", metadata={"format": "pt", SCHEME: scheme, DTYPE: name})
     os.replace(folder / f"{FILE}.part", folder / FILE)
-    shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
+    shutil.copyfile(checkpoint.config_folder / "config.json", folder / "config.json")
     shutil.copyfile(checkpoint.tokenizer_path, folder / "tokenizer.json")
-    if checkpoint.has_codec or (checkpoint.folder / MIMI_FILE).is_file():
+    if checkpoint.has_own_codec:
         save_file(read_codec(checkpoint, None, torch.device("cpu")), folder / MIMI_FILE, metadata={"format": "pt"})
     return folder / FILE
 
 
-def open_quantized(name: str | Path) -> tuple[Checkpoint, CSM] | None:
+def open_quantized(name: str | Path, device: torch.device = CPU) -> tuple[Checkpoint, CSM] | None:
     """The checkpoint and model of a folder that ``save_quantized`` wrote; None for anything else.
 
-    Embeddings stay on disk, memory-mapped: only the rows that are used are read. Raises CheckpointError, which names
-    the file and the tensor.
+    On a CPU embeddings stay on disk: only the rows that are used are read. Raises CheckpointError, which names the file
+    and the tensor, and CSMError for a device that has no ops for these weights.
     """
     folder = Path(name).expanduser()
     path = folder / FILE
     if not path.is_file():
         return None
     config, codec_config = read_config(folder / "config.json")
-    model = _empty_model(config)
+    model = empty_model(config)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -113,13 +137,11 @@ def open_quantized(name: str | Path) -> tuple[Checkpoint, CSM] | None:
         raise CheckpointError(f"{path}: truncated or corrupt; write it again with csm quantize ({error})") from error
     types, dtype = parse_scheme(metadata[SCHEME]), DTYPES[metadata[DTYPE]]
     _check(model, found, types, path)
-    _fill(model, types, dtype, path)
+    check_device(types.values(), device)
+    _fill(model, types, dtype, path, rows=device.type != "cpu")
+    if device.type != "cpu":
+        use_rows(model, device)
     return Checkpoint(folder, config, codec_config, table=[], file_of={}, shape_of={}), model.eval()
-
-
-def _empty_model(config) -> CSM:  # type: ignore[no-untyped-def]
-    with torch.device("meta"):
-        return CSM(config, torch.device("cpu"))
 
 
 def _check(model: CSM, found: dict[str, tuple[int, ...]], types: dict[str, str], path: Path) -> None:
@@ -127,12 +149,17 @@ def _check(model: CSM, found: dict[str, tuple[int, ...]], types: dict[str, str],
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected["depth_embedding"] = tuple(model.depth_embedding.shape)
     for weight in _quantized(model, types):
-        expected[weight.name] = packed_shape(weight.value.shape, BITS[types[weight.part]])
-    for name, shape in expected.items():
+        kind, shape = types[weight.part], weight.value.shape
+        if kind in BITS:
+            expected[weight.name] = packed_shape(shape, BITS[kind])
+        else:
+            rows = empty_rows(shape, kind, torch.float32, torch.device("meta"))
+            expected[weight.name], expected[weight.name + SCALES] = tuple(rows.values.shape), tuple(rows.scales.shape)
+    for name, sizes in expected.items():
         if name not in found:
             raise CheckpointError(f"{path}: missing tensor {name}")
-        if found[name] != shape:
-            raise CheckpointError(f"{path}: tensor {name}: expected shape {shape}, got {found[name]}")
+        if found[name] != sizes:
+            raise CheckpointError(f"{path}: tensor {name}: expected shape {sizes}, got {found[name]}")
     unexpected = sorted(set(found) - set(expected))
     if unexpected:
         raise CheckpointError(f"{path}: unexpected tensor {unexpected[0]}")
@@ -142,21 +169,30 @@ def _quantized(model: CSM, types: dict[str, str]) -> list[ModelWeight]:
     return [weight for weight in quantized_weights(model) if weight.part in types]
 
 
-def _fill(model: CSM, types: dict[str, str], dtype: torch.dtype, path: Path) -> None:
-    """Put the file's tensors into the model, those of quantised weights copied to huge pages."""
-    weights = _quantized(model, types)
-    shapes = [packed_shape(weight.value.shape, BITS[types[weight.part]]) for weight in weights]
+def _fill(model: CSM, types: dict[str, str], dtype: torch.dtype, path: Path, rows: bool) -> None:
+    """Put the file's tensors into the model, those of quantised weights copied to huge pages.
+
+    With ``rows`` int8 and int4 weights get the layout of the Triton kernels.
+    """
+    tiled = [weight for weight in _quantized(model, types) if types[weight.part] in BITS]
+    shapes = [packed_shape(weight.value.shape, BITS[types[weight.part]]) for weight in tiled]
     sizes = [-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes]
-    names = [name for name, _ in model.named_parameters()]
-    for weight, shape, buffer in zip(weights, shapes, huge_page_buffer(sum(sizes)).split(sizes), strict=True):
+    names = {name for name, _ in model.named_parameters()}
+    for weight in _quantized(model, types):
+        names.remove(weight.name)
+        if weight not in tiled:
+            parts = (_mapped(path, weight.name), _mapped(path, weight.name + SCALES))
+            set_weight(model, weight.name, QuantizedRows(*parts, weight.value.shape, types[weight.part], dtype))
+    for weight, shape, buffer in zip(tiled, shapes, huge_page_buffer(sum(sizes)).split(sizes), strict=True):
         packed = buffer[: math.prod(shape)].view(shape)
         packed.copy_(_mapped(path, weight.name))
         value = QuantizedWeight(packed, weight.value.shape, BITS[types[weight.part]], dtype)
-        set_weight(model, weight.name, value if is_available() else nn.Parameter(value.dequantize(), False))
-        names.remove(weight.name)
+        usable: QuantizedWeight | QuantizedRows = value.to_rows() if rows else value
+        set_weight(model, weight.name, usable if rows or is_available() else nn.Parameter(value.dequantize(), False))
     model.depth_embedding = _mapped(path, "depth_embedding")
     for name in names:
-        set_weight(model, name, nn.Parameter(_mapped(path, name), requires_grad=False))
+        stays_in_file = not rows and name in ("text_embedding", "audio_embedding")
+        set_weight(model, name, _row_file(path, name, dtype) if stays_in_file else _parameter(_mapped(path, name)))
 
 
 def _mapped(path: Path, name: str) -> Tensor:
@@ -165,20 +201,46 @@ def _mapped(path: Path, name: str) -> Tensor:
         return file.get_tensor(name)
 
 
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _row_file(path: Path, name: str, dtype: torch.dtype) -> RowFile | nn.Parameter:
+    """A table of a safetensors file whose header has been checked, for a gather of few rows."""
+    if not row_file.IS_SUPPORTED:
+        return _parameter(_mapped(path, name))
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(header_size))[name]
+    return RowFile(path, 8 + header_size + entry["data_offsets"][0], entry["shape"], dtype)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to ``parser``."""
-    parser.add_argument("model", help="hub name, folder, or tiny")
+    parser.add_argument("model", help="hub name, folder, GGUF file, or tiny")
     parser.add_argument(
-        "--scheme", required=True, help=f"{', '.join(PRESETS)}, or types by part: backbone=int4,depth=int4,heads=int8"
+        "--scheme",
+        required=True,
+        help=f"{', '.join(PRESETS)}, or types by part: backbone=int4,depth=int4,heads=int8; "
+        f"for a GGUF file {', '.join(SCHEMES)}",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to, or FILE.gguf")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json of a GGUF file that has none, or its folder")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of embeddings and activations (default: bfloat16)"
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="of embeddings and activations (default: bfloat16); embeddings of a GGUF file are float16",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> str:
     """Quantise the model; return what was written."""
-    path = save_quantized(open_checkpoint(args.model), args.scheme, args.out, DTYPES[args.dtype], not args.quiet)
-    return f"{path}: {path.stat().st_size / 1e6:.0f} MB, {args.scheme}"
+    checkpoint = open_checkpoint(args.model, not args.quiet, args.tokenizer)
+    if args.scheme in SCHEMES or args.out.suffix == ".gguf":
+        paths = save_gguf(checkpoint, args.scheme, args.out, not args.quiet)
+    else:
+        paths = [save_quantized(checkpoint, args.scheme, args.out, DTYPES[args.dtype], not args.quiet)]
+    size = f"{paths[0]}: {paths[0].stat().st_size / 1e6:.0f} MB, {args.scheme}"
+    return size if len(paths) == 1 else f"{size}; its codec: {paths[1]}"

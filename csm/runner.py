@@ -1,9 +1,10 @@
 """One batched step of the model and the codec: launch, capture, read back.
 
 A ``BatchRunner`` steps the first ``batch`` slots of the engine's buffers together, with one CUDA graph per context
-bucket of the KV cache. An ``AudioDecoder`` turns each frame's codes into samples. On a GPU both write into an
-``Output``: pinned host memory, device codes for the codec, and the event that says when the host may read. The codec
-runs on its own stream, so it decodes frame t while the model generates frame t+1.
+bucket of the KV cache. An ``AudioDecoder`` turns codes into samples: on a GPU with each step, on a CPU when the engine
+hands out frames. On a GPU both write into an ``Output``: pinned host memory, device codes for the codec, and the event
+that says when the host may read. The codec runs on its own stream, so it decodes frame t while the model generates
+frame t+1.
 
 Shapes: B slots, K codebooks, N samples of a frame.
 """
@@ -23,6 +24,7 @@ from csm.graph import Graph, Pool
 from csm.model import CSM
 
 FRAMES_AHEAD = 2  # on a GPU: frames launched before the oldest one is read back
+MAX_GROUP = 4  # on a CPU: frames of a request that the codec decodes together
 
 
 class Output:
@@ -49,14 +51,23 @@ class Output:
 class AudioDecoder(Protocol):
     """The codec's streaming state of every slot."""
 
-    def decode(self, output: Output, slots: Sequence[int]) -> None:
-        """Decode the codes of these slots into samples. Streams of other slots stay where they are."""
-
     def reset(self, slot: int) -> None:
         """Start a new stream in ``slot``."""
 
     def move(self, source: int, target: int) -> None:
         """Continue the stream of slot ``source`` in slot ``target``."""
+
+
+def group_size(num_frames: int, max_unread: int | None) -> int:
+    """How many frames the codec decodes together on a CPU, after the first ``num_frames`` frames of a request.
+
+    The codec reads its weights once for a group, but the group's first frame waits for the last. So a group must fit
+    into what a listener has in reserve. While generation is faster than playback the reserve grows with every frame:
+    the first 8 frames are decoded one by one, the next 16 in pairs, then 4 together. The groups depend on nothing
+    else, so the samples of a request are the same in every run. A group is never larger than ``max_unread``.
+    """
+    size = 1 if num_frames < 8 else 2 if num_frames < 24 else MAX_GROUP
+    return size if max_unread is None else min(size, max_unread)
 
 
 class SlotDecoders:
@@ -70,12 +81,12 @@ class SlotDecoders:
         decoder = self._decoders[slot]
         if decoder is None:
             with torch.inference_mode(False):
-                decoder = self._decoders[slot] = self._codec.stream_decoder()
+                decoder = self._decoders[slot] = self._codec.stream_decoder(max_frames=MAX_GROUP)
         return decoder
 
-    def decode(self, output: Output, slots: Sequence[int]) -> None:
-        for slot in slots:
-            output.audio_BN[slot] = self._decoder(slot).step(output.device_codes_BK[slot : slot + 1])[0]
+    def decode(self, slot: int, codes_TK: Tensor) -> Tensor:
+        """Decode the slot's next frames, at most ``MAX_GROUP``, (T, K) to (T, N) on the CPU."""
+        return self._decoder(slot).decode(codes_TK.T.unsqueeze(0).to(self._codec.device))[0].cpu()
 
     def reset(self, slot: int) -> None:
         self._decoder(slot).reset()
@@ -120,6 +131,7 @@ class BatchDecoder:
             graph.check()
 
     def decode(self, output: Output, slots: Sequence[int]) -> None:
+        """Decode the codes of these slots into samples. Streams of other slots stay where they are."""
         assert output.generated is not None and output.ready is not None
         view = self._view(output.codes_BK.shape[0])
         graph = self._graphs.get(output.codes_BK.shape[0])
@@ -190,7 +202,7 @@ class BatchRunner:
         for graph in list(self._graphs.values())[:1]:  # every bucket's graph has the same buffers
             graph.check()
 
-    def launch(self, context_bucket: int, decoder: AudioDecoder | None, slots: Sequence[int]) -> Output:
+    def launch(self, context_bucket: int, decoder: BatchDecoder | None, slots: Sequence[int]) -> Output:
         """Generate one frame of every slot, and decode the samples of ``slots`` if there is a decoder.
 
         At most ``frames_ahead + 1`` outputs may be unread at a time: their buffers are used in turn.

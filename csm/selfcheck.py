@@ -39,6 +39,7 @@ from csm.kernels import linear_add
 from csm.kernels.launch import driver_version, enable_kernels, use_kernels
 from csm.model import CSM
 from csm.opchecks import TEMPERATURES, Check, RandomTensors, op_checks, relative_error
+from csm.quantize import describe
 
 MIN_CAPABILITY = (8, 0)  # of the kernels; also the first with bfloat16
 # Largest difference from the reference, relative to the reference's largest value. Two correct implementations that
@@ -199,6 +200,7 @@ def _reference_ops(device: torch.device) -> Iterator[None]:
 
 def _graph_failure(model: CSM, batch_sizes: Sequence[int]) -> str | None:
     """How a captured frame differs from an eager one, or None."""
+    model.precompute_depth_qkv()  # as for the frames that will be captured
     for batch in sorted(set(batch_sizes)):
         with torch.inference_mode():
             state = _random_state(model, batch)
@@ -256,7 +258,7 @@ def _key(model: CSM, batch_sizes: Sequence[int], rung: Rung) -> str:
         _device_name(model.device),
         _versions(),
         f"model {shapes}",
-        str(model.dtype),
+        f"{model.dtype!s} {describe(model)}".rstrip(),
         f"batch {batches}",
         str(rung),
     )

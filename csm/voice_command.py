@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for action in (add, say, export):
         action.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     for action in actions.choices.values():
-        action.add_argument("--model", help="hub name, folder, or tiny: also finds the voices beside this checkpoint")
+        action.add_argument(
+            "--model", help="hub name, folder, GGUF file, or tiny: also finds the voices beside this checkpoint"
+        )
 
 
 def run(args: argparse.Namespace) -> str:

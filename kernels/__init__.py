@@ -16,15 +16,18 @@ from csm.kernels.launch import use_kernels
 from csm.kernels.linear_add import linear_add
 from csm.kernels.norm_linear import norm_linear, rms_norm
 from csm.kernels.norm_swiglu import norm_swiglu
+from csm.kernels.qkv_table import QKVGather, can_gather_qkv, tabulate_qkv
 from csm.kernels.rope_cache import norm_rope_cache, rope_cache
 from csm.kernels.sample import draw_noise, sample
 
 __all__ = [
     "BlockWeights",
+    "QKVGather",
     "advance_frame",
     "attention",
     "attention_linear_add",
     "block",
+    "can_gather_qkv",
     "causal_bias",
     "draw_noise",
     "embed_rows",
@@ -35,5 +38,6 @@ __all__ = [
     "rms_norm",
     "rope_cache",
     "sample",
+    "tabulate_qkv",
     "use_kernels",
 ]

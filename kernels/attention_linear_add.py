@@ -16,11 +16,11 @@ from torch import Tensor
 
 from csm.kernels.attention import MIN_DOT, attention, covered_positions, softmax_dot
 from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
-from csm.kernels.launch_config import launch_config
+from csm.kernels.launch_config import launch_config, weight_arguments
 from csm.kernels.linear_add import linear_add
 from csm.kernels.native import ops as native
 from csm.kernels.quantized import Weight
-from csm.kernels.tiles import gemv_tile, release_next_kernel, wait_for_inputs
+from csm.kernels.tiles import gemv_tile, release_next_kernel, scale_tile, wait_for_inputs, weight_tile
 
 MAX_FUSED_CONTEXT = 32  # and a single row: every program repeats the attention and holds its tiles in registers
 
@@ -78,6 +78,7 @@ def attention_linear_add_row(
     k_ptr,
     v_ptr,
     weight_ptr,
+    scale_ptr,
     residual_ptr,
     out_ptr,
     position_ptr,
@@ -94,15 +95,21 @@ def attention_linear_add_row(
     M: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
+    KIND: tl.constexpr,
+    EVICT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``attention_linear_add`` of one row. The attention output is rounded where the reference rounds it."""
     release_next_kernel(PDL)
     n_N, m_M = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, M)
-    k_K, mask_K = head_offsets(tl.arange(0, GROUPS * R * D), H, G, d, GROUPS, R, D)
-    mask_NK = (n_N < N)[:, None] & mask_K[None, :]
-    weight_ptr_NK = weight_ptr + n_N[:, None] * (H * d) + k_K[None, :]
-    weight_NK = tl.load(weight_ptr_NK, mask=mask_NK, other=0.0, eviction_policy="evict_first")
+    if KIND == "dense":
+        k_K, mask_K = head_offsets(tl.arange(0, GROUPS * R * D), H, G, d, GROUPS, R, D)
+        mask_NK = (n_N < N)[:, None] & mask_K[None, :]
+        weight_ptr_NK = weight_ptr + n_N[:, None] * (H * d) + k_K[None, :]
+        weight_NK = tl.load(weight_ptr_NK, mask=mask_NK, other=0.0, eviction_policy=EVICT)
+    else:  # without padded heads
+        weight_NK = weight_tile(weight_ptr, n_N, N, H * d, GROUPS * R * D, KIND, EVICT)
+    weight_scale = scale_tile(scale_ptr, n_N, N, H * d, GROUPS * R * D, KIND, EVICT)
     wait_for_inputs(PDL)
     residual_N = tl.load(residual_ptr + n_N, mask=n_N < N, other=0.0).to(tl.float32)
     offset_MD, mask_MD = head_offsets(m_M[:, None] * D + tl.arange(0, D)[None, :], H, G, d, GROUPS, R, D)
@@ -110,7 +117,8 @@ def attention_linear_add_row(
     attended_MD = attend_all_heads(q_MD, k_ptr, v_ptr, position_ptr, head_stride, scale, G, CONTEXT, d, GROUPS, R, S)
     attended_MD = tl.where((m_M < GROUPS * R)[:, None], attended_MD, 0.0)
     attended_K = tl.sum(tl.reshape(attended_MD, (M // (GROUPS * R), GROUPS * R * D)), axis=0)  # drops the padded heads
-    out_N = residual_N + gemv_tile(weight_NK, attended_K.to(q_ptr.dtype.element_ty).to(tl.float32))
+    attended_K = attended_K.to(q_ptr.dtype.element_ty).to(tl.float32)
+    out_N = residual_N + gemv_tile(weight_NK, weight_scale, attended_K, KIND)
     tl.store(out_ptr + n_N, out_N.to(q_ptr.dtype.element_ty), mask=n_N < N)
 
 
@@ -129,7 +137,10 @@ def attention_linear_add(
     if B * T <= native.MAX_ROWS and native.use_native(q_BTHd, B * T, weight_DE):
         return native.attention_linear_add(q_BTHd, k_cache_BGSd, v_cache_BGSd, position_BT, weight_DE, residual_BTD)
     context = covered_positions(bias_BTS, context)
+    constants = _constants(H, G, d, weight_DE.shape[0], context)
+    padded = H * d != constants["GROUPS"] * constants["R"] * constants["D"]
     fused = B * T == 1 and context <= MAX_FUSED_CONTEXT and use_kernels(q_BTHd, 1)
+    fused = fused and (isinstance(weight_DE, Tensor) or not padded)
     config = launch_config("attention_linear_add", weight_DE, 1) if fused else None
     if config is None:
         attended_BTE = attention(q_BTHd, k_cache_BGSd, v_cache_BGSd, bias_BTS, position_BT, context)
@@ -142,7 +153,6 @@ def attention_linear_add(
         q_ptr=q_BTHd,
         k_ptr=k_cache_BGSd,
         v_ptr=v_cache_BGSd,
-        weight_ptr=weight_DE,
         residual_ptr=residual_BTD,
         out_ptr=out_BTD,
         position_ptr=position_BT,
@@ -150,7 +160,8 @@ def attention_linear_add(
         scale=1 / math.sqrt(d),
         BLOCK_N=config.constants["BLOCK_N"],
         num_warps=config.num_warps,
-        **_constants(H, G, d, weight_DE.shape[0], context),
+        **weight_arguments(weight_DE),
+        **constants,
     )
     return out_BTD
 

@@ -39,13 +39,18 @@ def block(
     slot_B1: Tensor,
     position_BT: Tensor,
     context: int | None = None,
+    q_BTHd: Tensor | None = None,
 ) -> Tensor:
-    """``h = x + attention(norm(x))``, then ``h + mlp(norm(h))``: (B, T, D) -> (B, T, D). Writes into the caches."""
+    """``h = x + attention(norm(x))``, then ``h + mlp(norm(h))``: (B, T, D) -> (B, T, D). Writes into the caches.
+
+    If ``q_BTHd`` is given, the rows' keys and values are in the caches already (``csm.kernels.qkv_table``).
+    """
     attention_norm_D, qkv_ED, output_DE, mlp_norm_D, gate_up_2FD, down_DF = weights
     keys = (k_cache_BGSd, v_cache_BGSd)
-    if native.use_native_block(x_BTD, x_BTD.shape[0] * x_BTD.shape[1], weights):
+    if q_BTHd is None and native.use_native_block(x_BTD, x_BTD.shape[0] * x_BTD.shape[1], weights):
         return native.block(x_BTD, weights, eps, rope_BTp2, *keys, slot_B1, position_BT)
-    q_BTHd = norm_rope_cache(x_BTD, attention_norm_D, qkv_ED, eps, rope_BTp2, *keys, slot_B1, position_BT)
+    if q_BTHd is None:
+        q_BTHd = norm_rope_cache(x_BTD, attention_norm_D, qkv_ED, eps, rope_BTp2, *keys, slot_B1, position_BT)
     h_BTD = attention_linear_add(q_BTHd, *keys, bias_BTS, position_BT, output_DE, residual_BTD=x_BTD, context=context)
     hidden_BTF = norm_swiglu(h_BTD, mlp_norm_D, gate_up_2FD, eps)
     return linear_add(hidden_BTF, down_DF, residual_BTD=h_BTD)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
+from csm.kernels.row_file import RowFile, Table, gather
 from csm.kernels.tiles import release_next_kernel, wait_for_inputs
 
 BLOCK_D = 64
 
 
 def embed_rows_reference(
-    row_BTC: Tensor, mask_BTC: Tensor, offset_K: Tensor, audio_WD: Tensor, text_VD: Tensor
+    row_BTC: Tensor, mask_BTC: Tensor, offset_K: Tensor, audio_WD: Table, text_VD: Table
 ) -> Tensor:
     """``embed_rows`` in PyTorch."""
-    audio_BTKD = F.embedding(row_BTC[..., :-1] + offset_K, audio_WD)
-    text_BT1D = F.embedding(row_BTC[..., -1:], text_VD)
+    audio_BTKD = gather(row_BTC[..., :-1] + offset_K, audio_WD)
+    text_BT1D = gather(row_BTC[..., -1:], text_VD)
     return (torch.cat((audio_BTKD, text_BT1D), dim=-2) * mask_BTC.unsqueeze(-1)).sum(dim=-2)
 
 
@@ -54,10 +54,10 @@ def embed_row(
     tl.store(out_ptr + row * D + d_D, out_D.to(out_ptr.dtype.element_ty), mask=d_D < D)
 
 
-def embed_rows(row_BTC: Tensor, mask_BTC: Tensor, offset_K: Tensor, audio_WD: Tensor, text_VD: Tensor) -> Tensor:
+def embed_rows(row_BTC: Tensor, mask_BTC: Tensor, offset_K: Tensor, audio_WD: Table, text_VD: Table) -> Tensor:
     """(B, T, K + 1) ids and mask -> (B, T, D). Codebook k starts at row ``offset_K[k]`` of the audio table."""
     (B, T, C), D = row_BTC.shape, audio_WD.shape[1]
-    if not use_kernels(audio_WD, B * T):
+    if isinstance(audio_WD, RowFile) or isinstance(text_VD, RowFile) or not use_kernels(audio_WD, B * T):
         return embed_rows_reference(row_BTC, mask_BTC, offset_K, audio_WD, text_VD)
     assert row_BTC.is_contiguous() and mask_BTC.is_contiguous()
     out_BTD = audio_WD.new_empty(B, T, D)

@@ -42,6 +42,11 @@ if triton is not None:
 INTERPRETED = triton and tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
+def constexpr(value: Any) -> Any:
+    """A module's constant that kernels may use."""
+    return value if triton is None else tl.constexpr(value)
+
+
 class Launch(NamedTuple):
     """One recorded launch: the kernel, its grid, its arguments by name, and num_warps."""
 

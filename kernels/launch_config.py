@@ -12,10 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from csm.kernels.launch import gpu_arch, power_of_two
-from csm.kernels.quantized import Weight
+from csm.kernels.quantized import QuantizedWeight, Weight
+from csm.kernels.quantized_rows import BLOCK, QuantizedRows
 
 TABLE = Path(__file__).parent / "tuned.json"
 MAX_GEMV_ROWS = 8  # up to here a program multiplies its weight tile by one row after another; above, tensor cores
@@ -25,6 +24,8 @@ PROGRAM_WEIGHT_BYTES = 1 << 15
 MIN_PROGRAM_WEIGHT_BYTES = 1 << 14  # not less, if there would otherwise be fewer than MIN_PROGRAMS
 MIN_PROGRAMS = 264  # two per multiprocessor of an H100
 MIN_MATMUL_PROGRAMS = 128  # of the tensor-core kernels, which have more work per program
+# A program computes with as many quantised weights as with weights of this many bytes: registers hold them unpacked.
+QUANTIZED_SIZE = 4
 NUM_WEIGHT_TILES = {"norm_swiglu": 2}  # ops whose program reads several rows per output (gate and up)
 
 
@@ -45,14 +46,25 @@ class LaunchConfig(NamedTuple):
 
 def launch_config(op: str, weight: Weight, num_rows: int) -> LaunchConfig | None:
     """For the product of ``num_rows`` rows and a weight (N, K): from the table, else by rule. None: fall back."""
-    if not isinstance(weight, Tensor):  # quantised: no kernel reads it
+    if isinstance(weight, QuantizedWeight):  # packed for a CPU
         return None
-    assert weight.is_contiguous()
     n, k = weight.shape
     m = 0 if num_rows <= MAX_GEMV_ROWS else max(16, power_of_two(num_rows))
-    return _launch_config(
-        op, n, k, str(weight.dtype).removeprefix("torch."), weight.element_size(), m, gpu_arch(weight.device)
-    )
+    if isinstance(weight, QuantizedRows):
+        assert weight.values.is_contiguous() and weight.scales.is_contiguous()
+        size = weight.dtype.itemsize if m else QUANTIZED_SIZE
+        return _launch_config(op, n, k, weight.kind, size, m, gpu_arch(weight.device))
+    assert weight.is_contiguous()
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return _launch_config(op, n, k, dtype, weight.element_size(), m, gpu_arch(weight.device))
+
+
+def weight_arguments(weight: Weight) -> dict[str, Any]:
+    """What a kernel gets of a weight: its values and scales, and how they are stored and cached."""
+    if isinstance(weight, QuantizedRows):
+        eviction = "evict_last" if weight.keep else "evict_first"
+        return dict(weight_ptr=weight.values, scale_ptr=weight.scales, KIND=weight.kind, EVICT=eviction)
+    return dict(weight_ptr=weight, scale_ptr=weight, KIND="dense", EVICT="evict_first")
 
 
 @cache
@@ -79,7 +91,7 @@ def key(op: str, n: int, k: int, dtype: str, m: int) -> str:
 
 def by_rule(op: str, n: int, k: int, size: int, m: int) -> LaunchConfig:
     """Configuration of a product that is not in the table. ``size`` is bytes per element; ``m`` is M or 0."""
-    tiles, block_k = NUM_WEIGHT_TILES.get(op, 1), power_of_two(k)
+    tiles, block_k = NUM_WEIGHT_TILES.get(op, 1), max(BLOCK, power_of_two(k))
     if m:
         block_n = 32 if n // tiles >= 32 * MIN_MATMUL_PROGRAMS else 16
         return LaunchConfig(4, {"M": m, "BLOCK_N": block_n, "BLOCK_K": 32 if size == 4 else 128 if m < 64 else 64})

@@ -6,10 +6,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
-from csm.kernels.launch_config import launch_config
+from csm.kernels.launch_config import launch_config, weight_arguments
 from csm.kernels.native import ops as native
 from csm.kernels.quantized import Weight, dense
-from csm.kernels.tiles import gemv_tile, load_row, matmul_tile, release_next_kernel, wait_for_inputs, weight_tile
+from csm.kernels.tiles import (
+    gemv_tile,
+    load_row,
+    matmul_tile,
+    release_next_kernel,
+    scale_tile,
+    wait_for_inputs,
+    weight_tile,
+)
 
 
 def linear_add_reference(x_BTF: Tensor, weight_DF: Weight, residual_BTD: Tensor) -> Tensor:
@@ -21,6 +29,7 @@ def linear_add_reference(x_BTF: Tensor, weight_DF: Weight, residual_BTD: Tensor)
 def linear_add_rows(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     residual_ptr,
     out_ptr,
     x_stride,
@@ -30,17 +39,20 @@ def linear_add_rows(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    EVICT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``linear_add`` of up to MAX_GEMV_ROWS rows."""
     release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_NK = weight_tile(weight_ptr, n_N, N=N, K=K, BLOCK_K=BLOCK_K)
+    weight_NK = weight_tile(weight_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
+    scale = scale_tile(scale_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
         residual_N = tl.load(residual_ptr + row * residual_stride + n_N, mask=n_N < N, other=0.0).to(tl.float32)
         x_K = load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K).to(tl.float32)
-        out_N = residual_N + gemv_tile(weight_NK, x_K)
+        out_N = residual_N + gemv_tile(weight_NK, scale, x_K, KIND)
         tl.store(out_ptr + row * N + n_N, out_N.to(x_ptr.dtype.element_ty), mask=n_N < N)
 
 
@@ -48,6 +60,7 @@ def linear_add_rows(
 def linear_add_matmul(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     residual_ptr,
     out_ptr,
     x_stride,
@@ -58,6 +71,8 @@ def linear_add_matmul(
     M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    EVICT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``linear_add`` of more rows, on tensor cores."""
@@ -68,9 +83,9 @@ def linear_add_matmul(
     mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
     residual_ptr_MN = residual_ptr + m_M[:, None] * residual_stride + n_N[None, :]
     residual_MN = tl.load(residual_ptr_MN, mask=mask_MN, other=0.0).to(tl.float32)
-    acc_MN = residual_MN + matmul_tile(
-        x_ptr, x_stride, 1.0, x_ptr, weight_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=False
-    )
+    weight, kind = (weight_ptr, scale_ptr), (KIND, EVICT)
+    acc_MN = matmul_tile(x_ptr, x_stride, 1.0, x_ptr, *weight, m_M, n_N, ROWS, N, K, BLOCK_K, False, *kind)
+    acc_MN += residual_MN
     tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], acc_MN.to(x_ptr.dtype.element_ty), mask=mask_MN)
 
 
@@ -87,7 +102,6 @@ def linear_add(x_BTF: Tensor, weight_DF: Weight, residual_BTD: Tensor) -> Tensor
         linear_add_matmul if "M" in config.constants else linear_add_rows,
         [config.num_programs(D)],
         x_ptr=x_BTF,
-        weight_ptr=weight_DF,
         residual_ptr=residual_BTD,
         out_ptr=out_BTD,
         x_stride=row_stride(x_BTF),
@@ -95,6 +109,7 @@ def linear_add(x_BTF: Tensor, weight_DF: Weight, residual_BTD: Tensor) -> Tensor
         ROWS=B * T,
         N=D,
         K=x_BTF.shape[2],
+        **weight_arguments(weight_DF),
         **config.options,
     )
     return out_BTD

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
-from csm.kernels.launch_config import launch_config
+from csm.kernels.launch_config import launch_config, weight_arguments
 from csm.kernels.native import ops as native
 from csm.kernels.quantized import Weight, dense
 from csm.kernels.tiles import (
@@ -16,6 +16,7 @@ from csm.kernels.tiles import (
     matmul_tile,
     release_next_kernel,
     rms_norm_row,
+    scale_tile,
     wait_for_inputs,
     weight_tile,
 )
@@ -40,6 +41,7 @@ def norm_linear_rows(
     x_ptr,
     norm_ptr,
     weight_ptr,
+    scale_ptr,
     out_ptr,
     x_stride,
     ROWS: tl.constexpr,
@@ -48,17 +50,21 @@ def norm_linear_rows(
     EPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    EVICT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``norm_linear`` of up to MAX_GEMV_ROWS rows."""
     release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_NK = weight_tile(weight_ptr, n_N, N=N, K=K, BLOCK_K=BLOCK_K)
+    weight_NK = weight_tile(weight_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
+    scale = scale_tile(scale_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
     norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
         x_K = rms_norm_row(load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
-        tl.store(out_ptr + row * N + n_N, gemv_tile(weight_NK, x_K).to(x_ptr.dtype.element_ty), mask=n_N < N)
+        out_N = gemv_tile(weight_NK, scale, x_K, KIND)
+        tl.store(out_ptr + row * N + n_N, out_N.to(x_ptr.dtype.element_ty), mask=n_N < N)
 
 
 @jit
@@ -66,6 +72,7 @@ def norm_linear_matmul(
     x_ptr,
     norm_ptr,
     weight_ptr,
+    scale_ptr,
     out_ptr,
     x_stride,
     ROWS: tl.constexpr,
@@ -75,6 +82,8 @@ def norm_linear_matmul(
     M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    EVICT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``norm_linear`` of more rows, on tensor cores."""
@@ -83,7 +92,8 @@ def norm_linear_matmul(
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)
     scale_M = inverse_rms(x_ptr, x_stride, m_M, ROWS=ROWS, K=K, EPS=EPS, BLOCK_K=BLOCK_K)
-    acc_MN = matmul_tile(x_ptr, x_stride, scale_M, norm_ptr, weight_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, NORM=True)
+    weight, kind = (weight_ptr, scale_ptr), (KIND, EVICT)
+    acc_MN = matmul_tile(x_ptr, x_stride, scale_M, norm_ptr, *weight, m_M, n_N, ROWS, N, K, BLOCK_K, True, *kind)
     mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
     tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], acc_MN.to(x_ptr.dtype.element_ty), mask=mask_MN)
 
@@ -102,13 +112,13 @@ def norm_linear(x_BTD: Tensor, norm_D: Tensor, weight_ED: Weight, eps: float) ->
         [config.num_programs(E)],
         x_ptr=x_BTD,
         norm_ptr=norm_D,
-        weight_ptr=weight_ED,
         out_ptr=out_BTE,
         x_stride=row_stride(x_BTD),
         ROWS=B * T,
         N=E,
         K=D,
         EPS=eps,
+        **weight_arguments(weight_ED),
         **config.options,
     )
     return out_BTE

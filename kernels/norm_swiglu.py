@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
-from csm.kernels.launch_config import launch_config
+from csm.kernels.launch_config import launch_config, weight_arguments
 from csm.kernels.native import ops as native
 from csm.kernels.norm_linear import rms_norm
 from csm.kernels.quantized import Weight, dense
@@ -17,6 +17,7 @@ from csm.kernels.tiles import (
     matmul_tile,
     release_next_kernel,
     rms_norm_row,
+    scale_tile,
     wait_for_inputs,
     weight_tile,
 )
@@ -45,7 +46,8 @@ def swiglu(gate, up):
 def norm_swiglu_rows(
     x_ptr,
     norm_ptr,
-    gate_up_ptr,
+    weight_ptr,
+    scale_ptr,
     out_ptr,
     x_stride,
     ROWS: tl.constexpr,
@@ -54,18 +56,21 @@ def norm_swiglu_rows(
     EPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    EVICT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``norm_swiglu`` of up to MAX_GEMV_ROWS rows."""
     release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_I = gate_up_rows(tl.program_id(0) * BLOCK_N, N, BLOCK_N)
-    gate_up_IK = weight_tile(gate_up_ptr, row_I, N=2 * N, K=K, BLOCK_K=BLOCK_K)
+    gate_up_IK = weight_tile(weight_ptr, row_I, 2 * N, K, BLOCK_K, KIND, EVICT)
+    scale = scale_tile(scale_ptr, row_I, 2 * N, K, BLOCK_K, KIND, EVICT)
     norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
         x_K = rms_norm_row(load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
-        gate_N, up_N = tl.split(tl.reshape(gemv_tile(gate_up_IK, x_K), (BLOCK_N, 2)))
+        gate_N, up_N = tl.split(tl.reshape(gemv_tile(gate_up_IK, scale, x_K, KIND), (BLOCK_N, 2)))
         tl.store(out_ptr + row * N + n_N, swiglu(gate_N, up_N).to(x_ptr.dtype.element_ty), mask=n_N < N)
 
 
@@ -73,7 +78,8 @@ def norm_swiglu_rows(
 def norm_swiglu_matmul(
     x_ptr,
     norm_ptr,
-    gate_up_ptr,
+    weight_ptr,
+    scale_ptr,
     out_ptr,
     x_stride,
     ROWS: tl.constexpr,
@@ -83,6 +89,8 @@ def norm_swiglu_matmul(
     M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    EVICT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``norm_swiglu`` of more rows, on tensor cores."""
@@ -92,9 +100,8 @@ def norm_swiglu_matmul(
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)
     scale_M = inverse_rms(x_ptr, x_stride, m_M, ROWS=ROWS, K=K, EPS=EPS, BLOCK_K=BLOCK_K)
-    acc_MI = matmul_tile(
-        x_ptr, x_stride, scale_M, norm_ptr, gate_up_ptr, m_M, row_I, ROWS, 2 * N, K, BLOCK_K, NORM=True
-    )
+    weight, kind = (weight_ptr, scale_ptr), (KIND, EVICT)
+    acc_MI = matmul_tile(x_ptr, x_stride, scale_M, norm_ptr, *weight, m_M, row_I, ROWS, 2 * N, K, BLOCK_K, True, *kind)
     gate_MN, up_MN = tl.split(tl.reshape(acc_MI, (M, BLOCK_N, 2)))
     mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
     hidden_MN = swiglu(gate_MN, up_MN).to(x_ptr.dtype.element_ty)
@@ -118,13 +125,13 @@ def norm_swiglu(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Weight, eps: float) 
         [config.num_programs(F_)],
         x_ptr=x_BTD,
         norm_ptr=norm_D,
-        gate_up_ptr=gate_up_2FD,
         out_ptr=out_BTF,
         x_stride=row_stride(x_BTD),
         ROWS=B * T,
         N=F_,
         K=D,
         EPS=eps,
+        **weight_arguments(gate_up_2FD),
         **config.options,
     )
     return out_BTF

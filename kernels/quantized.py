@@ -3,6 +3,7 @@
 The numbers are those of GGUF's q8_0 and q4_0 (https://github.com/ggml-org/ggml, docs/gguf.md): along its inputs, a
 weight is cut into blocks of 32 that share a float16 scale, and a value is scale * q, with q from -127 to 127, or from
 -8 to 7. They are stored in the order in which ``kernels/native`` reads them; ``kernels/native/product.h`` describes it.
+``csm.kernels.quantized_rows`` has the same numbers, and fp8, in the order in which Triton kernels read them.
 
 Shapes: N outputs, K inputs, L stacked weights, P tiles, J pairs of blocks, R = 16 outputs of a tile.
 """
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 32  # values that share a scale
+from csm.kernels.quantized_rows import BLOCK, QuantizedRows, pack_rows, stack_rows
+
 TILE = 16  # outputs
 PAIR = 2 * BLOCK
 LARGEST = {8: 127, 4: 7}
@@ -36,6 +38,10 @@ class QuantizedWeight:
     shape: torch.Size
     bits: int
     dtype: torch.dtype
+
+    @property
+    def kind(self) -> str:
+        return f"int{self.bits}"
 
     @property
     def device(self) -> torch.device:
@@ -58,6 +64,13 @@ class QuantizedWeight:
             return QuantizedWeight(self.packed, torch.Size((stop, self.shape[1])), self.bits, self.dtype)
         raise IndexError(f"a quantised weight of shape {tuple(self.shape)} has no part {index}")
 
+    def to_rows(self) -> QuantizedRows:
+        """The same numbers in the layout of the Triton kernels."""
+        if len(self.shape) == 3:
+            return stack_rows([self[index].to_rows() for index in range(self.shape[0])])
+        (N, K), (q_NK, scale_NJ) = self.shape, unpack(self.packed, self.bits)
+        return pack_rows(q_NK[:N, :K], scale_NJ[:N, : -(-K // BLOCK)], self.kind, self.dtype)
+
     def dequantize(self) -> Tensor:
         """The weight as a tensor of ``dtype``: what a reference multiplies."""
         if len(self.shape) == 3:
@@ -68,12 +81,12 @@ class QuantizedWeight:
         return weight_NK[: self.shape[0], : self.shape[1]].to(self.dtype).contiguous()
 
 
-Weight = Tensor | QuantizedWeight
+Weight = Tensor | QuantizedWeight | QuantizedRows
 
 
 def dense(weight: Weight) -> Tensor:
     """A weight of any kind as a tensor."""
-    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+    return weight if isinstance(weight, Tensor) else weight.dequantize()
 
 
 def packed_shape(shape: Sequence[int], bits: int) -> tuple[int, ...]:

@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 
 from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
-from csm.kernels.launch_config import MAX_GEMV_ROWS, launch_config
+from csm.kernels.launch_config import MAX_GEMV_ROWS, launch_config, weight_arguments
 from csm.kernels.native import ops as native
 from csm.kernels.norm_linear import norm_linear
 from csm.kernels.quantized import Weight
-from csm.kernels.tiles import gemv_tile, load_row, release_next_kernel, rms_norm_row, wait_for_inputs, weight_tile
+from csm.kernels.tiles import (
+    gemv_tile,
+    load_row,
+    release_next_kernel,
+    rms_norm_row,
+    scale_tile,
+    wait_for_inputs,
+    weight_tile,
+)
 
 BLOCK_N = 512  # outputs per program of rope_cache_row
 
@@ -80,6 +88,7 @@ def norm_rope_cache_rows(
     x_ptr,
     norm_ptr,
     weight_ptr,
+    scale_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -99,12 +108,16 @@ def norm_rope_cache_rows(
     EPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    EVICT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``norm_rope_cache`` of few rows. The product is rounded before RoPE, where the reference rounds it."""
     release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_NK = weight_tile(weight_ptr, n_N, N=(H + 2 * G) * d, K=K, BLOCK_K=BLOCK_K)
+    N: tl.constexpr = (H + 2 * G) * d
+    weight_NK = weight_tile(weight_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
+    scale = scale_tile(scale_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
     norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
@@ -112,7 +125,7 @@ def norm_rope_cache_rows(
         slot, position = tl.load(slot_ptr + row // T), tl.load(position_ptr + row_offset)
         cos_P, sin_P = load_rope(rope_ptr + row_offset * d, n_N, d, ROTATED=(H + G) * d)
         x_K = rms_norm_row(load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
-        qkv_N = gemv_tile(weight_NK, x_K).to(x_ptr.dtype.element_ty).to(tl.float32)
+        qkv_N = gemv_tile(weight_NK, scale, x_K, KIND).to(x_ptr.dtype.element_ty).to(tl.float32)
         out_N = rotate_pair_tile(qkv_N, cos_P, sin_P).to(x_ptr.dtype.element_ty)
         cache_offset = slot * slot_stride + position * d
         k_row_ptr, v_row_ptr = k_ptr + cache_offset, v_ptr + cache_offset
@@ -181,12 +194,12 @@ def norm_rope_cache(
         [config.num_programs(qkv_ED.shape[0])],
         x_ptr=x_BTD,
         norm_ptr=norm_D,
-        weight_ptr=qkv_ED,
         x_stride=row_stride(x_BTD),
         ROWS=B * T,
         K=D,
         EPS=eps,
         **_rope_arguments(q_BTHd, rope_BTp2, k_cache_BGSd, v_cache_BGSd, slot_B1, position_BT),
+        **weight_arguments(qkv_ED),
         **config.options,
     )
     return q_BTHd

@@ -9,7 +9,7 @@ Shapes: B slots, K codebooks, V ids (the size of a codebook), D depth decoder di
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
 from csm.kernels.native import ops as native
+from csm.kernels.qkv_table import QKVGather, gather_qkv, gather_qkv_reference
 from csm.kernels.quantized import Weight
-from csm.kernels.tiles import release_next_kernel, wait_for_inputs
+from csm.kernels.tiles import load_row, release_next_kernel, wait_for_inputs
 
 # Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -99,8 +100,9 @@ def draw_noise(
 
 
 @jit
-def slot_noise(seed, frame, codebook, temperature, BLOCK_V: tl.constexpr):
+def slot_noise(seed_ptr, frame_ptr, temperature_ptr, codebook, BLOCK_V: tl.constexpr):
     """``gumbel_noise`` of one slot and codebook, times its temperature: (BLOCK_V,) float32."""
+    seed, frame, temperature = tl.load(seed_ptr), tl.load(frame_ptr), tl.load(temperature_ptr)
     noise_V = tl.zeros((BLOCK_V,), dtype=tl.float32)
     # The branch also keeps the noise before the wait, and its product out of a fused multiply-add with the logits.
     if temperature != 0:
@@ -119,6 +121,32 @@ def argmax_id(key_V, logit_V, V: tl.constexpr):
     return code, logit, tl.sum((logit_V > logit).to(tl.int32), axis=0)
 
 
+@jit
+def draw_id(logits_ptr, noise_V, top_k, V: tl.constexpr, BLOCK_V: tl.constexpr):
+    """``draw_ids`` of one slot, without a sort.
+
+    The id with the largest key is in the top k if fewer than k logits exceed its own. Otherwise neither it nor any id
+    with an equal or smaller logit is: these are rejected, and the largest remaining key is tried.
+    """
+    v_V = tl.arange(0, BLOCK_V)
+    logit_V = tl.load(logits_ptr + v_V, mask=v_V < V, other=-float("inf")).to(tl.float32)
+    key_V = tl.where(v_V < V, logit_V + noise_V, -float("inf"))
+    code, logit, num_larger = argmax_id(key_V, logit_V, V)
+    rejections = 0
+    while (num_larger >= top_k) & (rejections < V):
+        key_V = tl.where(logit_V > logit, key_V, -float("inf"))
+        code, logit, num_larger = argmax_id(key_V, logit_V, V)
+        rejections += 1
+    return code
+
+
+@jit
+def copy_row(source_ptr, target_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Copy D elements."""
+    d_D = tl.arange(0, BLOCK_D)
+    tl.store(target_ptr + d_D, load_row(source_ptr, D, BLOCK_D), mask=d_D < D)
+
+
 @jit(do_not_specialize=["codebook"])
 def sample_slot(
     logits_ptr,
@@ -129,57 +157,72 @@ def sample_slot(
     codes_ptr,
     table_ptr,
     out_ptr,
+    qkv_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
     codebook,
     logits_stride,
     codes_stride,
+    slot_stride,
+    head_stride,
     V: tl.constexpr,
     D: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    d: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    EMBED: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Draw one slot's code without a sort.
-
-    The id with the largest key is in the top k if fewer than k logits exceed its own. Otherwise neither it nor any id
-    with an equal or smaller logit is: these are rejected, and the largest remaining key is tried.
-    """
+    """Draw one slot's code. BLOCK_D is 0 without a table of embeddings, BLOCK_E without one of q, k and v."""
     release_next_kernel(PDL)
     slot = tl.program_id(0)
-    temperature = tl.load(temperature_ptr + slot)
-    noise_V = slot_noise(tl.load(seed_ptr + slot), tl.load(frame_ptr + slot), codebook, temperature, BLOCK_V)
+    noise_V = slot_noise(seed_ptr + slot, frame_ptr + slot, temperature_ptr + slot, codebook, BLOCK_V)
     top_k = tl.load(top_k_ptr + slot)
     wait_for_inputs(PDL)
-    v_V = tl.arange(0, BLOCK_V)
-    logit_V = tl.load(logits_ptr + slot * logits_stride + v_V, mask=v_V < V, other=-float("inf")).to(tl.float32)
-    key_V = tl.where(v_V < V, logit_V + noise_V, -float("inf"))
-    code, logit, num_larger = argmax_id(key_V, logit_V, V)
-    rejections = 0
-    while (num_larger >= top_k) & (rejections < V):
-        key_V = tl.where(logit_V > logit, key_V, -float("inf"))
-        code, logit, num_larger = argmax_id(key_V, logit_V, V)
-        rejections += 1
+    code = draw_id(logits_ptr + slot * logits_stride, noise_V, top_k, V, BLOCK_V)
     tl.store(codes_ptr + slot * codes_stride + codebook, code.to(tl.int64))
-    if EMBED:
-        d_D = tl.arange(0, BLOCK_D)
-        row_D = tl.load(table_ptr + code * D + d_D, mask=d_D < D, other=0.0)
-        tl.store(out_ptr + slot * D + d_D, row_D, mask=d_D < D)
+    if BLOCK_D > 0:
+        copy_row(table_ptr + code * D, out_ptr + slot * D, D, BLOCK_D)
+    if BLOCK_E > 0:
+        cache = slot * slot_stride
+        gather_qkv(qkv_ptr, code, q_ptr + slot * H * d, k_ptr + cache, v_ptr + cache, head_stride, H, G, d, BLOCK_E)
 
 
-def sample(logits_BV: Tensor, codebook: int, noise: Noise, codes_BK: Tensor, table_VD: Tensor | None) -> Tensor | None:
+def sample(
+    logits_BV: Tensor,
+    codebook: int,
+    noise: Noise,
+    codes_BK: Tensor,
+    table_VD: Tensor | None,
+    qkv: QKVGather | None = None,
+) -> Tensor | None:
     """Draw the code of ``codebook`` for every slot into ``codes_BK[:, codebook]``.
 
-    Returns the drawn rows of ``table_VD``, (B, D): the input of the next depth position. None without a table.
+    Returns the drawn rows of ``table_VD``, (B, D): the input of the next depth position. None without a table. With
+    ``qkv`` it also copies the first layer's q, k and v of the codes to where the gather says.
     """
     if noise.noise_BKV is not None:
         code_B = draw_ids(logits_BV, noise.noise_BKV[:, codebook], noise.top_k_B)
         codes_BK[:, codebook] = code_B
+        if qkv is not None:
+            gather_qkv_reference(code_B, qkv)
         return None if table_VD is None else F.embedding(code_B, table_VD)
     if native.use_native_sampling(logits_BV):
+        assert qkv is None, "the native op gathers no q, k and v"
         return native.sample(logits_BV, codebook, noise[:4], codes_BK, table_VD)
-    (B, V), D = logits_BV.shape, 1 if table_VD is None else table_VD.shape[1]
+    return _launch_sample(logits_BV, codebook, noise, codes_BK, table_VD, qkv)
+
+
+def _launch_sample(
+    logits_BV: Tensor, codebook: int, noise: Noise, codes_BK: Tensor, table_VD: Tensor | None, qkv: QKVGather | None
+) -> Tensor | None:
+    """``sample`` by the kernel."""
+    (B, V), D = logits_BV.shape, 0 if table_VD is None else table_VD.shape[1]
     assert logits_BV.stride(1) == 1 and codes_BK.stride(1) == 1
-    out_BD = logits_BV.new_empty(B, D)
+    out_BD = logits_BV.new_empty(B, max(1, D))
     launch(
         sample_slot,
         [B],
@@ -197,8 +240,30 @@ def sample(logits_BV: Tensor, codebook: int, noise: Noise, codes_BK: Tensor, tab
         V=V,
         D=D,
         BLOCK_V=power_of_two(max(4, V)),
-        BLOCK_D=power_of_two(D),
-        EMBED=table_VD is not None,
+        BLOCK_D=power_of_two(D) if D else 0,
+        **_gather_arguments(qkv, out_BD),
         num_warps=16,  # one Philox quad per thread
     )
     return None if table_VD is None else out_BD
+
+
+def _gather_arguments(qkv: QKVGather | None, unused: Tensor) -> dict[str, Any]:
+    """The kernel's arguments that ``qkv`` decides. Asserts the layouts that it assumes."""
+    if qkv is None:
+        pointers = dict.fromkeys(("qkv_ptr", "q_ptr", "k_ptr", "v_ptr"), unused)
+        return dict(slot_stride=0, head_stride=0, H=0, G=0, d=1, BLOCK_E=0, **pointers)
+    table_VE, q_B1Hd, k_BGd, v_BGd = qkv
+    assert table_VE.is_contiguous() and q_B1Hd.is_contiguous()
+    assert k_BGd.stride() == v_BGd.stride() and k_BGd.stride(2) == 1
+    return dict(
+        qkv_ptr=table_VE,
+        q_ptr=q_B1Hd,
+        k_ptr=k_BGd,
+        v_ptr=v_BGd,
+        slot_stride=k_BGd.stride(0),
+        head_stride=k_BGd.stride(1),
+        H=q_B1Hd.shape[2],
+        G=k_BGd.shape[1],
+        d=k_BGd.shape[2],
+        BLOCK_E=power_of_two(table_VE.shape[1]),
+    )

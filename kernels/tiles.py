@@ -8,7 +8,19 @@ batch. *Matmul*: tensor cores, over blocks of K.
 
 from __future__ import annotations
 
-from csm.kernels.launch import INTERPRETED, gdc_launch_dependents, gdc_wait, jit, tl
+from csm.kernels import quantized_rows
+from csm.kernels.launch import INTERPRETED, constexpr, gdc_launch_dependents, gdc_wait, jit, tl
+
+QUANT_BLOCK = constexpr(quantized_rows.BLOCK)
+BYTE_ZERO, NIBBLE_ZERO = constexpr(quantized_rows.BYTE_ZERO), constexpr(quantized_rows.NIBBLE_ZERO)
+# Byte i of a word becomes the lowest of 0x4B000000, which is 2**23 as a float32.
+PERMUTE = "prmt.b32 ${out}, {word}, 0x4B000000, 0x744{byte};"
+BYTES_ASM = constexpr(" ".join(PERMUTE.format(out=i, word="$4", byte=i) for i in range(4)))
+NIBBLES_ASM = constexpr(
+    "{ .reg .b32 lower, upper; and.b32 lower, $8, 0x0F0F0F0F; shr.b32 upper, $8, 4; and.b32 upper, upper, 0x0F0F0F0F; "
+    + " ".join(PERMUTE.format(out=i, word=("lower", "upper")[i // 4], byte=i % 4) for i in range(8))
+    + " }"
+)
 
 
 @jit
@@ -29,16 +41,87 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 
 @jit
-def weight_tile(weight_ptr, n_N, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows ``n_N`` of a weight (N, K), zero outside it: (BLOCK_N, BLOCK_K).
+def weight_tile(
+    weight_ptr,
+    n_N,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Rows ``n_N`` of a weight (N, K) as they are stored, zero outside it: (BLOCK_N, BLOCK_K), int4 (.., BLOCK_K // 2).
 
     Weights do not fit the L2 cache from one use to the next: they are evicted first, so that activations and the KV
-    cache stay.
+    cache stay. Those that are kept in it are evicted last.
     """
-    k_K = tl.arange(0, BLOCK_K)
-    mask_NK = (n_N < N)[:, None] & (k_K < K)[None, :]
-    weight_ptr_NK = weight_ptr + n_N[:, None] * K + k_K[None, :]
-    return tl.load(weight_ptr_NK, mask=mask_NK, other=0.0, eviction_policy="evict_first")
+    BLOCKS: tl.constexpr = (K + QUANT_BLOCK - 1) // QUANT_BLOCK
+    WIDTH: tl.constexpr = K if KIND == "dense" else BLOCKS * (QUANT_BLOCK // 2 if KIND == "int4" else QUANT_BLOCK)
+    k_K = tl.arange(0, BLOCK_K // 2 if KIND == "int4" else BLOCK_K)
+    mask_NK = (n_N < N)[:, None] & (k_K < WIDTH)[None, :]
+    weight_ptr_NK = weight_ptr + n_N[:, None] * WIDTH + k_K[None, :]
+    return tl.load(weight_ptr_NK, mask=mask_NK, other=0.0, eviction_policy=EVICT)
+
+
+@jit
+def scale_tile(
+    scale_ptr,
+    n_N,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """The scales of ``weight_tile``: fp8 (BLOCK_N,), int8 and int4 one for every 16 bytes, (BLOCK_N, C); else 1.
+
+    The order of the pointers makes Triton give a thread the scales of its own bytes: threads follow each other along
+    the first dimension where neither is contiguous, which the compiler is kept from seeing.
+    """
+    scale = 1.0
+    if KIND == "fp8":
+        scale = tl.load(scale_ptr + n_N, mask=n_N < N, other=0.0)
+    if KIND == "int8" or KIND == "int4":
+        BLOCKS: tl.constexpr = (K + QUANT_BLOCK - 1) // QUANT_BLOCK
+        c_C = tl.arange(0, BLOCK_K // QUANT_BLOCK * (2 if KIND == "int8" else 1))
+        j_C = c_C // 2 if KIND == "int8" else c_C * 2 // 2
+        mask_CN = (j_C < BLOCKS)[:, None] & (n_N < N)[None, :]
+        scale_ptr_CN = scale_ptr + n_N[None, :] * BLOCKS + j_C[:, None]
+        scale = tl.trans(tl.load(scale_ptr_CN, mask=mask_CN, other=0.0, eviction_policy=EVICT))
+    return scale
+
+
+@jit
+def unpack_bytes(byte, ZERO: tl.constexpr):
+    """uint8 values minus ZERO, in float32.
+
+    The byte becomes the lowest of 2**23 in float32, whose step is 1 there. That is exact, and it avoids the conversion
+    of integers, which runs on the slow units for special functions.
+    """
+    if INTERPRETED:
+        value = byte.to(tl.float32) - ZERO
+    else:
+        wide = tl.inline_asm_elementwise(BYTES_ASM, "=r,=r,=r,=r,r", [byte], dtype=tl.float32, is_pure=True, pack=4)
+        value = wide - (8388608.0 + ZERO)
+    return value
+
+
+@jit
+def unpack_nibbles(byte):
+    """Both halves of bytes, minus 8, in float32: a last dimension of 2, the lower half first. See ``unpack_bytes``."""
+    if INTERPRETED:
+        value = tl.join(byte & 15, byte >> 4).to(tl.float32) - NIBBLE_ZERO
+    else:
+        lower, upper = tl.inline_asm_elementwise(
+            NIBBLES_ASM,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [byte],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=4,
+        )
+        value = tl.join(lower, upper) - (8388608.0 + NIBBLE_ZERO)
+    return value
 
 
 @jit
@@ -58,9 +141,27 @@ def rms_norm_row(x_K, norm_K, K: tl.constexpr, EPS: tl.constexpr):
 
 
 @jit
-def gemv_tile(weight_NK, x_K):
-    """A weight tile times a row: (BLOCK_N,) float32."""
-    return tl.sum(weight_NK.to(tl.float32) * x_K[None, :], axis=1)
+def gemv_tile(weight_NK, scale, x_K, KIND: tl.constexpr):
+    """A weight tile with its scales times a row: (BLOCK_N,) float32.
+
+    A thread sums the products of the 16 bytes that it loaded, and multiplies the sum with their scale.
+    """
+    BLOCK_N: tl.constexpr = weight_NK.shape[0]
+    if KIND == "int8":
+        product_NK = unpack_bytes(weight_NK, BYTE_ZERO) * x_K[None, :]
+        part_NC = tl.sum(tl.reshape(product_NK, (BLOCK_N, x_K.shape[0] // 16, 16)), axis=2)
+        out_N = tl.sum(part_NC * scale.to(tl.float32), axis=1)
+    elif KIND == "int4":
+        BLOCKS: tl.constexpr = x_K.shape[0] // QUANT_BLOCK
+        x_K2 = tl.reshape(tl.permute(tl.reshape(x_K, (BLOCKS, 2, 16)), (0, 2, 1)), (BLOCKS * 16, 2))
+        product_NK2 = unpack_nibbles(weight_NK) * x_K2[None, :, :]
+        part_NC = tl.sum(tl.reshape(product_NK2, (BLOCK_N, BLOCKS, QUANT_BLOCK)), axis=2)
+        out_N = tl.sum(part_NC * scale.to(tl.float32), axis=1)
+    else:
+        out_N = tl.sum(weight_NK.to(tl.float32) * x_K[None, :], axis=1)
+        if KIND == "fp8":
+            out_N *= scale
+    return out_N
 
 
 @jit
@@ -76,12 +177,49 @@ def inverse_rms(x_ptr, stride, m_M, ROWS: tl.constexpr, K: tl.constexpr, EPS: tl
 
 
 @jit
+def dense_tile(
+    weight_ptr,
+    scale_ptr,
+    k_K,
+    n_N,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    DTYPE: tl.constexpr,
+    KIND: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Inputs ``k_K``, of whole blocks, and outputs ``n_N`` of a weight (N, K) in DTYPE: (BLOCK_K, BLOCK_N).
+
+    fp8 is not scaled yet: ``matmul_tile`` scales the products.
+    """
+    BLOCKS: tl.constexpr = (K + QUANT_BLOCK - 1) // QUANT_BLOCK
+    WIDTH: tl.constexpr = K if KIND == "dense" else BLOCKS * (QUANT_BLOCK // 2 if KIND == "int4" else QUANT_BLOCK)
+    at_K = k_K // QUANT_BLOCK * 16 + k_K % 16 if KIND == "int4" else k_K
+    mask_KN = (k_K < K)[:, None] & (n_N < N)[None, :]
+    weight_ptr_KN = weight_ptr + n_N[None, :] * WIDTH + at_K[:, None]
+    weight_KN = tl.load(weight_ptr_KN, mask=mask_KN, other=0.0, eviction_policy=EVICT)
+    if KIND == "int8" or KIND == "int4":
+        if KIND == "int4":
+            shift_K = (k_K % QUANT_BLOCK // 16 * 4).to(tl.uint8)
+            value_KN = unpack_bytes((weight_KN >> shift_K[:, None]) & 15, NIBBLE_ZERO)
+        else:
+            value_KN = unpack_bytes(weight_KN, BYTE_ZERO)
+        scale_ptr_KN = scale_ptr + n_N[None, :] * BLOCKS + (k_K // QUANT_BLOCK)[:, None]
+        scale_KN = tl.load(scale_ptr_KN, mask=mask_KN, other=0.0, eviction_policy=EVICT).to(tl.float32)
+        dense_KN = (value_KN * scale_KN).to(DTYPE)
+    else:
+        dense_KN = weight_KN.to(DTYPE)
+    return dense_KN
+
+
+@jit
 def matmul_tile(
     x_ptr,
     x_stride,
     scale_M,
     norm_ptr,
     weight_ptr,
+    scale_ptr,
     m_M,
     n_N,
     ROWS: tl.constexpr,
@@ -89,6 +227,8 @@ def matmul_tile(
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NORM: tl.constexpr,
+    KIND: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
     """Rows ``m_M`` of x times rows ``n_N`` of a weight (N, K): (M, BLOCK_N) float32.
 
@@ -103,10 +243,10 @@ def matmul_tile(
             norm_K = tl.load(norm_ptr + k_K, mask=k_K < K, other=0.0).to(tl.float32)
             rounded_MK = (x_MK.to(tl.float32) * scale_M[:, None]).to(x_MK.dtype).to(tl.float32)
             x_MK = (rounded_MK * norm_K[None, :]).to(x_MK.dtype)
-        mask_KN = (k_K < K)[:, None] & (n_N < N)[None, :]
-        weight_ptr_KN = weight_ptr + n_N[None, :] * K + k_K[:, None]
-        weight_KN = tl.load(weight_ptr_KN, mask=mask_KN, other=0.0, eviction_policy="evict_first")
+        weight_KN = dense_tile(weight_ptr, scale_ptr, k_K, n_N, N, K, x_MK.dtype, KIND, EVICT)
         if INTERPRETED:
             x_MK, weight_KN = x_MK.to(tl.float32), weight_KN.to(tl.float32)
         acc_MN = tl.dot(x_MK, weight_KN, acc_MN, input_precision="ieee")
+    if KIND == "fp8":
+        acc_MN *= scale_tile(scale_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)[None, :]
     return acc_MN

@@ -1,5 +1,6 @@
 """The codec against HF Transformers' Mimi, streaming against decoding all frames at once, and input validation."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -8,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from csm import AudioError, CheckpointError, Generator
 from csm.audio import to_mono
 from csm.codec import Codec
+from csm.codec_ops import MatmulConvTranspose1d, use_matmuls
 from csm.config import MIMI
 from csm.weights.layouts import mimi_table
 from noise import CODEC, NOISE, random_state
@@ -90,6 +93,45 @@ def test_a_long_stream_equals_whole(loud, batch):
     whole = torch.stack([loud.decode(codes_TK) for codes_TK in codes])
     assert (streamed - whole).abs().max() <= 5e-6
     assert whole.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("sizes", [[4], [1, 2, 4], [3, 1, 4, 2, 2]])
+def test_groups_of_frames_equal_whole(loud, sizes):
+    """300 frames, several at a time, in groups of changing sizes."""
+    codes = random_codes(300, loud)
+    decoder = loud.stream_decoder(max_frames=4)
+    parts, start = [], 0
+    for size in itertools.cycle(sizes):
+        parts.append(decoder.decode(codes[start : start + size].T.unsqueeze(0))[0])
+        start += size
+        if start >= 300:
+            break
+    streamed, whole = torch.cat(parts).flatten(), loud.decode(codes)
+    assert (streamed - whole).abs().max() <= 5e-6
+    assert whole.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9])
+@pytest.mark.parametrize(("channels_in", "channels_out", "stride", "bias"), [(7, 5, 3, True), (4, 6, 1, False)])
+def test_matmul_conv_transpose_equals_pytorch(channels_in, channels_out, stride, bias, steps):
+    parent = nn.Sequential(nn.ConvTranspose1d(channels_in, channels_out, 2 * stride, stride, bias=bias)).double()
+    x_BCT = torch.randn(3, channels_in, steps, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = parent(x_BCT)
+    use_matmuls(parent)
+    assert type(parent[0]) is MatmulConvTranspose1d
+    torch.testing.assert_close(parent(x_BCT), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [dict(groups=2), dict(padding=1), dict(dilation=2), dict(kernel_size=5)])
+def test_other_transposed_convolutions_stay(options):
+    parent = nn.Sequential(nn.ConvTranspose1d(4, 4, **{"kernel_size": 4, "stride": 2, **options}))
+    use_matmuls(parent)
+    assert type(parent[0]) is nn.ConvTranspose1d
+
+
+def test_mimi_has_matmuls_on_a_cpu(loud):
+    kinds = [type(module) for module in loud._mimi.decoder.modules() if isinstance(module, nn.ConvTranspose1d)]
+    assert kinds == [MatmulConvTranspose1d] * len(CODEC.ratios)
 
 
 def test_a_step_takes_few_ops():

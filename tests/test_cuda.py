@@ -1,5 +1,7 @@
 """What only a GPU can show: ``make gpu``. Float32 on the embedded checkpoint, bit for bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from csm.frame import FrameState, decode_frame
 from csm.graph import Graph, Pool
 from csm.guards import NO_GUARDS
 from csm.kernels.sample import gumbel_noise
+from csm.model import CSM
 from csm.prefill import Prefill
 from csm.prompt import text_rows
 from csm.sampling import SamplingParams
@@ -140,6 +143,26 @@ def test_dependent_launch_changes_no_bit(plain, monkeypatch, dtype):
             graph.replay()
         caches.append((state.codes_BK.clone(), state.backbone_cache.k_LBGSd.clone()))
     assert torch.equal(caches[0][0], caches[1][0]) and torch.equal(caches[0][1], caches[1][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 4, 8])
+def test_a_frame_with_the_qkv_table_equals_one_without(dtype, batch):
+    """At CSM-1B's shape, whose kernels the compiler may order differently for different numbers of rows."""
+    small = replace(CSM_1B, backbone=replace(CSM_1B.backbone, num_layers=1), text_vocab_size=256)
+    device = torch.device("cuda")
+    model, states = CSM.from_state_dict(small, random_weights(small, device, dtype), device), []
+    for with_table in (False, True):
+        if with_table:
+            model.precompute_depth_qkv()
+            assert model.depth_qkv is not None
+        state = FrameState.allocate(small, batch, device, dtype, 256)
+        state.temperature_B.fill_(0.9)
+        state.top_k_B.fill_(50)
+        for _ in range(3):
+            decode_frame(model, state, 256)
+        states.append(state.buffers())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_captured_twice_gives_the_same(captured):

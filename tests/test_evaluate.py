@@ -153,6 +153,21 @@ def test_recordings_codec_and_speech_in_one_table(synthesized, tmp_path, capsys)
 
 
 @needs_models
+def test_guards_are_counted(tmp_path, capsys):
+    """Random weights never end by themselves: the budget of a 2-letter text, 10.6 s, ends before the limit."""
+    (tmp_path / "s.txt").write_text("Hi\n")
+    options = ["--model", NOISE, "--max-seconds", 12, "--out", tmp_path]
+    assert evaluate("--sentences", tmp_path / "s.txt", *options, "--guards") == 0
+    assert "\n\nGuards: retry 0, budget 1, silence 0, repeats 0" in capsys.readouterr().out
+    values = json.loads((tmp_path / "eval.json").read_text())
+    assert values["guards"]["budget"] == 1
+    assert values["utterances"]["speech"][0]["seconds"] == pytest.approx(10.6, abs=0.4)
+    assert evaluate("--sentences", tmp_path / "s.txt", *options) == 0
+    assert "Guards" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "eval.json").read_text())["utterances"]["speech"][0]["seconds"] == pytest.approx(12)
+
+
+@needs_models
 def test_a_transcript_does_not_depend_on_earlier_recordings(synthesized):
     from csm.evaluate.listen import Recogniser
 

@@ -154,7 +154,8 @@ def test_in_the_generator_a_runaway_ends_and_frees_its_slot(noisy):
     first, second = noisy.generate_batch(batch, guards)
     assert first.shape[0] in (8 * 1920, 9 * 1920)  # 0.6 s are 8 frames
     assert second.shape[0] == 5 * 1920
-    assert torch.equal(first, noisy.generate("Hi.", seed=1, guards=Guards.off(), max_audio_length_ms=720)[: len(first)])
+    unguarded = noisy.generate("Hi.", seed=1, guards=Guards.off(), max_audio_length_ms=720)
+    torch.testing.assert_close(first, unguarded[: len(first)], atol=1e-5, rtol=0)  # grouped otherwise for the codec
     chunks = list(noisy.stream("Hi.", seed=1, guards=guards))
     assert torch.equal(torch.cat(chunks), first)
     while noisy._worker.engine.num_active:

@@ -68,7 +68,7 @@ def shell_lines():
             yield line.split("  #")[0].strip()
 
 
-@pytest.mark.parametrize("line", [line for line in shell_lines() if "generate.py" in line])
+@pytest.mark.parametrize("line", [line for line in shell_lines() if "generate.py" in line and "gguf" not in line])
 def test_generate_lines(line, short, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_adapter(Lora(open_checkpoint("tiny").config, LoraConfig()), Path("run/adapter"))
@@ -93,6 +93,15 @@ def test_training_and_measuring_lines(short, one_thread, tmp_path, monkeypatch, 
         assert main([command, *args, *more, "--device", "cpu", "--quiet"]) == 0
     assert Path("run/adapter/adapter.safetensors").is_file()
     assert "| recordings | 2 |" in capsys.readouterr().out
+
+
+def test_gguf_lines(short, tmp_path, monkeypatch, capsys):
+    """The file is written, then used."""
+    monkeypatch.chdir(tmp_path)
+    write, use = [shlex.split(HUB_NAME.sub("tiny", line)) for line in shell_lines() if ".gguf " in f"{line} "]
+    assert (write[1:3], use[1]) == (["-m", "csm"], "generate.py")
+    assert main(write[3:]) == 0 and generate.main(use[2:]) == 0
+    assert "s of audio" in capsys.readouterr().out and Path("gguf.wav").is_file()
 
 
 class NoMark(Watermark):
@@ -359,7 +368,7 @@ def test_two_speakers(short, noisy, tmp_path, monkeypatch):
 
 def test_help_names_every_option(capsys, monkeypatch):
     run = subprocess.run([sys.executable, ROOT / "generate.py", "--help"], capture_output=True, text=True, check=True)
-    for command in ("finetune", "eval", "batch"):
+    for command in ("finetune", "eval", "batch", "quantize"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
     monkeypatch.setattr(sys, "argv", ["recordings", "--help"])

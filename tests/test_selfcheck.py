@@ -105,6 +105,8 @@ def test_checks_launch_every_kernel_of_a_frame(model, kernels):
         return {(x.name, *sorted((k, v) for k, v in x.constants.items() if k not in ignored)) for x in seen}
 
     with launches() as of_frame:
+        model.depth_qkv = None
+        model.precompute_depth_qkv()
         decode_frame(model, state)
     with launches() as of_checks:
         for check in op_checks(model, [1]):

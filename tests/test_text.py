@@ -1,5 +1,6 @@
 """Text for speech: a table of written and spoken lines, sentences, clauses and pauses."""
 
+import itertools
 import subprocess
 import sys
 
@@ -359,6 +360,40 @@ def test_pieces_become_whole_clauses(size):
     ]
     assert buffer.flush() == ["The end"]
     assert buffer.flush() == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.text(alphabet="ab .,;!?\n\"')[]A", max_size=120),
+    st.lists(st.integers(1, 9), min_size=1, max_size=9),
+    st.booleans(),
+)
+def test_the_division_into_pieces_changes_nothing(text, sizes, sentences):
+    def clauses(pieces):
+        buffer = ClauseBuffer(min_chars=5, max_chars=20, sentences=sentences)
+        return [*(clause for piece in pieces for clause in buffer.push(piece)), *buffer.flush()]
+
+    pieces, rest = [], text
+    for size in itertools.cycle(sizes):
+        if not rest:
+            break
+        pieces, rest = [*pieces, rest[:size]], rest[size:]
+    whole = clauses([text])
+    assert clauses(pieces) == whole
+    assert all(0 < len(clause) <= 20 for clause in whole)
+    assert "".join("".join(whole).split()) == "".join(text.split())
+
+
+def test_text_without_an_end_is_divided_between_words():
+    buffer = ClauseBuffer(min_chars=5, max_chars=12)
+    assert buffer.push("one two three four five ") == ["one two", "three four"]
+    assert buffer.push("a" * 30) == ["five", "a" * 12, "a" * 12]
+    assert (buffer.num_chars, buffer.flush(), buffer.num_chars) == (6, ["a" * 6], 0)
+
+
+def test_sentences_instead_of_clauses():
+    buffer = ClauseBuffer(sentences=True)
+    assert buffer.push("Well, I think so, yes; I do. And") == ["Well, I think so, yes; I do."]
 
 
 def test_importing_is_light():

@@ -103,7 +103,7 @@ def test_whole_files_are_marked_whole_and_long_ones_in_blocks(tone_mark):
     assert tone_mark.detect(torch.zeros(RATE), RATE) == (False, 0.0, 0, 0)
 
 
-def test_a_live_stream_passes_on_what_is_complete(tone_mark):
+def test_a_live_stream_hands_out_what_is_complete(tone_mark):
     marker = StreamMarker(tone_mark, RATE, 0.48)
     lengths = [marker.write(torch.ones(1920)).shape[0] for _ in range(14)]
     assert lengths == [0] * 6 + [6 * 1920] + [0] * 5 + [6 * 1920] + [0]

@@ -37,6 +37,7 @@ def test_only_csm_is_at_the_top(wheel):
         "csm/finetune/train.py",
         "csm/kernels/attention.py",
         "csm/serve/app.py",
+        *(f"csm/serve/static/{path.name}" for path in (ROOT / "csm/serve/static").iterdir()),
         "csm/weights/hub.py",
         "csm/weights/tiny/model.safetensors",
         "csm/py.typed",

@@ -115,6 +115,12 @@ def fetch_checkpoint(repo: str, revision: str | None, progress: bool = True) -> 
     if weights and config and cached(repo, "tokenizer.json", revision):
         return config.parent, weights
     remote = _list_files(repo, revision, "the checkpoint")
+    gguf = sorted(name for name in remote if name.endswith(".gguf"))
+    if gguf and not remote.keys() & set(WEIGHTS):
+        raise UnavailableError(
+            f"{repo}: its weights are GGUF files ({', '.join(gguf[:3])}); download one with "
+            f"`hf download {repo} {gguf[0]}`, and pass its path"
+        )
     with _progress_bars(progress):
         for name in ("config.json", "tokenizer.json"):
             if name not in remote:

@@ -20,7 +20,7 @@ from csm.bench.model_setup import Setup, forced_ops, prompt_rows
 from csm.bench.stepping import bench_bucket
 from csm.errors import CSMError
 from csm.frame import FrameState, decode_frame
-from csm.kernels import sample
+from csm.kernels import QKVGather, sample
 from csm.kernels.launch import triton
 from csm.model import CSM
 from csm.prefill import Prefill
@@ -58,8 +58,9 @@ def run(setup: Setup, ops: str, frames: int, forced_FK: Tensor | None = None) ->
     codes: list[Tensor] = []
 
     def recording(
-        logits_BV: Tensor, codebook: int, noise: Any, codes_BK: Tensor, table_VD: Tensor | None
+        logits_BV: Tensor, codebook: int, noise: Any, codes_BK: Tensor, table_VD: Tensor | None, qkv: QKVGather | None
     ) -> Tensor | None:
+        assert qkv is None, "this model has no table of q, k and v"
         logits.append(logits_BV[0].float().clone())
         embedding_BD = sample(logits_BV, codebook, noise, codes_BK, table_VD)
         codes.append(codes_BK[0, codebook].clone())

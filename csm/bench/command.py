@@ -24,6 +24,7 @@ from csm.bench.stepping import MAX_FRAMES
 from csm.config import CSM_1B
 from csm.errors import CSMError
 from csm.generator import DEFAULT_MODEL, Generator
+from csm.quantize import PRESETS
 from csm.weights import open_checkpoint
 
 
@@ -79,7 +80,9 @@ SERVE_SECONDS, TUNE_SECONDS = 30.0, 120.0
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of ``bench.py``."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", help=f"tiny, a folder or a hub name ({DEFAULT_MODEL}); default: random weights")
+    parser.add_argument(
+        "--model", help=f"tiny, a folder, a GGUF file or a hub name ({DEFAULT_MODEL}); default: random weights"
+    )
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes (default: 1)")
@@ -93,6 +96,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=predict.GPUS,
         metavar="GPU",
         help=f"predict a frame's time, and stop: {', '.join(predict.GPUS)}",
+    )
+    parser.add_argument(
+        "--quantize",
+        metavar="SCHEME",
+        help=f"with --kernels or --predict: quantised weights, {', '.join(PRESETS)}, or types by part",
     )
     parser.add_argument("--accuracy", action="store_true", help="compare the kernels with PyTorch's ops, and stop")
     parser.add_argument("--tune", action="store_true", help="measure launch configurations for this GPU, and stop")
@@ -108,6 +116,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 1 <= args.frames <= MAX_FRAMES - SKIPPED_FRAMES or min(args.batch) < 1:
         parser.error(f"--frames must be within 1 and {MAX_FRAMES - SKIPPED_FRAMES}, --batch at least 1")
+    if args.quantize and not (args.kernels or args.predict):
+        parser.error("--quantize goes with --kernels or --predict")
     return args
 
 
@@ -126,10 +136,10 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
     if args.count:
         return *count_report(config), 0
     if args.predict:
-        return *predict.predict_report(config, args.batch[0], dtype, args.predict, args.quiet), 0
+        return *predict.predict_report(config, args.batch[0], dtype, args.predict, args.quiet, args.quantize), 0
     if args.tune:
         return *tune.tune_report(config, args.batch, dtype, args.seconds or TUNE_SECONDS, args.quiet), 0
-    text, result = machine_code.kernels_report(config, args.batch, dtype, args.quiet)
+    text, result = machine_code.kernels_report(config, args.batch, dtype, args.quiet, args.quantize)
     return text, result, 1 if result["spilled"] else 0
 
 

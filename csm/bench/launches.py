@@ -16,7 +16,9 @@ from csm.bench.stepping import eager_step, stepping
 from csm.config import CSMConfig
 from csm.frame import FrameState, decode_frame
 from csm.kernels.launch import Launch, launches
+from csm.kernels.quantized_rows import empty_rows
 from csm.model import CSM
+from csm.quantize import keep_in_cache, parse_scheme, quantized_weights, set_weight
 from csm.weights.layouts import sesame_table, target_shapes
 
 ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided")
@@ -44,27 +46,41 @@ class Counting(TorchDispatchMode):
         return result
 
 
-def shadow_step(config: CSMConfig, batch: int, dtype: torch.dtype) -> Callable[[], None]:
-    """A step on the meta device: every op is called, and none computes."""
+def shadow_step(
+    config: CSMConfig, batch: int, dtype: torch.dtype, ops: str, scheme: str | None = None, l2_bytes: int = 0
+) -> Callable[[], None]:
+    """A step on the meta device: every op is called, and none computes. ``ops`` is "reference" or "triton".
+
+    ``scheme`` quantises the weights, of which as many stay in the GPU's cache as fit into ``l2_bytes``.
+    """
     meta = torch.device("meta")
     shapes = target_shapes(sesame_table(config))
     weights = {name: torch.empty(shape, dtype=dtype, device=meta) for name, shape in shapes.items()}
     model = CSM.from_state_dict(config, weights, meta)
+    types = parse_scheme(scheme) if scheme else {}
+    for weight in list(quantized_weights(model)):
+        if weight.part in types:
+            set_weight(model, weight.name, empty_rows(weight.value.shape, types[weight.part], dtype, meta))
+    keep_in_cache(model, l2_bytes)
+    with forced_ops(ops):
+        model.precompute_depth_qkv()
     state = FrameState.allocate(config, batch, meta, dtype)
     return lambda: decode_frame(model, state, state.backbone_cache.buckets[0])
 
 
-def frame_launches(config: CSMConfig, batch: int, dtype: torch.dtype) -> list[Launch]:
+def frame_launches(config: CSMConfig, batch: int, dtype: torch.dtype, scheme: str | None = None) -> list[Launch]:
     """Every kernel launch of one frame, in order."""
-    step = shadow_step(config, batch, dtype)
+    step = shadow_step(config, batch, dtype, "triton", scheme)
     with forced_ops("triton"), launches() as seen:
         step()
     return seen
 
 
-def frame_sequence(config: CSMConfig, batch: int, dtype: torch.dtype) -> list[Launch | str]:
+def frame_sequence(
+    config: CSMConfig, batch: int, dtype: torch.dtype, scheme: str | None = None, l2_bytes: int = 0
+) -> list[Launch | str]:
     """Everything that one frame launches, in order: kernels, and the names of PyTorch's ops between them."""
-    step = shadow_step(config, batch, dtype)
+    step = shadow_step(config, batch, dtype, "triton", scheme, l2_bytes)
     sequence: list[Launch | str] = []
     with forced_ops("triton"), launches() as seen:
 
@@ -81,7 +97,7 @@ def frame_sequence(config: CSMConfig, batch: int, dtype: torch.dtype) -> list[La
 
 def count_launches(config: CSMConfig, ops: str, batch: int = 1) -> Counter[str]:
     """What one frame launches, by name: ``ops`` is "reference" or "triton"."""
-    step = shadow_step(config, batch, torch.bfloat16)
+    step = shadow_step(config, batch, torch.bfloat16, ops)
     with forced_ops(ops), launches() as seen, Counting() as counting:
         step()
     return counting.ops + Counter(launch.name for launch in seen)

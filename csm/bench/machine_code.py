@@ -25,6 +25,7 @@ from csm.config import CSMConfig
 from csm.kernels.launch import Launch, triton
 
 GPU_ARCHS = (80, 89, 90, 120)
+FP8_ARCH = 89  # the first with fp8
 TRIGGER, WAIT = "PREEXIT", "ACQBULK"
 WARP = 32
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, on every architecture here
@@ -37,6 +38,7 @@ TYPES = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.bool: "*i1",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 
 
@@ -253,10 +255,12 @@ def compiled_kernels(
     dtype: torch.dtype,
     quiet: bool,
     gpu_archs: Sequence[int] = GPU_ARCHS,
+    scheme: str | None = None,
 ) -> list[Compiled]:
-    """Every kernel of a frame at these batch sizes, compiled for every GPU architecture."""
-    seen = [launch for batch in batches for launch in frame_launches(config, batch, dtype)]
-    return examine_all([(launch, gpu_arch) for launch in distinct(seen) for gpu_arch in gpu_archs], quiet)
+    """Every kernel of a frame at these batch sizes, compiled for every GPU architecture that has its instructions."""
+    seen = [launch for batch in batches for launch in frame_launches(config, batch, dtype, scheme)]
+    jobs = [(launch, gpu_arch) for launch in distinct(seen) for gpu_arch in gpu_archs]
+    return examine_all([job for job in jobs if job[0].constants.get("KIND") != "fp8" or job[1] >= FP8_ARCH], quiet)
 
 
 def examine_all(jobs: Sequence[tuple[Launch, int]], quiet: bool) -> list[Compiled]:
@@ -267,8 +271,8 @@ def examine_all(jobs: Sequence[tuple[Launch, int]], quiet: bool) -> list[Compile
 
 
 def kernels_report(
-    config: CSMConfig, batches: Sequence[int], dtype: torch.dtype, quiet: bool
+    config: CSMConfig, batches: Sequence[int], dtype: torch.dtype, quiet: bool, scheme: str | None = None
 ) -> tuple[str, dict[str, Any]]:
     """The table of compiled kernels: Markdown, and the same for JSON."""
-    rows = [kernel._asdict() for kernel in compiled_kernels(config, batches, dtype, quiet)]
+    rows = [kernel._asdict() for kernel in compiled_kernels(config, batches, dtype, quiet, scheme=scheme)]
     return table(rows), {"kernels": rows, "spilled": [row for row in rows if row["spills"]]}

@@ -12,7 +12,8 @@ multiprocessors) programs of each kernel:
 - The wait is over RELEASE_US after the last program of the previous kernel has ended. Then inputs come from L2, and a
   program's instructions take issue slots, of which a multiprocessor has four a cycle.
 - Weights come from L2 if everything that was read since their last use fits it. The depth decoder's layers do not:
-  222 MB in bfloat16, read 31 times a frame, against 50 MB (H100, H200), 72 MB (4090) and 96 MB (5090).
+  222 MB in bfloat16, read 31 times a frame, against 50 MB (H100, H200), 72 MB (4090) and 96 MB (5090). Quantised
+  weights that are kept there (``csm.quantize.keep_in_cache``) come from it from their second use on.
 
 Left out: clock changes, DRAM refresh and page conflicts, uneven placement of programs, instruction cache misses, and
 how often the loop of the sampling kernel runs (once).
@@ -34,6 +35,7 @@ from csm.bench.machine_code import REGISTER_FILE, WARP, Compiled, allocated_regi
 from csm.bench.report import table
 from csm.config import LLAMA_1B, CSMConfig
 from csm.kernels.launch import Launch
+from csm.quantize import KEEPING_CAPABILITIES, L2_SHARE
 
 RELEASE_US = 1.17  # calibrated, see ``calibration``: from a kernel's end until the next one's wait returns
 COPY_FRACTION = 0.9  # of the nominal bandwidth: an H200 copies at 4.3 of 4.8 TB/s
@@ -45,11 +47,10 @@ CYCLES_PER_INSTRUCTION = 4  # of one warp alone: it waits for its own results, 4
 GRAPH_GAP_US = 1.3  # between two kernels of a graph without dependent launch
 PLAIN_OP_US = 0.7  # of a PyTorch op over a few elements
 PIPELINE_STAGES = 3  # tiles in flight of a product on tensor cores: Triton's default
-L2_USABLE = 0.8  # of its size, before the oldest lines are gone
 RESERVED_SHARED = 1024  # bytes that CUDA takes of a program's shared memory
 
+WEIGHTS = ("weight_ptr", "scale_ptr")  # one tensor if the weight is not quantised
 PUBLISHED_MS = 0.795  # Llama-3.2-1B, one token, batch 1, bfloat16, CUDA graph with dependent launch, H200
-WEIGHTS = ("weight_ptr", "gate_up_ptr")
 
 
 class GPU(NamedTuple):
@@ -206,9 +207,13 @@ def simulate(frame: Iterable[Work], gpu: GPU) -> tuple[float, list[Total]]:
 # --- from launches to work --------------------------------------------------------------------------------------------
 
 
-def frame_work(config: CSMConfig, batch: int, dtype: torch.dtype, gpu: GPU, quiet: bool) -> list[Work]:
+def frame_work(
+    config: CSMConfig, batch: int, dtype: torch.dtype, gpu: GPU, quiet: bool, scheme: str | None = None
+) -> list[Work]:
     """Everything that one frame launches, compiled for a GPU."""
-    sequence = frame_sequence(config, batch, dtype)
+    keeps = divmod(gpu.gpu_arch, 10) in KEEPING_CAPABILITIES
+    l2_bytes = int(gpu.l2_mb * 1e6 * L2_SHARE) if keeps else 0
+    sequence = frame_sequence(config, batch, dtype, scheme, l2_bytes)
     kernels = list(distinct([one for one in sequence if isinstance(one, Launch)]))
     compiled = dict(
         zip(
@@ -217,7 +222,7 @@ def frame_work(config: CSMConfig, batch: int, dtype: torch.dtype, gpu: GPU, quie
             strict=True,
         )
     )
-    cache = L2(gpu.l2_mb * 1e6 * L2_USABLE)
+    cache = L2(gpu.l2_mb * 1e6 * L2_SHARE)
     return [
         plain_work(one) if isinstance(one, str) else launch_work(one, compiled[kind(one)], cache) for one in sequence
     ]
@@ -229,16 +234,21 @@ def plain_work(name: str) -> Work:
 
 
 class L2:
-    """Which weights are still in L2: those since whose last use no more bytes were read than fit."""
+    """Which weights are still in L2: those since whose last use no more bytes were read than fit, and those kept."""
 
     def __init__(self, size: float):
         self.size = size
         self._sizes: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._kept: dict[tuple[int, int], int] = {}
 
-    def read(self, key: tuple[int, int], size: int) -> bool:
-        """Whether a weight is there; afterwards it is the one read last."""
-        names = list(self._sizes)
-        hit = key in self._sizes and sum(self._sizes[n] for n in names[names.index(key) :]) <= self.size
+    def read(self, key: tuple[int, int], size: int, keep: bool = False) -> bool:
+        """Whether a weight is there; afterwards it is the one read last, and stays if it is to be kept."""
+        if keep:
+            hit = key in self._kept
+            self._kept[key] = size
+            return hit
+        names, free = list(self._sizes), self.size - sum(self._kept.values())
+        hit = key in self._sizes and sum(self._sizes[n] for n in names[names.index(key) :]) <= free
         self._sizes.pop(key, None)
         self._sizes[key] = size
         return hit
@@ -246,10 +256,10 @@ class L2:
 
 def launch_work(launch: Launch, compiled: Compiled, cache: L2) -> Work:
     """A launch with what was read in its machine code."""
-    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
-    weights = [arguments[name] for name in WEIGHTS if name in arguments]
-    hits = [cache.read((w.untyped_storage()._cdata, w.storage_offset()), w.numel() * w.element_size()) for w in weights]
-    turns = repeats(launch)
+    size, turns, weight = weight_bytes(launch), repeats(launch), launch.arguments.get("weight_ptr")
+    hit = weight is not None and cache.read(
+        (weight.untyped_storage()._cdata, weight.storage_offset()), size, launch.constants["EVICT"] == "evict_last"
+    )
     return Work(
         name=launch.name,
         constants=compiled.constants,
@@ -257,14 +267,20 @@ def launch_work(launch: Launch, compiled: Compiled, cache: L2) -> Work:
         num_warps=launch.num_warps,
         registers=compiled.registers,
         shared_bytes=compiled.shared_bytes,
-        weight_bytes=sum(w.numel() * w.element_size() for w in weights),
+        weight_bytes=size,
         early_bytes=compiled.early_bytes,
         late_bytes=compiled.late_bytes * turns,
         after_wait=compiled.after_wait * turns,
         triggers_late=compiled.used_before_trigger > 0,
         round_trips=-(-turns // PIPELINE_STAGES) if launch.name.endswith("_matmul") else 1,
-        in_l2=bool(hits) and all(hits),
+        in_l2=hit,
     )
+
+
+def weight_bytes(launch: Launch) -> int:
+    """Of the weight that a launch multiplies with, and of its scales if it is quantised; 0 if there is none."""
+    tensors = {id(launch.arguments[name]): launch.arguments[name] for name in WEIGHTS if name in launch.arguments}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def repeats(launch: Launch) -> int:
@@ -307,11 +323,11 @@ def assumed(n: int, k: int) -> Work:
 
 
 def predict_report(
-    config: CSMConfig, batch: int, dtype: torch.dtype, name: str, quiet: bool
+    config: CSMConfig, batch: int, dtype: torch.dtype, name: str, quiet: bool, scheme: str | None = None
 ) -> tuple[str, dict[str, Any]]:
     """The table of a frame's kernels with their predicted times: Markdown, and the same for JSON."""
     gpu = GPUS[name]
-    frame = frame_work(config, batch, dtype, gpu, quiet)
+    frame = frame_work(config, batch, dtype, gpu, quiet, scheme)
     microseconds, totals = simulate(frame, gpu)
     size = sum(work.weight_bytes for work in frame)
     floor_ms = size / gpu.bytes_per_us / 1e3
@@ -319,6 +335,7 @@ def predict_report(
         "gpu": gpu.name,
         "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
+        "weights": scheme or "as dtype",
         "predicted_ms": microseconds / 1e3,
         "weights_at_copy_bandwidth_ms": floor_ms,
         "weight_gb": size / 1e9,

@@ -121,7 +121,10 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def frame_bytes(config: CSMConfig, dtype: torch.dtype) -> int:
-    """Weights that one frame must read: the backbone once, the depth decoder for each codebook but the first."""
+    """Weights that one frame must read: the backbone once, the depth decoder for each codebook but the first.
+
+    Where the kernels gather layer 0's q, k and v from a table (``csm.kernels.qkv_table``), it is 1 % less.
+    """
     depth_passes = config.num_codebooks - 1
     total = 0
     for name, shape in target_shapes(sesame_table(config)).items():

@@ -39,6 +39,7 @@ def stepping(
     model = CSM.from_state_dict(setup.config, setup.weights, setup.device)
     state = FrameState.allocate(model.config, batch, model.device, model.dtype)
     with forced_ops(ops):
+        model.precompute_depth_qkv()
         prefill, step = Prefill(model), make_step(model, state)
 
     def generate(frames: int) -> list[tuple[float, Tensor]]:

@@ -64,8 +64,8 @@ def products(seen: Sequence[Launch]) -> list[Product]:
     for launch in seen:
         op, _, way = launch.name.rpartition("_")
         tensors = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
-        weight = tensors.get("weight_ptr", tensors.get("gate_up_ptr"))
-        if weight is None or way not in ("rows", "row", "matmul"):
+        weight = tensors.get("weight_ptr")
+        if weight is None or launch.constants["KIND"] != "dense" or way not in ("rows", "row", "matmul"):
             continue
         m = int(launch.constants["M"]) if way == "matmul" else 0
         product = Product(op, weight.shape[0], weight.shape[1], weight.dtype, m)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from csm.audio import read_audio
@@ -20,6 +21,7 @@ from csm.evaluate.measure import (
 from csm.evaluate.words import normalise
 from csm.finetune.manifest import check_clips, check_recording, read_manifest
 from csm.generator import Generator
+from csm.guards import GuardEvent
 from csm.prompt import Segment
 
 
@@ -28,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--sentences", type=Path, help="a text file with one sentence per line")
     source.add_argument("--data", type=Path, help="manifest.jsonl, its folder, or an LJSpeech folder")
-    parser.add_argument("--model", help="hub name, folder, or tiny: generate the sentences and evaluate them")
+    parser.add_argument(
+        "--model", help="hub name, folder, GGUF file, or tiny: generate the sentences and evaluate them"
+    )
     parser.add_argument("--lora", type=Path, help="folder of an adapter for the model")
     parser.add_argument("--recordings", action="store_true", help="evaluate the recordings of --data")
     parser.add_argument("--codec", action="store_true", help="evaluate the recordings through the codec of --model")
@@ -46,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-seconds", type=float, default=20.0, help="maximum audio per sentence (default: 20)")
     parser.add_argument("--batch", type=int, default=4, help="sentences generated at once (default: 4)")
+    parser.add_argument(
+        "--guards", action="store_true", help="generate with the guards on, and count what they did (default: off)"
+    )
+    parser.add_argument("--quantize", help="quantise the model while it loads: int8, int4, or a type for each part")
     parser.add_argument("--limit", type=int, help="use only the first sentences, up to this number")
     parser.add_argument("--out", type=Path, default=Path("eval"), help="folder for the report (default: eval)")
     parser.add_argument("--keep-audio", action="store_true", help="write the generated audio to --out/speech")
@@ -60,22 +68,23 @@ def run(args: argparse.Namespace) -> str:
     evaluator = Evaluator(args.ref, sentences)
     progress = not args.quiet
     sources: dict[str, list[Utterance]] = {}
+    guard_events: list[GuardEvent] | None = [] if args.guards else None
     if args.recordings:
         sources["recordings"] = evaluate_recordings(evaluator, sentences, progress)
     if args.model is not None:
         device = None if args.device == "auto" else args.device
         generator = Generator.from_pretrained(
-            args.model, device, codec=args.codec_weights, progress=progress, lora=args.lora
+            args.model, device, codec=args.codec_weights, progress=progress, lora=args.lora, quantize=args.quantize
         )
         if args.codec:
             sources["codec"] = evaluate_codec(evaluator, generator, sentences, progress)
         if not args.no_speech:
             keep = args.out / "speech" if args.keep_audio else None
-            settings = _generation_settings(args, generator)
+            settings = replace(_generation_settings(args, generator), guard_events=guard_events)
             sources["speech"] = evaluate_speech(evaluator, generator, sentences, settings, keep, progress)
     options = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, float, type(None)))}
     options |= {name: str(value) for name, value in vars(args).items() if isinstance(value, Path)}
-    return report.write(args.out, options, sources)
+    return report.write(args.out, options, sources, guard_events)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from csm.errors import CSMError, RoomWarning
 from csm.evaluate.listen import Recogniser, SpeakerEncoder, similarity
 from csm.evaluate.words import word_errors
 from csm.generator import Generator
+from csm.guards import GuardEvent, Guards
 from csm.prompt import Segment
 
 SPEAKER_RECORDINGS = 20  # recordings averaged into a speaker's reference voice
@@ -57,7 +58,8 @@ class Utterance:
 class GenerationSettings:
     """How a model generates the sentences. ``context`` precedes every sentence; ``batch`` are generated at once.
 
-    A ``temperature`` or ``top_k`` of None is the checkpoint's own default.
+    A ``temperature`` or ``top_k`` of None is the checkpoint's own default. ``guard_events``, if it is a list, turns
+    the guards on and collects what they did.
     """
 
     seeds: int = 1
@@ -66,6 +68,7 @@ class GenerationSettings:
     max_seconds: float = 20.0
     batch: int = 4
     context: tuple[Segment, ...] = ()
+    guard_events: list[GuardEvent] | None = None
 
 
 class Evaluator:
@@ -205,12 +208,18 @@ def _generate(
         # Audio that ends because positions run out would be counted as ended before the limit.
         warnings.simplefilter("error", RoomWarning)
         try:
-            generated = generator.generate_codes_batch(requests)
+            audios = _audio(generator, requests, settings.guard_events)
         except RoomWarning as warning:
             raise CSMError(f"{warning}: give a smaller --max-seconds") from warning
-    for codes_TK in generated:
-        ended = (codes_TK.shape[0] + 1) * frame_seconds <= settings.max_seconds + 1e-6
-        yield (generator.decode(codes_TK) if len(codes_TK) else torch.zeros(0)), ended
+    for audio in audios:
+        yield audio, audio.shape[0] / generator.sample_rate + frame_seconds <= settings.max_seconds + 1e-6
+
+
+def _audio(generator: Generator, requests: list[dict], guard_events: list[GuardEvent] | None) -> list[Tensor]:
+    if guard_events is not None:
+        return generator.generate_batch(requests, Guards(report=guard_events.append))
+    all_codes = generator.generate_codes_batch(requests)
+    return [generator.decode(codes_TK) if len(codes_TK) else torch.zeros(0) for codes_TK in all_codes]
 
 
 def _write_wav(path: Path, audio: Tensor, sample_rate: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from csm.evaluate.measure import Utterance
+from csm.guards import GuardEvent
 
 COLUMNS = {
     "utterances": "utterances",
@@ -76,10 +78,16 @@ def _cell(key: str, value: float | int | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.2f}" if key != "seconds" else f"{value:.1f}"
 
 
-def write(folder: Path, options: Mapping[str, object], sources: Mapping[str, Sequence[Utterance]]) -> str:
+def write(
+    folder: Path,
+    options: Mapping[str, object],
+    sources: Mapping[str, Sequence[Utterance]],
+    guard_events: Sequence[GuardEvent] | None = None,
+) -> str:
     """Write ``eval.json``, with every utterance, and ``eval.md``; return the table.
 
-    Where a source has several speakers, each speaker has a line below the source's.
+    Where a source has several speakers, each speaker has a line below the source's. ``guard_events``, if the guards
+    were on, are counted in a line below the table.
     """
     folder.mkdir(parents=True, exist_ok=True)
     summaries = {}
@@ -89,8 +97,12 @@ def write(folder: Path, options: Mapping[str, object], sources: Mapping[str, Seq
         for speaker in speakers if len(speakers) > 1 else ():
             summaries[f"{name}, speaker {speaker}"] = summary([one for one in utterances if one.speaker == speaker])
     details = {name: [asdict(one) for one in utterances] for name, utterances in sources.items()}
-    values = {"options": dict(options), "summary": summaries, "utterances": details}
-    (folder / "eval.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    values: dict[str, Any] = {"options": dict(options), "summary": summaries, "utterances": details}
     text = table(summaries)
+    if guard_events is not None:
+        counts = Counter(event.guard for event in guard_events)
+        values["guards"] = {name: counts[name] for name in ("retry", "budget", "silence", "repeats")}
+        text += "\n\nGuards: " + ", ".join(f"{name} {count}" for name, count in values["guards"].items())
+    (folder / "eval.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (folder / "eval.md").write_text(text + "\n", encoding="utf-8")
     return text

@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to ``parser``."""
     parser.add_argument("--data", type=Path, required=True, help="manifest.jsonl, its folder, or an LJSpeech folder")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="base model: a hub name, a folder, or tiny")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="base model: a hub name, a folder, a GGUF file, or tiny")
     parser.add_argument("--out", type=Path, default=Path("finetuned"), help="the run's folder (default: finetuned)")
     parser.add_argument(
         "--config", type=Path, help="train from scratch with this config.json (tokenizer and codec: from --model)"

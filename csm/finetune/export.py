@@ -45,10 +45,11 @@ def save_model(
     tensors |= codec_tensors(source, codec)
     _write_shards(tensors, folder)
     for name in COPIED:
-        if (source.folder / name).is_file() and (source.folder / name).resolve() != (folder / name).resolve():
-            shutil.copyfile(source.folder / name, folder / name)
+        path = source.config_folder / name
+        if path.is_file() and path.resolve() != (folder / name).resolve():
+            shutil.copyfile(path, folder / name)
     values = write_hf_config(model.config, source.codec_config)
-    values |= _token_ids(source.folder / "config.json")
+    values |= _token_ids(source.config_folder / "config.json")
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

@@ -2,5 +2,6 @@
 
 ``app`` has the routes, ``service`` what they share, ``speech`` one request from the engine to the socket, ``encoders``
 the audio formats, ``voices`` the voices on disk, ``limits`` what is checked before a route is reached, and ``server``
-the process: sockets, signals, draining.
+the process: sockets, signals, draining. The WebSocket is ``socket``, with its ``messages`` and ``turns``; ``pages``
+serves the web page in ``static``.
 """

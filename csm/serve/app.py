@@ -10,17 +10,19 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 from starlette.datastructures import FormData, UploadFile
+from starlette.websockets import WebSocket
 
 from csm import Segment
 from csm.serve.errors import ApiError, AsciiJSON, add_handlers
 from csm.serve.limits import Gate
+from csm.serve.pages import add_pages
 from csm.serve.schema import SpeechBody
 from csm.serve.service import Service
 from csm.serve.settings import MAX_INPUT, MAX_UPLOAD
+from csm.serve.socket import serve_socket
 from csm.serve.speech import speak
 from csm.serve.voices import OPENAI_NAMES, read_recording
 
-OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 FORM_FIELDS = ("name", "text", "consent", "speaker", "type")
 router = APIRouter()
 
@@ -29,38 +31,32 @@ def _service(request: Request) -> Service:
     return request.app.state.service
 
 
-def _models(service: Service) -> list[str]:
-    return list(dict.fromkeys([service.settings.model, *OPENAI_MODELS]))
-
-
-def _known(service: Service, model: str) -> bool:
-    """OpenAI's names may carry a date: gpt-4o-mini-tts-2025-12-15."""
-    return model in _models(service) or model.startswith(f"{OPENAI_MODELS[-1]}-")
-
-
 @router.post("/v1/audio/speech", response_class=Response)
 async def speech(body: SpeechBody, request: Request) -> Response:
     """Generate speech; the audio is streamed while it is generated."""
     service = _service(request)
-    if not _known(service, body.model):
-        message = f"no model is called {body.model!r}; there are {', '.join(_models(service))}"
-        raise ApiError(404, message, "model", "model_not_found")
+    service.check_model(body.model)
     accept = request.headers.get("accept", "")
     return await speak(service, body, request.state.owner, accept, request.receive)
+
+
+@router.websocket("/v1/audio/stream")
+async def stream(websocket: WebSocket) -> None:
+    """Text in pieces, audio while it is generated."""
+    await serve_socket(websocket.app.state.service, websocket, websocket.state.owner)
 
 
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
     """The loaded model, and OpenAI's names for it."""
     service = _service(request)
-    return {"object": "list", "data": [_model(service, name) for name in _models(service)]}
+    return {"object": "list", "data": [_model(service, name) for name in service.models()]}
 
 
 @router.get("/v1/models/{model:path}")
 async def model(model: str, request: Request) -> dict[str, Any]:
     """One model."""
-    if not _known(_service(request), model):
-        raise ApiError(404, f"no model is called {model[:100]!r}", "model", "model_not_found")
+    _service(request).check_model(model)
     return _model(_service(request), model)
 
 
@@ -71,16 +67,17 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 @router.get("/v1/audio/models")
 async def audio_models(request: Request) -> dict[str, Any]:
     """The models, as Open WebUI asks for them."""
-    return {"models": [{"id": name, "name": name} for name in _models(_service(request))]}
+    return {"models": [{"id": name, "name": name} for name in _service(request).models()]}
 
 
 @router.get("/v1/audio/voices")
 async def voices(request: Request) -> dict[str, Any]:
-    """All voices. ``custom`` ones have a file and can be deleted."""
+    """All voices. ``custom`` ones have a file and can be deleted. ``writable``: the server keeps uploads."""
     service = _service(request)
     custom = await service.in_thread(service.voices.files)
     listed = [{"id": name, "name": name, "custom": name in custom} for name in service.voices.ids()]
-    return {"object": "list", "voices": listed, "data": listed}
+    writable = service.voices.folder is not None
+    return {"object": "list", "voices": listed, "data": listed, "writable": writable}
 
 
 @router.post("/v1/audio/voices")
@@ -193,6 +190,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="CSM", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
     app.include_router(router)
+    add_pages(app)
     app.add_middleware(Gate, settings=service.settings)
     add_handlers(app)
     return app

@@ -14,6 +14,7 @@ from csm.generator import DEFAULT_MODEL
 from csm.guards import DEFAULT_GUARDS, NO_GUARDS
 
 if TYPE_CHECKING:
+    from csm.serve.service import Service
     from csm.serve.settings import Settings
 
 KEYS_VARIABLE = "CSM_API_KEYS"
@@ -21,7 +22,9 @@ KEYS_VARIABLE = "CSM_API_KEYS"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"hub name, folder, or tiny (default: {DEFAULT_MODEL})")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help=f"hub name, folder, GGUF file, or tiny (default: {DEFAULT_MODEL})"
+    )
     parser.add_argument("--lora", type=Path, help="folder of an adapter for the model")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--voices", type=Path, help="folder of voices; uploads are kept there")
@@ -52,6 +55,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         import prometheus_client  # noqa: F401
         import soundfile  # noqa: F401
         import uvicorn  # noqa: F401
+        import websockets  # noqa: F401
     except ImportError as error:
         raise CSMError(f"serve needs the package {error.name}: pip install 'csm[serve]'") from error
     from csm.serve.settings import Settings, read_keys
@@ -73,11 +77,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def run(args: argparse.Namespace) -> str:
-    """Serve until a signal ends it. Prints nothing at the end."""
-    settings = read_settings(args)
-    from csm.serve.app import create_app
-    from csm.serve.server import Server
+def open_service(args: argparse.Namespace, settings: Settings) -> Service:
+    """What the routes share, with the model loaded and warmed up. Raises CSMError."""
     from csm.serve.service import Service
 
     def load() -> Generator:
@@ -90,6 +91,16 @@ def run(args: argparse.Namespace) -> str:
     warnings.simplefilter("ignore", RoomWarning)  # a client's long prompt is no matter for the server's log
     service = Service(settings, load, None if args.watermark is None else load_watermark(args.watermark))
     service.load_now()
+    return service
+
+
+def run(args: argparse.Namespace) -> str:
+    """Serve until a signal ends it. Prints nothing at the end."""
+    settings = read_settings(args)
+    from csm.serve.app import create_app
+    from csm.serve.server import Server
+
+    service = open_service(args, settings)
     if not settings.is_local and not settings.api_keys:
         print("warning: no API key: everyone who reaches this address can use the server", file=sys.stderr)
     print(f"serving {settings.model} on http://{settings.host}:{settings.port}", file=sys.stderr, flush=True)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
+import time
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException  # FastAPI passes on its own, while it reads a body, and no other exception
@@ -12,7 +16,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from csm.serve.errors import ApiError, response_of
 from csm.serve.settings import LOOPBACK, MAX_FORM, MAX_JSON, Settings
 
-OPEN_PATHS = ("/health", "/ready")  # for load balancers, which have no key
+OPEN_PATHS = ("/health", "/ready", "/")  # for load balancers, which have no key; and the page, which asks for one
+OPEN_FOLDER = "/static/"
+SUBPROTOCOL = "csm.v1"
+KEY_SUBPROTOCOL = "csm.key."  # followed by the key in Base64 (URL alphabet, no padding)
 DRAIN_BYTES, DRAIN_SECONDS = 64 << 20, 5.0  # of a body that is too large: a client that still sends reads no answer
 
 
@@ -25,19 +32,21 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer it with the error."""
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
         try:
             self._check_host(headers)
-            scope.setdefault("state", {})["owner"] = self._owner(scope["path"], headers)
-            limit = MAX_FORM if headers.get("content-type", "").startswith("multipart/") else MAX_JSON
-            await self._check_length(headers, limit, receive)
+            scope.setdefault("state", {})["owner"] = self._owner(scope, headers)
+            if scope["type"] == "http":
+                limit = MAX_FORM if headers.get("content-type", "").startswith("multipart/") else MAX_JSON
+                await self._check_length(headers, limit, receive)
+                receive = self._limited(receive, limit)
         except ApiError as error:
             await response_of(error)(scope, receive, send)
             return
-        await self._app(scope, self._limited(receive, limit), send)
+        await self._app(scope, receive, send)
 
     def _check_host(self, headers: Headers) -> None:
         """A page of another site, opened in a browser on this machine, must not reach a server without keys."""
@@ -51,11 +60,12 @@ class Gate:
         if origin is not None and site != host:
             raise ApiError(403, "requests from pages of other sites are refused", code="origin_not_allowed")
 
-    def _owner(self, path: str, headers: Headers) -> str:
-        if not self._settings.api_keys or path in OPEN_PATHS:
+    def _owner(self, scope: Scope, headers: Headers) -> str:
+        if not self._settings.api_keys or _is_open(scope):
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        index = self._settings.key_index(key.strip()) if scheme.lower() == "bearer" else None
+        key = key.strip() if scheme.lower() == "bearer" else _key_of(scope.get("subprotocols", ()))
+        index = self._settings.key_index(key)
         if index is None:
             challenge = {"WWW-Authenticate": "Bearer"}
             raise ApiError(
@@ -89,6 +99,37 @@ class Gate:
             return message
 
         return limited
+
+
+def _is_open(scope: Scope) -> bool:
+    return scope["type"] == "http" and (scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER))
+
+
+def _key_of(subprotocols: Iterable[str]) -> str:
+    """The API key that a browser sent as a subprotocol: it cannot set a WebSocket's headers. "" if there is none."""
+    for name in subprotocols:
+        if name.startswith(KEY_SUBPROTOCOL):
+            try:
+                encoded = name[len(KEY_SUBPROTOCOL) :]
+                return base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode()
+            except (binascii.Error, UnicodeDecodeError):
+                return ""
+    return ""
+
+
+class Rate:
+    """A limit in units per second, with a burst (a token bucket)."""
+
+    def __init__(self, per_second: float, burst: float):
+        self._per_second, self._burst = per_second, burst
+        self._left, self._at = burst, time.monotonic()
+
+    def take(self, units: float = 1.0) -> bool:
+        """Spend units; False if they exceed the limit."""
+        now = time.monotonic()
+        self._left = min(self._burst, self._left + (now - self._at) * self._per_second) - units
+        self._at = now
+        return self._left >= 0
 
 
 async def _drain(receive: Receive) -> None:

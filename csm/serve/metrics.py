@@ -14,7 +14,7 @@ SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 class Metrics:
     """All metrics of one server. ``streams`` and ``waiting`` return the current numbers of requests."""
 
-    def __init__(self, streams: Callable[[], int], waiting: Callable[[], int]):
+    def __init__(self, streams: Callable[[], int], waiting: Callable[[], int], sockets: Callable[[], int]):
         registry = self.registry = CollectorRegistry()
         self.requests = Counter("csm_requests", "Requests for speech by outcome", ["outcome"], registry=registry)
         self.audio = Counter("csm_audio_seconds", "Audio generated", registry=registry)
@@ -33,6 +33,7 @@ class Metrics:
         gauges: list[tuple[str, str, Callable[[], float]]] = [
             ("csm_streams", "Requests that are being generated", streams),
             ("csm_queue", "Requests that wait for a slot", waiting),
+            ("csm_sockets", "WebSockets that are open", sockets),
             ("csm_memory_bytes", "Resident memory of the process", resident_bytes),
             ("csm_gpu_memory_bytes", "Memory that PyTorch holds on the GPU", gpu_bytes),
         ]

@@ -14,13 +14,16 @@ import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from csm.serve.service import Service
-from csm.serve.settings import Settings
+from csm.serve.settings import MAX_MESSAGE, MAX_SOCKETS, Settings
 
 MAX_HEADERS = 16 << 10  # bytes of a request line and its headers
 SEND_BUFFER = 256 << 10  # bytes that the kernel may hold for a reader that lags: 5 s of PCM, not minutes
-SPARE_CONNECTIONS = 256  # beyond those of requests that run and wait
+SPARE_CONNECTIONS = 256  # beyond those of requests that run and wait, and WebSockets
+CLOSE_SECONDS = 5.0  # that a client has to read what it was sent, and the closing frame
+PING_SECONDS = 20.0  # a client that does not answer a ping for so long has gone
 
 
 def protocol(idle_timeout: float) -> type[H11Protocol]:
@@ -63,6 +66,34 @@ def protocol(idle_timeout: float) -> type[H11Protocol]:
     return Protocol
 
 
+class SocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket, which leaves no socket behind: closing alone would wait for a client that does not read."""
+
+    _abort: asyncio.TimerHandle | None = None
+
+    def on_task_complete(self, task: asyncio.Task[None]) -> None:
+        """The app has ended: give the client a while, then cut the connection."""
+        super().on_task_complete(task)
+        if not self.disconnected:
+            self._abort = self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection has ended."""
+        if self._abort is not None:
+            self._abort.cancel()
+        super().connection_lost(exc)
+
+    def keepalive_timeout(self) -> None:
+        """No answer to a ping."""
+        super().keepalive_timeout()
+        self.transport.abort()
+
+    def shutdown(self) -> None:
+        """An accepted socket ends by itself: ``Server.shutdown`` asks it to."""
+        if not self.handshake_complete:
+            super().shutdown()
+
+
 class Server(uvicorn.Server):
     """uvicorn, with SIGTERM twice to end at once, and ``/ready`` false while it drains."""
 
@@ -74,10 +105,14 @@ class Server(uvicorn.Server):
                 host=settings.host,
                 port=settings.port,
                 http=protocol(settings.idle_timeout),
-                ws="none",
+                ws=SocketProtocol,
+                ws_max_size=MAX_MESSAGE,
+                ws_ping_interval=PING_SECONDS,
+                ws_ping_timeout=PING_SECONDS,
+                ws_per_message_deflate=False,
                 timeout_keep_alive=int(min(settings.idle_timeout, 15)) or 1,
                 timeout_graceful_shutdown=int(settings.request_timeout) + 1,
-                limit_concurrency=settings.max_streams + settings.max_queue + SPARE_CONNECTIONS,
+                limit_concurrency=settings.max_streams + settings.max_queue + MAX_SOCKETS + SPARE_CONNECTIONS,
                 h11_max_incomplete_event_size=MAX_HEADERS,
                 log_level="warning",
                 access_log=False,
@@ -90,3 +125,9 @@ class Server(uvicorn.Server):
         """Drain; at the second signal, end."""
         self.force_exit = self._service.draining
         self.should_exit = self._service.draining = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let WebSockets end after their current turn, then shut down."""
+        for connection in list(self._service.sockets):
+            connection.drain()
+        await super().shutdown(sockets)

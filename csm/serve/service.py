@@ -6,11 +6,11 @@ import asyncio
 import gc
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from csm.serve.settings import Settings
 from csm.serve.voices import VoiceStore
 
 Result = TypeVar("Result")
+
+OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 MAX_SESSIONS = 1000
 SESSION_SECONDS = 3600.0  # a session that was not used for so long is forgotten
 SESSION_SHARE = 0.5  # of the backbone's positions, which a session's turns may take
@@ -49,20 +51,33 @@ class Sessions:
         self._busy.discard(key)
         if turn is None:
             return 0
-        turns = [*self._turns.get(key, (0.0, []))[1], turn]
-        num_turns = len(turns)
-        while turns and sum(map(_positions, turns)) > max_positions * SESSION_SHARE:
-            turns.pop(0)
+        before = [*self._turns.get(key, (0.0, []))[1], turn]
+        turns = recent_turns(before, max_positions)
         self._turns[key] = time.monotonic(), turns
         self._turns.move_to_end(key)
         while len(self._turns) > MAX_SESSIONS:
             self._turns.popitem(last=False)
-        return num_turns - len(turns)
+        return len(before) - len(turns)
+
+
+def recent_turns(turns: Sequence[Segment], max_positions: int) -> list[Segment]:
+    """The last turns, as many as take ``SESSION_SHARE`` of the backbone's positions."""
+    first, total = len(turns), 0
+    while first and (total := total + _positions(turns[first - 1])) <= max_positions * SESSION_SHARE:
+        first -= 1
+    return list(turns[first:])
 
 
 def _positions(turn: Segment) -> int:
     """At most so many rows of a prompt: a token has at least one byte."""
     return len(turn.text.encode()) + 8 + (0 if turn.codes is None else turn.codes.shape[0])
+
+
+class Drainable(Protocol):
+    """A connection that can be asked to end once its current turn is complete."""
+
+    def drain(self) -> None:
+        """Begin no further turn."""
 
 
 class Service:
@@ -74,8 +89,9 @@ class Service:
         self.watermark = watermark
         self.voices = VoiceStore(settings.voices)
         self.sessions = Sessions()
-        self.metrics = Metrics(lambda: self.num_streams, lambda: self.num_waiting)
+        self.metrics = Metrics(lambda: self.num_streams, lambda: self.num_waiting, lambda: len(self.sockets))
         self.guards = replace(settings.guards, report=self._count_guard)
+        self.sockets: set[Drainable] = set()
         self.draining = False
         self.created = int(time.time())
         self._load = load
@@ -99,6 +115,16 @@ class Service:
     def num_waiting(self) -> int:
         """Requests that wait for a slot."""
         return max(0, self._in_use - self.settings.max_streams)
+
+    def models(self) -> list[str]:
+        """The loaded model's name, and OpenAI's names for it."""
+        return list(dict.fromkeys([self.settings.model, *OPENAI_MODELS]))
+
+    def check_model(self, name: str) -> None:
+        """Raise ApiError 404 for a model that is not here. OpenAI's names may carry a date."""
+        if name not in self.models() and not name.startswith(f"{OPENAI_MODELS[-1]}-"):
+            message = f"no model is called {name[:100]!r}; there are {', '.join(self.models())}"
+            raise ApiError(404, message, "model", "model_not_found")
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -152,3 +178,21 @@ class Service:
 def encode_turns(generator: Generator, turns: Sequence[Segment]) -> list[Segment]:
     """Turns with codes in place of audio."""
     return [turn if turn.codes is not None else generator.prepare(turn) for turn in turns]
+
+
+async def within(seconds: float, work: Awaitable[Result]) -> Result:
+    """The work's result. Raises TimeoutError after so many seconds.
+
+    Unlike ``asyncio.wait_for`` before Python 3.12 it never swallows a cancellation. The work has ended when this
+    returns.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if not done:
+            raise TimeoutError
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

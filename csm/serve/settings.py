@@ -17,6 +17,10 @@ MAX_INPUT = 4096  # characters of ``input``, as in OpenAI's API
 MAX_UPLOAD = 10 << 20  # bytes of a voice's recording
 MAX_FORM = MAX_UPLOAD + (64 << 10)  # bytes of an upload with its other fields
 MAX_JSON = 4 << 20  # bytes of any other body
+MAX_MESSAGE = MAX_JSON  # bytes of a WebSocket message
+MAX_PENDING = 16 << 10  # characters of a WebSocket's turn that wait to be spoken
+MAX_SOCKETS = 256  # WebSockets that are open
+TIMES = ("max_seconds", "request_timeout", "body_timeout", "idle_timeout", "socket_idle_timeout", "send_timeout")
 # All speech; speech in added voices or after a context, which can hold any voice; or only where a request asks for it.
 WATERMARK_FOR = ("all", "added-voices", "requests")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -39,6 +43,8 @@ class Settings:
     request_timeout: float = 300.0
     body_timeout: float = 30.0
     idle_timeout: float = 15.0
+    socket_idle_timeout: float = 300.0
+    send_timeout: float = 15.0
     unload_after: float | None = None
     api_keys: tuple[str, ...] = ()
     watermark: str | None = None
@@ -57,7 +63,7 @@ class Settings:
             raise CSMError(f"port must be at most 65535, not {self.port}")
         if self.unload_after is not None and not 0 < self.unload_after < math.inf:
             raise CSMError(f"unload_after must be positive, not {self.unload_after}")
-        for name in ("max_seconds", "request_timeout", "body_timeout", "idle_timeout"):
+        for name in TIMES:
             if not 0 < getattr(self, name) < math.inf:
                 raise CSMError(f"{name} must be positive and finite, not {getattr(self, name)}")
         if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in self.api_keys):

@@ -13,7 +13,7 @@ import base64
 import binascii
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -38,15 +38,20 @@ MAX_FRAMES = 25  # of 80 ms, in one piece of a response
 
 
 class Job:
-    """A request that is being generated. ``close`` may be called more than once."""
+    """A request that is being generated. ``close`` may be called more than once.
 
-    def __init__(self, service: Service, body: SpeechBody, owner: str):
+    ``turns`` are earlier turns with codes, before those of a session and of the body's context.
+    """
+
+    def __init__(self, service: Service, body: SpeechBody, owner: str, turns: Sequence[Segment] = ()):
         self.service = service
         self.body = body
         self.started = time.monotonic()
         self.deadline = self.started + service.settings.request_timeout
         self.codes: list[Tensor] = []
+        self.speaker = 0
         self.num_tokens = 0
+        self._turns = turns
         self.watermark: Watermark | None = None
         self._session = None if body.session is None else f"{owner}/{body.session}"
         self._contexts = ExitStack()
@@ -61,18 +66,18 @@ class Job:
         service, body = self.service, self.body
         self._contexts.enter_context(service.admitted())
         generator = self._generator = await service.generator()
-        chosen = await service.in_thread(_choose, service, body)
-        turns = await service.in_thread(_context, generator, body.context)
+        chosen = await service.in_thread(choose_voice, service, body)
+        turns = await service.in_thread(encode_context, generator, body.context)
         if self._session is not None:
             turns = service.sessions.begin(self._session) + turns
             self._contexts.callback(self._end_session, self._session)
-        self._speaker = chosen.speaker
+        self.speaker = chosen.speaker
         self.watermark = choose_watermark(service, body, added_voice=bool(chosen.context or turns))
         given = {"temperature": body.temperature, "topk": body.top_k}
         speech = SpeechRequest(
             body.input,
             speaker=chosen.speaker,
-            context=(*chosen.context, *turns),
+            context=(*chosen.context, *self._turns, *turns),
             max_audio_length_ms=service.settings.max_seconds * 1000,
             seed=int(torch.randint(2**31, ())) if body.seed is None else body.seed,
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
@@ -149,9 +154,16 @@ class Job:
         self._contexts.close()
         self.service.metrics.requests.labels(self._outcome).inc()
 
+    async def released(self) -> None:
+        """After ``close``: return once the engine has freed the slot, which its next step does."""
+        while self._ticket is not None and not self._ticket.released:
+            self._arrived.clear()
+            if not self._ticket.released:
+                await self._arrived.wait()
+
     def _end_session(self, session: str) -> None:
         complete = self.codes and self._outcome not in ("cancelled", "error", "timeout")
-        turn = Segment(self._speaker, self.body.input, codes=torch.stack(self.codes)) if complete else None
+        turn = Segment(self.speaker, self.body.input, codes=torch.stack(self.codes)) if complete else None
         evicted = self.service.sessions.end(session, turn, self._generator.config.backbone.max_positions)
         self.service.metrics.evictions.inc(evicted)
 
@@ -165,15 +177,16 @@ def choose_watermark(service: Service, body: SpeechBody, added_voice: bool) -> W
     return watermark if wanted else None
 
 
-def _choose(service: Service, body: SpeechBody) -> Chosen:
+def choose_voice(service: Service, body: SpeechBody) -> Chosen:
+    """The body's voice. Raises ApiError."""
     try:
         return service.voices.choose(body.voice_id, body.speaker)
     except CSMError as error:
         raise ApiError(400, str(error), "voice", "voice_not_found") from error
 
 
-def _context(generator: Generator, turns: list[Turn]) -> list[Segment]:
-    """The turns of ``context``, with codes."""
+def encode_context(generator: Generator, turns: Sequence[Turn]) -> list[Segment]:
+    """The turns of ``context``, with codes. Raises ApiError."""
     segments = []
     for index, turn in enumerate(turns):
         try:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from csm import Segment
 from csm.errors import AudioError, VoiceError
-from csm.voices import SUFFIX, Voice, check_name, load_voice, save_voice
+from csm.voices import NAME, SUFFIX, Voice, check_name, load_voice, save_voice
 
 OPENAI_NAMES = (
     *("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer"),
@@ -64,17 +64,26 @@ class VoiceStore:
         OpenAI's names are spread over the voices that have a file, or else over the built-in ones. A file of that name
         goes first.
         """
-        files = self.files()  # an id is only ever looked up among these: it never becomes part of a path
-        if voice_id in OPENAI_NAMES and voice_id not in files:
+        path = self._file(voice_id)
+        if voice_id in OPENAI_NAMES and path is None:
+            files = self.files()
             known = list(files) or list(BUILT_IN)
             voice_id = known[OPENAI_NAMES.index(voice_id) % len(known)]
-        if voice_id in files:
-            voice = self._load(files[voice_id])
+            path = files.get(voice_id)
+        if path is not None:
+            voice = self._load(path)
             speaker = voice.speaker if speaker is None else speaker
             return Chosen(speaker, tuple(voice.segments(speaker)))
         if voice_id in BUILT_IN:
             return Chosen(BUILT_IN.index(voice_id) if speaker is None else speaker)
         raise VoiceError(f"no voice is called {voice_id[:64]!r}; GET /v1/audio/voices lists them")
+
+    def _file(self, voice_id: str) -> Path | None:
+        """A voice's file, without listing a folder that may have many. Only a name becomes part of a path."""
+        if self.folder is None or not NAME.fullmatch(voice_id):
+            return None
+        path = self.folder / f"{voice_id}{SUFFIX}"
+        return path if path.is_file() else None
 
     def _load(self, path: Path) -> Voice:
         changed = path.stat().st_mtime_ns

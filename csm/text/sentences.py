@@ -21,7 +21,8 @@ SPLITS = (
     re.compile(r"\s+(?=(?:and|or|but|so|because|which|that|who|when|while|where|if|then|than|as)\s)"),
     re.compile(r"\s+"),
 )
-# Where text that still arrives may be spoken: the end of a sentence or of a clause.
+# Where text that still arrives may be spoken: the end of a sentence, or also of a clause.
+SENTENCE_END = re.compile(r"[.!?…][\"')\]]*\s+|\n")
 CLAUSE_END = re.compile(r"[.!?…;:][\"')\]]*\s+|,\s+|\n")
 MIN_CLAUSE = 20  # characters; shorter clauses wait for more
 
@@ -90,32 +91,49 @@ def _fit(sentence: str, max_chars: int) -> list[str]:
 
 
 class ClauseBuffer:
-    """Collects text that arrives in pieces, and hands out whole clauses as soon as they are complete."""
+    """Collects text that arrives in pieces, and hands out whole clauses as soon as they are complete.
 
-    def __init__(self, min_chars: int = MIN_CLAUSE):
+    How the text is divided into pieces does not change the clauses. ``sentences`` hands out whole sentences instead.
+    Text without an end is divided between words before it exceeds ``max_chars``.
+    """
+
+    def __init__(self, min_chars: int = MIN_CLAUSE, max_chars: int = MAX_CHARS, sentences: bool = False):
         self._text = ""
-        self._min_chars = min_chars
+        self._min_chars, self._max_chars = min_chars, max_chars
+        self._ends = SENTENCE_END if sentences else CLAUSE_END
+
+    @property
+    def num_chars(self) -> int:
+        """Characters that belong to no complete clause yet."""
+        return len(self._text)
 
     def push(self, piece: str) -> list[str]:
         """Add a piece; the clauses that are now complete."""
-        self._text += piece
+        text = (self._text + piece).lstrip()
         clauses = []
-        while (end := self._first_end()) is not None:
-            clauses.append(self._text[:end].strip())
-            self._text = self._text[end:]
-        return [clause for clause in clauses if clause]
+        while (end := self._first_end(text[: self._max_chars + 1])) is not None:
+            clauses.append(text[:end].strip())
+            text = text[end:].lstrip()
+        self._text = text
+        return clauses
 
     def flush(self) -> list[str]:
         """What is left when no more text will come."""
         rest, self._text = self._text.strip(), ""
         return [rest] if rest else []
 
-    def _first_end(self) -> int | None:
-        """Where the first clause ends: a boundary with enough characters before it, and outside ``[...]``."""
-        for match in CLAUSE_END.finditer(self._text):
-            head = self._text[: match.end()]
+    def _first_end(self, window: str) -> int | None:
+        """Where the first clause ends: a boundary with enough characters before it, and outside ``[...]``.
+
+        ``window`` has one character more than a clause may have, so a boundary behind the longest clause is in it.
+        """
+        for match in self._ends.finditer(window):
+            head = window[: match.end()]
             inside = head.rfind("[") > head.rfind("]")
             abbreviation = re.search(r"(?:\b[A-Z]|\b(?:Mr|Mrs|Ms|Dr|St|Prof|e\.g|i\.e|vs|No))\.\s+$", head)
             if len(head.strip()) >= self._min_chars and not inside and not abbreviation:
                 return match.end()
-        return None
+        if len(window) <= self._max_chars:
+            return None
+        space = max(window.rfind(character) for character in " \t\n")
+        return space if space > 0 else self._max_chars

@@ -75,14 +75,14 @@ def use_native(x: Tensor, num_rows: int, weight: Weight) -> bool:
     """Whether an op on so many rows of ``x`` and this weight runs natively."""
     if not x.is_cpu or x.dtype not in DTYPES or os.environ.get("CSM_OPS"):
         return False
-    if isinstance(weight, QuantizedWeight):
-        return _ops() is not None
+    if not isinstance(weight, Tensor):  # rows are for Triton's kernels
+        return isinstance(weight, QuantizedWeight) and _ops() is not None
     if num_rows > MAX_ROWS or weight.dtype != x.dtype or (torch.is_grad_enabled() and weight.requires_grad):
         return False
     return weight.is_contiguous() and _ops() is not None
 
 
-def use_native_sampling(like: Tensor | QuantizedWeight) -> bool:
+def use_native_sampling(like: Weight) -> bool:
     """Whether codes are drawn natively from logits on the device and of the dtype of ``like``."""
     return like.device.type == "cpu" and like.dtype in DTYPES and not os.environ.get("CSM_OPS") and _ops() is not None
 
@@ -105,6 +105,7 @@ def _weight(weight: Weight) -> tuple[int, int, int, int]:
     n, k = weight.shape
     if isinstance(weight, QuantizedWeight):
         return KINDS[weight.bits], weight.packed.data_ptr(), n, k
+    assert isinstance(weight, Tensor)
     return DTYPES[weight.dtype], weight.data_ptr(), n, k
 
 

@@ -1,0 +1,126 @@
+"""Weights in int8, int4 or fp8, row by row: the layout that the Triton kernels read.
+
+- ``int8``: blocks of 32 inputs with one float16 scale, the numbers of GGUF's q8_0. A byte holds a value plus 128.
+- ``int4``: the same with values of 4 bits, q4_0. A block is 16 bytes, in the order of ggml: byte i holds input i in its
+  lower half and input i + 16 in its upper half, each plus 8.
+- ``fp8``: e4m3 (torch.float8_e4m3fn) with one float32 scale per output.
+
+Values and scales are tensors of their own, so that a thread loads 16 bytes of values at once, and its rows begin at
+multiples of 16 bytes: inputs are filled up with zeros to a multiple of 32.
+
+Shapes: N outputs, K inputs, L stacked weights, J blocks, W elements of ``values`` that a row takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+BLOCK = 32  # values that share a scale
+HALF = BLOCK // 2
+BYTE_ZERO, NIBBLE_ZERO = 128, 8  # what a stored 0 is
+FP8 = torch.float8_e4m3fn
+KINDS = ("int8", "int4", "fp8")
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedRows:
+    """(N, K), or (L, N, K): ``values`` uint8 or e4m3 (N, W) and ``scales`` float16 (N, J) or float32 (N,), L before.
+
+    ``dtype`` is that of its inputs. With ``keep``, kernels ask the GPU to keep the weight in its L2 cache. It answers
+    what ops and model ask of a weight; it cannot be trained.
+    """
+
+    values: Tensor
+    scales: Tensor
+    shape: torch.Size
+    kind: str
+    dtype: torch.dtype
+    keep: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.values.is_cuda
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    def __getitem__(self, index: int | slice) -> QuantizedRows:
+        """One of the stacked weights, or some outputs of a single one: views of the same memory."""
+        if len(self.shape) == 3 and isinstance(index, int):
+            shape = torch.Size(self.shape[1:])
+        elif len(self.shape) == 2 and isinstance(index, slice):
+            shape = torch.Size((len(range(*index.indices(self.shape[0]))), self.shape[1]))
+        else:
+            raise IndexError(f"a quantised weight of shape {tuple(self.shape)} has no part {index}")
+        return replace(self, values=self.values[index], scales=self.scales[index], shape=shape)
+
+    def to(self, device: torch.device) -> QuantizedRows:
+        """The same weight on a device."""
+        return replace(self, values=self.values.to(device), scales=self.scales.to(device))
+
+    def dequantize(self) -> Tensor:
+        """The weight as a tensor of ``dtype``: what a reference multiplies."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        if self.kind == "fp8":
+            weight = self.values.to(wide) * self.scales.to(wide).unsqueeze(-1)
+        else:
+            q = _block_values(self.values, self.kind).to(wide)
+            weight = (q * self.scales.to(wide).unsqueeze(-1)).flatten(-2)
+        return weight[..., : self.shape[-1]].to(self.dtype).contiguous()
+
+
+def _block_values(values: Tensor, kind: str) -> Tensor:
+    """The values of a weight's blocks: (..., W) uint8 -> (..., J, 32) int8."""
+    if kind == "int8":
+        return (values.to(torch.int16) - BYTE_ZERO).to(torch.int8).unflatten(-1, (-1, BLOCK))
+    byte = values.unflatten(-1, (-1, HALF))
+    return torch.cat((byte & 15, byte >> 4), dim=-1).to(torch.int8) - NIBBLE_ZERO
+
+
+def pack_rows(q_NK: Tensor, scale_NJ: Tensor, kind: str, dtype: torch.dtype) -> QuantizedRows:
+    """A weight of int8 values and the scales of their blocks; ``kind`` is int8 or int4."""
+    q_NJB = torch.nn.functional.pad(q_NK, (0, -q_NK.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    if kind == "int8":
+        values = (q_NJB.to(torch.int16) + BYTE_ZERO).to(torch.uint8)
+    else:
+        nibble = (q_NJB + NIBBLE_ZERO).to(torch.uint8)
+        values = nibble[..., :HALF] | (nibble[..., HALF:] << 4)
+    return QuantizedRows(values.flatten(1), scale_NJ.half().contiguous(), q_NK.shape, kind, dtype)
+
+
+def quantize_fp8(weight_NK: Tensor, dtype: torch.dtype) -> QuantizedRows:
+    """A weight in e4m3: of each output, the largest value becomes the largest of the format, 448."""
+    wide_NK, largest = weight_NK.float(), torch.finfo(FP8).max
+    scale_N = wide_NK.abs().amax(dim=1) / largest
+    scale_N = torch.where(scale_N > 0, scale_N, 1.0)
+    values_NK = (wide_NK / scale_N.unsqueeze(1)).clamp(-largest, largest)
+    filled_NW = torch.nn.functional.pad(values_NK, (0, -weight_NK.shape[1] % BLOCK)).to(FP8)
+    return QuantizedRows(filled_NW, scale_N, weight_NK.shape, "fp8", dtype)
+
+
+def stack_rows(parts: Sequence[QuantizedRows]) -> QuantizedRows:
+    """(N, K) weights of one shape, stacked: (L, N, K)."""
+    values, scales = (torch.stack([getattr(part, name) for part in parts]) for name in ("values", "scales"))
+    return replace(parts[0], values=values, scales=scales, shape=torch.Size((len(parts), *parts[0].shape)))
+
+
+def empty_rows(shape: Sequence[int], kind: str, dtype: torch.dtype, device: torch.device) -> QuantizedRows:
+    """A weight with memory that is not filled."""
+    *outputs, k = shape
+    num_blocks = -(-k // BLOCK)
+    width = num_blocks * (HALF if kind == "int4" else BLOCK)
+    values = torch.empty(*outputs, width, dtype=FP8 if kind == "fp8" else torch.uint8, device=device)
+    if kind == "fp8":
+        scales = torch.empty(*outputs, dtype=torch.float32, device=device)
+    else:
+        scales = torch.empty(*outputs, num_blocks, dtype=torch.float16, device=device)
+    return QuantizedRows(values, scales, torch.Size(shape), kind, dtype)
