@@ -263,6 +263,35 @@ def test_the_server_marks_what_it_must(policy, fields, expected, noisy, tone_mar
     assert np.abs(after - np.clip(before / 32767 + offset, -1, 1) * 32767).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, False),
+        ({"context": [{"text": "Hi.", "codes": [[1] * 8] * 3}]}, True),
+        ({"watermark": True}, True),
+    ],
+)
+def test_the_websocket_marks_what_it_must(fields, expected, noisy, tone_mark):
+    """A voice that comes as context counts as added."""
+    from test_serve import Running
+    from test_socket import Client, address, connect
+
+    from csm.serve.settings import Settings
+
+    options = dict(max_seconds=0.8, watermark="perth", watermark_for="added-voices")
+    with Running(noisy, max_seconds=0.8) as running:
+        plain_fields = {name: value for name, value in fields.items() if name != "watermark"}
+        with connect(address(running)) as connection:
+            _, plain = Client(connection).turn("Hi.", voice="speaker_0", **plain_fields)
+        running.service.settings, running.service.watermark = Settings(port=1, **options), tone_mark
+        with connect(address(running)) as connection:
+            event, marked = Client(connection).turn("Hi.", voice="speaker_0", **fields)
+    assert event["type"] == "done"
+    before, after = (np.frombuffer(audio, "<i2") for audio in (plain, marked))
+    offset = 0.25 if expected else 0.0
+    assert np.abs(after - np.clip(before / 32767 + offset, -1, 1) * 32767).max() <= 1
+
+
 def test_an_unknown_policy_is_refused():
     from csm.serve.settings import Settings
 

@@ -31,10 +31,11 @@ class Start(_Message):
     top_k: int | None = Field(None, ge=1)
     speaker: Speaker | None = None
     context: list[Turn] = Field(default_factory=list, max_length=32)
+    watermark: bool = False
 
     def body(self, text: str, seed: int) -> SpeechBody:
         """The request for speech that generates ``text``, as ``POST /v1/audio/speech`` would take it."""
-        fields = self.model_dump(include={"voice", "speed", "temperature", "top_k", "speaker"})
+        fields = self.model_dump(include={"voice", "speed", "temperature", "top_k", "speaker", "watermark"})
         fields |= {"model": self.model or "csm", "input": text, "response_format": "pcm", "seed": seed % MAX_SEED}
         return SpeechBody.model_validate(fields)
 

@@ -72,7 +72,7 @@ class Job:
             turns = service.sessions.begin(self._session) + turns
             self._contexts.callback(self._end_session, self._session)
         self.speaker = chosen.speaker
-        self.watermark = choose_watermark(service, body, added_voice=bool(chosen.context or turns))
+        self.watermark = choose_watermark(service, body, added_voice=bool(chosen.context or turns or self._turns))
         given = {"temperature": body.temperature, "topk": body.top_k}
         speech = SpeechRequest(
             body.input,
