@@ -24,8 +24,8 @@ from torch import Tensor
 
 from csm import CSMError, Generator, Segment, SpeechRequest
 from csm.codec import check_codes
+from csm.formats import ENCODERS, MEDIA_TYPES, Stretch
 from csm.guards import GuardedTicket
-from csm.serve.encoders import ENCODERS, MEDIA_TYPES, Stretch
 from csm.serve.errors import ApiError, api_error
 from csm.serve.metrics import PlayerClock
 from csm.serve.schema import SpeechBody, Turn
