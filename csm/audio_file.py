@@ -7,7 +7,8 @@ The encoders are those of ``csm.formats``. Chapters and tags are added at the en
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -103,22 +104,13 @@ class EncodedWriter(AtomicWriter):
             finally:
                 remuxed.unlink(missing_ok=True)
 
-    def _failures(self) -> _Failures:
-        return _Failures(self.path)
-
-
-class _Failures:
-    """Errors of soundfile and PyAV as AudioError that names the file."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, RuntimeError)):  # soundfile's and FFmpeg's errors derive from these
-            raise AudioError(f"{self._path}: cannot be written: {error}") from error
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Errors of the encoders as AudioError. soundfile asserts that everything was written."""
+        try:
+            yield
+        except (OSError, RuntimeError, AssertionError) as error:
+            raise AudioError(f"{self.path}: cannot be written: {error}") from error
 
 
 def remux(source: Path, target: Path, muxer: str, marks: Sequence[ChapterMark], tags: Mapping[str, str]) -> None:

@@ -63,9 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES.format(program=program)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     _add_text_options(parser.add_argument_group("text and output"))
-    _add_voice_options(parser.add_argument_group("voice"))
-    _add_sampling_options(parser.add_argument_group("sampling"))
-    _add_model_options(parser.add_argument_group("model and device"))
+    add_voice_options(parser.add_argument_group("voice"))
+    add_sampling_options(parser.add_argument_group("sampling"))
+    add_model_options(parser.add_argument_group("model and device"))
 
 
 def _add_text_options(group: argparse._ArgumentGroup) -> None:
@@ -97,7 +97,8 @@ def _add_text_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _add_voice_options(group: argparse._ArgumentGroup) -> None:
+def add_voice_options(group: argparse._ArgumentGroup) -> None:
+    """Options of the voice and of what an utterance continues."""
     group.add_argument("--speaker", type=int, help="speaker id (default: the voice's, else 0)")
     group.add_argument("--voice", help="name of a voice (python -m csm voice list)")
     group.add_argument("--ref", type=Path, help="a recording of the voice to continue; needs --ref-text")
@@ -107,14 +108,16 @@ def _add_voice_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--seed", type=int, help="repeats a run (default: drawn, and printed)")
+def add_sampling_options(group: argparse._ArgumentGroup, seed: str = "drawn, and printed") -> None:
+    """Options of how codes are drawn; ``seed`` says where the default one comes from."""
+    group.add_argument("--seed", type=int, help=f"repeats a run (default: {seed})")
     group.add_argument("--temperature", type=float, help="0 is greedy (default: the checkpoint's, else 0.9)")
     group.add_argument("--top-k", type=int, help="draw among this many best codes (default: the checkpoint's, else 50)")
     group.add_argument("--max-seconds", type=float, help="most audio an utterance (default: the checkpoint's, else 90)")
 
 
-def _add_model_options(group: argparse._ArgumentGroup) -> None:
+def add_model_options(group: argparse._ArgumentGroup) -> None:
+    """Options of the checkpoint and of the device."""
     group.add_argument(
         "--model",
         help=f"hub name[@revision], folder, or tiny (default: {DEFAULT_MODEL} where it can be had, else tiny)",

@@ -249,9 +249,14 @@ class Generator:
         speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice)
         return (frame.audio_N for frame in self.stream_frames(speech, guards) if frame.audio_N is not None)
 
-    def stream_frames(self, speech: SpeechRequest, guards: Guards = DEFAULT_GUARDS) -> Iterator[Frame]:
-        """``stream`` with the codes (K,) of each chunk."""
-        frames = self._run([self._opener(speech, guards, max_unread=MAX_UNREAD)])
+    def stream_frames(
+        self, speech: SpeechRequest, guards: Guards = DEFAULT_GUARDS, hold: bool = False
+    ) -> Iterator[Frame]:
+        """``stream`` with the codes (K,) of each chunk.
+
+        ``hold`` hands all frames out at the end, as ``generate`` does: without the silence that a guard has ended.
+        """
+        frames = self._run([self._opener(speech, guards, hold=hold, max_unread=MAX_UNREAD)])
         return (frame for _, frame in frames)
 
     def submit(
@@ -361,7 +366,7 @@ class Generator:
                 f"of the {limit_ms / 1000:g} s that were asked for"
             )
             warnings.warn(message, RoomWarning, stacklevel=5)
-        return Request(prompt, params, int(min(asked, room)), audio)
+        return Request(prompt, params, int(min(asked, room)), audio, keep=not speech.repeatable)
 
     def _turn(self, segment: Segment) -> tuple[list[int], Tensor]:
         """A context turn's text ids and codes."""

@@ -31,6 +31,7 @@ LAYERS = [
     {"csm.generator"},
     {"csm.conversation"},
     {"csm.script", "csm.player"},
+    {"csm.book"},
     {"csm.voice_command"},
     {"csm.finetune"},
     {"csm.bench", "csm.compare", "csm.evaluate"},
@@ -38,6 +39,7 @@ LAYERS = [
     {"csm.serve"},
     {"csm.command_line"},
     {"csm.doctor", "csm.generate_command"},
+    {"csm.read_command"},
     {"csm.__main__"},
     {"csm.weights.recipe"},
 ]
@@ -54,6 +56,7 @@ def package_of(name):
 FOLDERS = {
     "csm": "csm",
     "csm/bench": "csm.bench",
+    "csm/book": "csm.book",
     "csm/doctor": "csm.doctor",
     "csm/evaluate": "csm.evaluate",
     "csm/finetune": "csm.finetune",

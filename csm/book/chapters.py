@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from csm.book_epub import read_epub
-from csm.book_types import Book, BookError, Chapter
+from csm.book.epub import read_epub
+from csm.book.types import Book, BookError, Chapter
 
 MAX_TEXT_BYTES = 64 * 1024**2
 ATX = re.compile(r"\s{0,3}(#{1,6})\s+(.+?)[\s#]*$")

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urldefrag
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-from csm.book_types import Book, BookError, Chapter
+from csm.book.types import Book, BookError, Chapter
 
 MAX_MEMBER_BYTES = 32 * 1024**2  # of a document, uncompressed
 MAX_TOTAL_BYTES = 256 * 1024**2
