@@ -38,7 +38,7 @@ from csm.book import (
 from csm.generate_command import add_model_options, add_sampling_options, add_voice_options, load, read_reference
 from csm.joins import check_speed
 from csm.script import Item, Line, entries, parse_script, speaker_ids, text_items
-from csm.subtitles import SUBTITLES, cue_values
+from csm.subtitles import SUBTITLES
 from csm.text import Pause
 
 FORMATS = [suffix[1:] for suffix in SUFFIXES]
@@ -340,7 +340,7 @@ class Job:
                     "title": self.book.title,
                     "author": self.book.author,
                     "chapters": [asdict(mark) for mark in recording.marks],
-                    "sentences": [cue_values(cue) for cue in recording.cues],
+                    "sentences": [asdict(cue) for cue in recording.cues],
                 }
                 text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
             self.target.subtitles(asked, recording.path, kind).write_text(text, encoding="utf-8")

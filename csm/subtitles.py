@@ -8,23 +8,13 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
-class Word:
-    """When a word is heard: seconds from the start of the audio."""
-
-    start: float
-    end: float
-    text: str
-
-
-@dataclass(frozen=True)
 class Cue:
-    """When a sentence is heard: seconds from the start. ``words`` is empty where their times are not known."""
+    """When a sentence is heard: seconds from the start."""
 
     start: float
     end: float
     speaker: int | str
     text: str
-    words: tuple[Word, ...] = ()
 
 
 def to_srt(cues: Sequence[Cue]) -> str:
@@ -45,13 +35,8 @@ def to_vtt(cues: Sequence[Cue]) -> str:
 
 
 def to_json(cues: Sequence[Cue]) -> str:
-    """A list of objects with start, end (seconds), speaker and text, and with words where their times are known."""
-    return json.dumps([cue_values(cue) for cue in cues], indent=2, ensure_ascii=False) + "\n"
-
-
-def cue_values(cue: Cue) -> dict[str, object]:
-    """A cue as JSON has it."""
-    return {key: value for key, value in asdict(cue).items() if key != "words" or value}
+    """A list of objects with start, end (seconds), speaker and text."""
+    return json.dumps([asdict(cue) for cue in cues], indent=2, ensure_ascii=False) + "\n"
 
 
 SUBTITLES: dict[str, Callable[[Sequence[Cue]], str]] = {"srt": to_srt, "vtt": to_vtt, "json": to_json}

@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sphn
+import torch
+from test_book import write_epub
 from test_structure import LAYERS
 
 import csm
 import generate
 from csm.__main__ import main, parse_arguments
 from csm.lora import Lora, LoraConfig, save_adapter
+from csm.voices import save_voice, voices_folder
 from csm.weights import open_checkpoint
 from csm.weights.recipe import recordings
 from micro import write_data
@@ -79,7 +82,7 @@ def test_training_and_measuring_lines(short, one_thread, tmp_path, monkeypatch, 
     """In order, on recordings of noise, for two training steps."""
     monkeypatch.chdir(tmp_path)
     write_data(Path("voice"))
-    lines = [line for line in shell_lines() if " -m csm " in line]
+    lines = [line for line in shell_lines() if " -m csm " in line and " read " not in line]
     assert [shlex.split(line)[3] for line in lines] == ["finetune", "eval"]
     for line in lines:
         python, option, package, command, *args = shlex.split(HUB_NAME.sub("tiny", line))
@@ -90,6 +93,23 @@ def test_training_and_measuring_lines(short, one_thread, tmp_path, monkeypatch, 
         assert main([command, *args, *more, "--device", "cpu", "--quiet"]) == 0
     assert Path("run/adapter/adapter.safetensors").is_file()
     assert "| recordings | 2 |" in capsys.readouterr().out
+
+
+def test_reading_lines(short, tmp_path, monkeypatch, capsys):
+    """A book and a dialogue, in a voice of random codes."""
+    monkeypatch.setenv("CSM_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = open_checkpoint("tiny").config
+    codes = torch.randint(config.codebook_size, (5, config.num_codebooks))
+    save_voice(csm.Voice("anna", ("Hello.",), (codes,)), voices_folder() / "anna.safetensors")
+    write_epub(Path("book.epub"))
+    Path("talk.txt").write_text("[0] Hello.\n[anna] Good morning.")
+    lines = [line for line in shell_lines() if " -m csm read " in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert main([*shlex.split(HUB_NAME.sub("tiny", line))[3:], "--device", "cpu", "--quiet"]) == 0
+        assert "s of audio" in capsys.readouterr().out
+    assert {"book.m4b", "book.srt", "talk.mp3"} <= {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -177,6 +197,7 @@ def missing_arguments(program, words):
         "generate.py": [["--text", "--file", "--script"]],
         "finetune": [["--data"], ["--out"]],
         "eval": [["--data", "--sentences"]],
+        "read": [["--out"]],
         "quantize": [["--scheme"], ["--out"]],
     }
     command = program if program == "generate.py" else words[0]

@@ -255,14 +255,13 @@ def _spine(archive: Archive, package: ElementTree.Element, base: str) -> Iterato
 def _contents(archive: Archive, package: ElementTree.Element, base: str) -> dict[tuple[str, str], str]:
     """(member, fragment) -> title of the table of contents' upper level: EPUB 3's navigation, else the NCX."""
     for item in _elements(package, "item"):
-        name = archive.resolve(base, item.get("href") or "")[0]
         is_nav = "nav" in (item.get("properties") or "").split()
-        if is_nav and name in archive.names:
-            entries = list(_nav_entries(archive.xml(name)))
-        elif item.get("media-type") == "application/x-dtbncx+xml" and name in archive.names:
-            entries = list(_ncx_entries(archive.xml(name)))
-        else:
+        if not is_nav and item.get("media-type") != "application/x-dtbncx+xml":
+            continue  # other items may be anywhere: an EPUB 3 refers to videos by their web address
+        name = archive.resolve(base, item.get("href") or "")[0]
+        if name not in archive.names:
             continue
+        entries = list((_nav_entries if is_nav else _ncx_entries)(archive.xml(name)))
         marks = {archive.resolve(name, link): title for link, title in entries if link and title}
         if marks:
             return marks
