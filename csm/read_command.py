@@ -253,11 +253,11 @@ class Job:
         named = {number: generator.voice(name) for name, number in ids.items() if isinstance(name, str)}
         voices = {**voices, **named}
         self.references = [part for number, voice in sorted(voices.items()) for part in voice.segments(number)]
-        turns = args.context_turns
+        turns, defaults = args.context_turns, generator.defaults
         self.settings = Settings(
-            args.temperature,
-            args.top_k,
-            generator.defaults.max_audio_length_ms if args.max_seconds is None else args.max_seconds * 1000,
+            defaults.temperature if args.temperature is None else args.temperature,
+            defaults.top_k if args.top_k is None else args.top_k,
+            defaults.max_audio_length_ms if args.max_seconds is None else args.max_seconds * 1000,
             DEFAULT_SEED if args.seed is None else args.seed,
             (2 if args.script else 1) if turns is None else turns,
             bool(voices) and args.script is None,  # without a voice, earlier sentences are all that keeps it

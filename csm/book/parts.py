@@ -45,8 +45,8 @@ class Settings:
     how often a sentence that a guard rejected is generated again.
     """
 
-    temperature: float | None = None
-    topk: int | None = None
+    temperature: float = 0.9
+    topk: int = 50
     max_turn_ms: float = 90_000
     seed: int = 0
     context_turns: int = 1

@@ -136,29 +136,32 @@ class Binder:
         """Write some sections into one file, which appears under its name once it is whole."""
         rate = self._generator.sample_rate
         recording, num_samples = Recording(path), 0
+        starts: list[float] = []
         with open_writer(path) as writer:
             writer.begin(rate)
             for number in numbers:
-                start = num_samples
-                pause = self._sound.section_pause if number != numbers[0] else 0.0
-                for line, audio in self._section(number, parts, pause):
+                if number != numbers[0]:  # the pause ends the chapter before
+                    pause = torch.zeros(round(self._sound.section_pause * rate))
+                    writer.write(pause)
+                    num_samples += pause.shape[0]
+                starts.append(num_samples / rate)
+                for line, audio in self._section(number, parts):
                     writer.write(audio)
                     times = num_samples / rate, (num_samples + audio.shape[0]) / rate
                     if line is not None and audio.shape[0]:
                         recording.cues.append(Cue(*times, line.speaker, line.written))
                     num_samples += audio.shape[0]
-                mark = ChapterMark(self._sections[number].title, start / rate, num_samples / rate)
-                recording.marks.append(mark)
+            recording.seconds = num_samples / rate
+            for number, start, end in zip(numbers, starts, [*starts[1:], recording.seconds], strict=True):
+                recording.marks.append(ChapterMark(self._sections[number].title, start, end))
             if isinstance(writer, EncodedWriter) and path.suffix.lower() in WITH_CHAPTERS:
                 writer.describe(recording.marks if len(numbers) > 1 else (), tags)
-        recording.seconds = num_samples / rate
         return recording
 
-    def _section(self, number: int, parts: Parts, pause: float) -> Iterator[tuple[Line | None, Tensor]]:
+    def _section(self, number: int, parts: Parts) -> Iterator[tuple[Line | None, Tensor]]:
         """The audio of a section's items, each with its line or, for silence, None."""
         rate = self._generator.sample_rate
         sentences = iter([sentence for sentence in self._sentences if sentence.section == number])
-        yield None, torch.zeros(round(pause * rate))
         for item in self._sections[number].items:
             if not isinstance(item, Line):
                 yield None, torch.zeros(round(item.seconds * rate))
