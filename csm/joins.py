@@ -19,6 +19,8 @@ FADE_MS = 5.0  # at both ends of a turn, so that no join has a step
 MIN_SPEED, MAX_SPEED = 0.25, 4.0
 MAX_GAIN_DB = 12.0  # a turn that is further from the loudness of the others is not speech
 PEAK = 0.97  # of full scale: a turn is not made louder than that
+SILENCE = 1e-4  # peak: -80 dB
+MEASURED_PEAK = 0.25
 BLOCK_SECONDS = 0.4  # ITU-R BS.1770: a loudness needs so much audio
 
 
@@ -32,10 +34,12 @@ def check_speed(speed: float) -> None:
 
 def loudness(audio: Tensor, sample_rate: int) -> float | None:
     """Loudness in LUFS (ITU-R BS.1770-4, pauses do not count); None for silence. Short audio is measured repeated."""
-    if not audio.numel():
+    peak = float(audio.abs().max()) if audio.numel() else 0.0
+    if peak < SILENCE:
         return None
-    audio = audio.repeat(math.ceil(BLOCK_SECONDS * sample_rate / audio.shape[0]))
-    value = float(torchaudio.functional.loudness(audio[None], sample_rate))
+    scale = MEASURED_PEAK / peak  # torchaudio's filters clip at 1, and one of them lifts high tones
+    audio = audio.repeat(math.ceil(BLOCK_SECONDS * sample_rate / audio.shape[0])) * scale
+    value = float(torchaudio.functional.loudness(audio[None], sample_rate)) - 20 * math.log10(scale)
     return value if math.isfinite(value) else None
 
 
