@@ -671,22 +671,69 @@ def test_the_guide(monkeypatch):
     assert {"fox.m4b", "fox.srt", "notes", "talk"} <= set(os.listdir())
 
 
-# With the embedded voice and a process that is killed
+# With the embedded voice, and a process that is killed
+
+TINY = [sys.executable, "-m", "csm", "read", "-", "--model", "tiny", "--speaker", "1", "--device", "cpu", "--quiet"]
+
+
+def words(count):
+    """Sentences that the embedded voice knows, with at least so many words, in paragraphs."""
+    chosen, total = [], 0
+    for sentence in sentences("valid", count):
+        chosen.append(sentence)
+        total += len(sentence.split())
+        if total >= count:
+            break
+    return "\n\n".join(" ".join(chosen[start : start + 8]) for start in range(0, len(chosen), 8))
+
+
+def read_aloud(text, out, kill_after=None):
+    """Run ``csm read -`` in a process, killed after so many sentences. Returns its memory in MiB, each half second."""
+    Path("text.txt").write_text(text)
+    memory, folder = [], Path(f"{out}.parts")
+    with open("text.txt") as file:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([*TINY, "--json", "--srt", "--out", out], stdin=file, env=environment)
+    while process.poll() is None:
+        time.sleep(0.5)
+        num_done = len(list(folder.glob("*.safetensors"))) if folder.is_dir() else 0
+        if kill_after is not None and num_done >= kill_after:
+            process.send_signal(signal.SIGKILL)
+            kill_after = None
+        with contextlib.suppress(OSError, IndexError):
+            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+            memory += [pages * os.sysconf("SC_PAGE_SIZE") / 2**20] if num_done > 8 else []
+    return process.returncode, memory
+
+
+def assert_one_piece(out):
+    """No step at a join is larger than the signal's own, and every sentence has the loudness of the first."""
+    samples = decoded(out)[0]
+    cues = json.loads(Path(out).with_suffix(".json").read_text())["sentences"]
+    assert cues[-1]["end"] == pytest.approx(len(samples) / RATE, abs=1e-4)
+    assert all(one["end"] <= two["start"] for one, two in itertools.pairwise(cues))
+    steps = np.abs(np.diff(samples))
+    joins = [round(cue[key] * RATE) for cue in cues for key in ("start", "end")]
+    at_joins = [steps[max(0, join - 2) : join + 2].max() for join in joins if join < len(samples)]
+    assert max(at_joins) < 0.1 * steps.max()
+    spans = [(round(cue["start"] * RATE), round(cue["end"] * RATE)) for cue in cues if cue["end"] - cue["start"] > 1]
+    levels = [lufs(samples[start:end]) for start, end in spans]
+    assert max(levels) - min(levels) < 1
+    assert abs(levels[0] - levels[-1]) < 1
 
 
 @pytest.mark.slow
-def test_a_killed_process_resumes_to_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("count", [60, 3000])
+def test_a_killed_process_resumes_to_the_same_bytes(count):
     """SIGKILL half-way: nothing under the final name; the second run ends with the bytes of an unbroken one."""
-    Path("b.txt").write_text("The dog ran to the house. " * 3 + "\n\nGood morning. " * 4 + "\n\nIt was a good day.")
-    command = [sys.executable, "-m", "csm", "read", "b.txt", "--model", "tiny", "--device", "cpu", "--quiet", "--out"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([*command, "killed.m4b"], env=environment)
-    folder = tmp_path / "killed.m4b.parts"
-    while len(list(folder.glob("*.safetensors"))) < 4 and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not Path("killed.m4b").exists()
-    for name in ("killed.m4b", "whole.m4b"):
-        subprocess.run([*command, name], env=environment, check=True)
-    assert Path("killed.m4b").read_bytes() == Path("whole.m4b").read_bytes()
+    text = words(count)
+    code, _ = read_aloud(text, "killed.flac", kill_after=count // 14)
+    assert code == -signal.SIGKILL
+    assert not Path("killed.flac").exists()
+    assert read_aloud(text, "killed.flac")[0] == 0
+    code, memory = read_aloud(text, "whole.flac")
+    assert code == 0
+    assert Path("killed.flac").read_bytes() == Path("whole.flac").read_bytes()
+    assert Path("killed.srt").read_bytes() == Path("whole.srt").read_bytes()
+    assert_one_piece("whole.flac")
+    assert count < 1000 or max(memory) - memory[len(memory) // 4] < 64, memory[:: len(memory) // 20]
