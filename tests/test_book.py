@@ -24,7 +24,7 @@ from test_script import some_voice
 
 import csm.__main__
 import generate
-from csm.audio_file import SUFFIXES, ChapterMark, open_writer
+from csm.audio_file import SUFFIXES, ChapterMark, EncodedWriter, open_writer
 from csm.book import BookError, Parts, Section, Settings, Take, parse_text, plan, read_book
 from csm.book.recording import Reader
 from csm.errors import AudioError
@@ -33,6 +33,7 @@ from csm.joins import Level, join, loudness
 from csm.script import Line, entries, parse_script
 from csm.text import Pause
 from csm.voices import save_voice, voices_folder
+from csm.weights.recipe.sentences import sentences
 from noise import NOISE
 
 ROOT = Path(generate.__file__).parent
@@ -408,7 +409,7 @@ def test_a_book_with_chapters_and_subtitles(capsys):
     assert read("fox.md", "--out", "fox.m4b", "--srt", "--vtt", "--json", "fox.json") == 0
     printed = capsys.readouterr().out
     assert re.match(r"fox\.m4b: 2 chapters, 9 sentences, \d\.\d\d s of audio in .*, seed 0$", printed, re.MULTILINE)
-    assert sorted(os.listdir()) == ["fox.json", "fox.m4b", "fox.md", "fox.srt", "fox.vtt"]
+    assert set(os.listdir()) - {"home"} == {"fox.json", "fox.m4b", "fox.md", "fox.srt", "fox.vtt"}
     values = json.loads(Path("fox.json").read_text())
     texts = [sentence["text"] for sentence in values["sentences"]]
     assert texts == ["A fox.", "One.", "Hello.", "Yes.", "No.", "Well.", "Two.", "Good.", "Bye."]
@@ -449,6 +450,10 @@ class Stop(Exception):
     """As a kill would: in the middle of the work."""
 
 
+def stop(*_):
+    raise Stop
+
+
 @pytest.mark.parametrize("point", ["before the first", "between sentences", "while joining"])
 def test_a_stopped_run_resumes_to_the_same_bytes(point, monkeypatch, capsys):
     """Whatever was done, with context across sentences and a voice; the finished sentences are not generated again."""
@@ -465,14 +470,13 @@ def test_a_stopped_run_resumes_to_the_same_bytes(point, monkeypatch, capsys):
         saved(self, key, take, text)
         count += 1
 
-    monkeypatch.setattr(Parts, "save", save)
-    if point == "while joining":
-        monkeypatch.setattr(csm.audio_file.EncodedWriter, "describe", lambda *_: (_ for _ in ()).throw(Stop))
-    with pytest.raises(Stop):
-        read("fox.md", "--out", "again.mp3", *options)
-    assert sorted(os.listdir()) == sorted(["again.mp3.parts", "fox.md", "home", "whole.mp3", "whole.srt", "whole.json"])
-    monkeypatch.undo()
-    monkeypatch.setenv("CSM_HOME", str(Path("home").absolute()))
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "save", save)
+        if point == "while joining":
+            patch.setattr(EncodedWriter, "describe", stop)
+        with pytest.raises(Stop):
+            read("fox.md", "--out", "again.mp3", *options)
+    assert set(os.listdir()) == {"again.mp3.parts", "fox.md", "home", "whole.mp3", "whole.srt", "whole.json"}
     before = count
     capsys.readouterr()
     assert read("fox.md", "--out", "again.mp3", *options) == 0
@@ -506,15 +510,11 @@ def test_rejected_sentences_are_listed(capsys):
     assert lines[1].startswith("rejected (short, short, short; the best take was kept): fox: 'This is")
 
 
-def test_two_runs_exclude_each_other():
+def test_two_runs_exclude_each_other(capsys):
     Path("fox.txt").write_text("Hello.")
     with Parts(Path("fox.wav.parts")).locked():
-        code = subprocess.run(
-            [sys.executable, "-m", "csm", "read", "fox.txt", "--out", "fox.wav", *SHORT],
-            capture_output=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-    assert (code.returncode, b"another run is writing" in code.stderr) == (2, True)
+        assert read("fox.txt", "--out", "fox.wav") == 2
+    assert "another run is writing" in capsys.readouterr().err
     assert not Path("fox.wav").exists()
 
 
@@ -693,6 +693,7 @@ def read_aloud(text, out, kill_after=None):
     memory, folder = [], Path(f"{out}.parts")
     with open("text.txt") as file:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        del environment["CSM_HOME"]  # the compiled ops are in the user's folder
         process = subprocess.Popen([*TINY, "--json", "--srt", "--out", out], stdin=file, env=environment)
     while process.poll() is None:
         time.sleep(0.5)
