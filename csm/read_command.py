@@ -35,6 +35,7 @@ from csm.book import (
     plan,
     read_book,
 )
+from csm.formats import import_av
 from csm.generate_command import add_model_options, add_sampling_options, add_voice_options, load, read_reference
 from csm.joins import check_speed
 from csm.script import Item, Line, entries, parse_script, speaker_ids, text_items
@@ -214,8 +215,10 @@ def find_target(args: argparse.Namespace, book: Book) -> Target:
         target = Target((out,), None, out.with_name(f"{out.name}.parts"))
     if not out.absolute().parent.is_dir():
         raise CSMError(f"{out}: cannot be written: there is no folder {out.absolute().parent}")
-    if target.parts.exists() and not target.parts.is_dir():
+    if (target.parts.exists() and not target.parts.is_dir()) or Parts(target.parts).is_foreign():
         raise CSMError(f"{target.parts}: is in the way: finished sentences are kept in a folder of this name")
+    if target.files[0].suffix.lower() not in ("", ".wav"):
+        import_av("a file with a title and chapters")  # now, not when everything is generated
     return target
 
 
@@ -263,7 +266,8 @@ class Job:
             bool(voices) and args.script is None,  # without a voice, earlier sentences are all that keeps it
             args.retries,
         )
-        self.sentences = plan(sections, ids, self.settings, fingerprint(generator, self.references))
+        self.model = fingerprint(generator, self.references)
+        self.sentences = plan(sections, ids, self.settings, self.model)
         self.parts = Parts(target.parts)
         self.reader = Reader(generator, self.references, self.settings, self.parts)
         for sentence in self.sentences:
@@ -273,7 +277,8 @@ class Job:
         """Generate what is missing, write the files, and remove the work folder."""
         started, args = time.perf_counter(), self.args
         with self.parts.locked():
-            self.parts.describe({"title": self.book.title, "settings": asdict(self.settings), "out": str(args.out)})
+            settings = {"settings": asdict(self.settings), "model": self.model}
+            self.parts.describe({"title": self.book.title, "out": str(args.out), **settings})
             listing, num_found = self.generate()
             recordings = self.write()
         if not args.keep_parts:

@@ -101,7 +101,7 @@ NCX = """<?xml version="1.0"?><!DOCTYPE ncx PUBLIC "-//NISO//DTD ncx 2005-1//EN"
 FIRST = """<?xml version="1.0" encoding="utf-8"?><!DOCTYPE html><html><head><title>no</title><style>p {}</style></head>
 <body><section><h1>The  first</h1><p>Caf&eacute; &amp; tea.<sup><a epub:type="noteref" href="#n">1</a></sup></p>
 <p>Line<br/>break.</p><script>no()</script><aside epub:type="footnote" id="n"><p>A note.</p></aside>
-<p>Unclosed.<p>Last.</body></html>"""
+<p>Unclosed.<table><tr><td>Two</td><td>cells.</td></tr></table><p>Last.</body></html>"""
 SECOND = "<html><body><p>Still the first.</p><h2 id='two'>The second</h2><p>End.</p></body></html>"
 
 
@@ -132,7 +132,7 @@ def test_an_epub_with_an_ncx(tmp_path):
     book = read_book(write_epub(tmp_path / "fox.epub"))
     assert (book.title, book.author) == ("A Fox", "Ann Other")
     assert chapters(book) == [
-        ("First", "The first Café & tea. Line break. Unclosed. Last. Still the first."),
+        ("First", "The first Café & tea. Line break. Unclosed. Two cells. Last. Still the first."),
         ("Second", "The second End."),
     ]
 
@@ -154,7 +154,7 @@ def test_an_epub_without_contents(tmp_path):
     """Headings begin chapters; a heading right after another one does not."""
     files = {"OEBPS/toc.ncx": None, "OEBPS/c.xhtml": "<h1>Part</h1><h2>Two</h2><p>End.</p>"}
     assert chapters(read_book(write_epub(tmp_path / "h.epub", files))) == [
-        ("The first", "The first Café & tea. Line break. Unclosed. Last."),
+        ("The first", "The first Café & tea. Line break. Unclosed. Two cells. Last."),
         ("Part", "Part Two End."),
     ]
 
@@ -601,6 +601,11 @@ BAD = {
         ["b.txt", "--out", "x.wav"],
         "is in the way",
         lambda: (write("b.txt", b"Hi.")(), write("x.wav.parts", b"")()),
+    ),
+    "a folder in the way": (
+        ["b.txt", "--out", "x.wav"],
+        "is in the way",
+        lambda: (write("b.txt", b"Hi.")(), Path("x.wav.parts").mkdir(), write("x.wav.parts/mine.txt", b"Hi.")()),
     ),
     "retries 99": (["b.txt", "--out", "x.wav", "--retries", "99"], "from 0 to 20", write("b.txt", b"Hi.")),
 }

@@ -39,6 +39,7 @@ BLOCKS = {
     *("h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "nav", "ol", "p", "pre", "section", "table"),
     *("tr", "ul"),
 }
+CELLS = {"td", "th"}
 HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
 
 
@@ -141,6 +142,8 @@ class _Paragraphs(HTMLParser):
         if tag in BLOCKS:
             self._end()
             self._heading = tag in HEADINGS
+        elif tag in CELLS:
+            self._text.append(" ")
         if values.get("id"):
             self._ids.append(values["id"])
 
@@ -254,7 +257,8 @@ def _spine(archive: Archive, package: ElementTree.Element, base: str) -> Iterato
 
 def _contents(archive: Archive, package: ElementTree.Element, base: str) -> dict[tuple[str, str], str]:
     """(member, fragment) -> title of the table of contents' upper level: EPUB 3's navigation, else the NCX."""
-    for item in _elements(package, "item"):
+    items = sorted(_elements(package, "item"), key=lambda item: "nav" not in (item.get("properties") or "").split())
+    for item in items:
         is_nav = "nav" in (item.get("properties") or "").split()
         if not is_nav and item.get("media-type") != "application/x-dtbncx+xml":
             continue  # other items may be anywhere: an EPUB 3 refers to videos by their web address

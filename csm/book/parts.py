@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,10 @@ from csm.book.types import BookError
 from csm.generator import Generator
 from csm.prompt import Segment
 from csm.script import Item, Line
-from csm.voices import save_tensors
+from csm.voices import SUFFIX, save_tensors
 
 FORMAT = "csm-book-1"
+LOCK, MANIFEST = "lock", "manifest.json"
 SAMPLED = 4096  # values of each tensor that the model's fingerprint reads
 
 
@@ -118,7 +119,7 @@ class Parts:
         """Create the folder, and keep other runs out of it. Raises BookError if one is in it."""
         try:
             self.folder.mkdir(exist_ok=True)
-            lock = open(self.folder / "lock", "w")  # noqa: SIM115
+            lock = open(self.folder / LOCK, "w")  # noqa: SIM115
         except OSError as error:
             raise BookError(f"{self.folder}: cannot be written: {error.strerror}") from error
         with lock:
@@ -134,10 +135,10 @@ class Parts:
 
     def describe(self, values: dict[str, object]) -> None:
         """Write what the folder is for, for people who look into it."""
-        (self.folder / "manifest.json").write_text(json.dumps({"format": FORMAT, **values}, indent=2) + "\n")
+        (self.folder / MANIFEST).write_text(json.dumps({"format": FORMAT, **values}, indent=2) + "\n")
 
     def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
+        return self.folder / f"{key}{SUFFIX}"
 
     def load(self, key: str) -> Take | None:
         """A finished sentence; None if it is not there, or cannot be read."""
@@ -162,6 +163,16 @@ class Parts:
         }
         save_tensors({"codes": take.codes_TK.to(torch.int32).contiguous()}, self._path(key), metadata)
 
+    def is_foreign(self) -> bool:
+        """Whether the folder has something in it, but not what a run leaves there."""
+        return self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / LOCK).is_file()
+
     def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder)
+        """Delete what runs have left in the folder, and the folder if nothing else is in it."""
+        for path in self.folder.iterdir():
+            if path.is_dir() and path.name.startswith(".csm-"):
+                shutil.rmtree(path)  # of a run that was killed while it wrote
+            elif path.suffix == SUFFIX or path.name in (LOCK, MANIFEST):
+                path.unlink()
+        with suppress(OSError):
+            self.folder.rmdir()

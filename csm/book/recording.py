@@ -71,7 +71,7 @@ class Reader:
                 take = self._speak(sentence, [turns[earlier] for earlier in sentence.context if earlier in turns])
                 self._parts.save(sentence.key, take, sentence.line.text)
             turns.pop(index - self._settings.context_turns, None)
-            if take.codes_TK.shape[0]:
+            if take.codes_TK.shape[0] and self._settings.context_turns:
                 turns[index] = Segment(sentence.speaker, sentence.line.text, codes=take.codes_TK)
             done(sentence, take, found)
 
@@ -154,8 +154,9 @@ class Binder:
             recording.seconds = num_samples / rate
             for number, start, end in zip(numbers, starts, [*starts[1:], recording.seconds], strict=True):
                 recording.marks.append(ChapterMark(self._sections[number].title, start, end))
-            if isinstance(writer, EncodedWriter) and path.suffix.lower() in WITH_CHAPTERS:
-                writer.describe(recording.marks if len(numbers) > 1 else (), tags)
+            if isinstance(writer, EncodedWriter):
+                with_marks = len(numbers) > 1 and path.suffix.lower() in WITH_CHAPTERS
+                writer.describe(recording.marks if with_marks else (), tags)
         return recording
 
     def _section(self, number: int, parts: Parts) -> Iterator[tuple[Line | None, Tensor]]:
