@@ -242,6 +242,7 @@ def narrate(
         seed=args.seed,
         speed=args.speed,
         level=not (args.play or args.stream_to),  # a line's loudness is known at its end: too late for a listener
+        words=args.json is not None,
     )
 
 

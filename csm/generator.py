@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csm.align import word_frames
 from csm.audio import read_audio, to_mono
 from csm.cache import kv_bytes_per_position
 from csm.codec import Codec, check_codes
@@ -310,6 +311,21 @@ class Generator:
             codes[index].append(frame.codes_K)
         empty = torch.zeros(0, self.config.num_codebooks, dtype=torch.int64)
         return [torch.stack(frames) if frames else empty for frames in codes]
+
+    def word_times(self, turn: Segment) -> list[tuple[str, float, float]]:
+        """Each word of a turn with its first and last moment, as shares of the turn's length (0 to 1).
+
+        One pass of the backbone over the turn; its attention tells the times (``csm.align``). Empty where words cannot
+        be told apart. Raises as a context turn does.
+        """
+        text_ids, codes_TK = self._turn(turn)
+        words = self._tokenizer.words(turn.speaker, turn.text)
+        frames = word_frames(self.model, text_ids, words, codes_TK)
+        num_frames = codes_TK.shape[0]
+        return [
+            (word.text, first / num_frames, last / num_frames)
+            for word, (first, last) in zip(words, frames, strict=False)  # no frames: no times
+        ]
 
     def room_ms(self, speech: SpeechRequest) -> float:
         """The most audio, in milliseconds, that the positions left by a request's prompt hold."""

@@ -39,7 +39,7 @@ from csm.formats import import_av
 from csm.generate_command import add_model_options, add_sampling_options, add_voice_options, load, read_reference
 from csm.joins import check_speed
 from csm.script import Item, Line, entries, parse_script, speaker_ids, text_items
-from csm.subtitles import SUBTITLES
+from csm.subtitles import SUBTITLES, cue_values
 from csm.text import Pause
 
 FORMATS = [suffix[1:] for suffix in SUFFIXES]
@@ -316,7 +316,7 @@ class Job:
 
     def write(self) -> list[Recording]:
         """The audio files and the subtitles."""
-        sound = Sound(self.args.speed, self.args.loudness, self.args.chapter_pause)
+        sound = Sound(self.args.speed, self.args.loudness, self.args.chapter_pause, words=self.args.json is not None)
         binder = Binder(self.generator, self.sections, self.sentences, sound)
         tags = {"title": self.book.title, "album": self.book.title}
         if self.book.author:
@@ -345,7 +345,7 @@ class Job:
                     "title": self.book.title,
                     "author": self.book.author,
                     "chapters": [asdict(mark) for mark in recording.marks],
-                    "sentences": [asdict(cue) for cue in recording.cues],
+                    "sentences": [cue_values(cue) for cue in recording.cues],
                 }
                 text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
             self.target.subtitles(asked, recording.path, kind).write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from csm.conversation import Conversation
 from csm.errors import PromptError
 from csm.generator import Generator
 from csm.joins import Level, check_speed, join
-from csm.subtitles import Cue
+from csm.subtitles import Cue, words_within
 from csm.text import Pause, normalize, parse_pauses, split, strip_markup
 from csm.voices import Voice, check_name
 
@@ -124,10 +124,12 @@ class Narration:
         seed: int | None = None,
         speed: float = 1.0,
         level: bool = False,
+        words: bool = False,
     ):
         """Arguments as for Conversation. Every text is checked here: a bad last line fails before the first is spoken.
 
         ``level`` brings all lines to the loudness of the first. A line is then handed out once it is whole.
+        ``words`` gives the cues times of their words.
         Raises PromptError, VoiceError, SamplingError.
         """
         check_speed(speed)
@@ -149,7 +151,7 @@ class Narration:
         for item in items:
             if isinstance(item, Line):
                 self.conversation.check(self.ids[item.speaker], item.text)
-        self.speed = speed
+        self.speed, self._words = speed, words
         self._level = Level(generator.sample_rate) if level else None
         self._num_samples = 0
 
@@ -170,7 +172,8 @@ class Narration:
                 yield self._count(chunk)
             if self._num_samples > start:
                 times = start / self.sample_rate, self._num_samples / self.sample_rate
-                self.cues.append(Cue(*times, item.speaker, item.written))
+                words = self.conversation.generator.word_times(self.conversation.turns[-1]) if self._words else []
+                self.cues.append(Cue(*times, item.speaker, item.written, words_within(words, *times)))
 
     def _count(self, chunk: Tensor) -> Tensor:
         self._num_samples += chunk.shape[0]

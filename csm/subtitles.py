@@ -8,13 +8,23 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
+class Word:
+    """When a word is heard: seconds from the start."""
+
+    start: float
+    end: float
+    text: str
+
+
+@dataclass(frozen=True)
 class Cue:
-    """When a sentence is heard: seconds from the start."""
+    """When a sentence is heard: seconds from the start. ``words`` is empty where their times are not known."""
 
     start: float
     end: float
     speaker: int | str
     text: str
+    words: tuple[Word, ...] = ()
 
 
 def to_srt(cues: Sequence[Cue]) -> str:
@@ -35,8 +45,20 @@ def to_vtt(cues: Sequence[Cue]) -> str:
 
 
 def to_json(cues: Sequence[Cue]) -> str:
-    """A list of objects with start, end (seconds), speaker and text."""
-    return json.dumps([asdict(cue) for cue in cues], indent=2, ensure_ascii=False) + "\n"
+    """A list of objects with start, end (seconds), speaker, text, and words where their times are known."""
+    return json.dumps([cue_values(cue) for cue in cues], indent=2, ensure_ascii=False) + "\n"
+
+
+def cue_values(cue: Cue) -> dict[str, object]:
+    """A cue as JSON has it."""
+    return {key: value for key, value in asdict(cue).items() if key != "words" or value}
+
+
+def words_within(frames: Sequence[tuple[str, float, float]], start: float, end: float) -> tuple[Word, ...]:
+    """Words of a sentence that is heard from ``start`` to ``end``; their times are shares of its length, 0 to 1."""
+    return tuple(
+        Word(start + first * (end - start), start + last * (end - start), text) for text, first, last in frames
+    )
 
 
 SUBTITLES: dict[str, Callable[[Sequence[Cue]], str]] = {"srt": to_srt, "vtt": to_vtt, "json": to_json}

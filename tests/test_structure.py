@@ -21,7 +21,7 @@ LAYERS = [
     {"csm.prefix_cache", "csm.voices"},
     {"csm.request"},
     {"csm.model"},
-    {"csm.lora", "csm.quantize"},
+    {"csm.align", "csm.lora", "csm.quantize"},
     {"csm.frame", "csm.quantized_model", "csm.threads"},
     {"csm.prefill", "csm.opchecks"},
     {"csm.selfcheck", "csm.runner"},

@@ -23,19 +23,21 @@ from csm.joins import Level, join
 from csm.prompt import Segment
 from csm.request import SpeechRequest
 from csm.script import Line
-from csm.subtitles import Cue
+from csm.subtitles import Cue, words_within
 
 RESERVE = 0.25  # share of the window that the next sentence gets before earlier ones leave
+WordShares = list[tuple[str, float, float]]
 PREFERENCE = ("silence", "short", "repeats", "budget")  # where all takes were rejected, the first of these is kept
 
 
 @dataclass(frozen=True)
 class Sound:
-    """How sentences are joined: speed, loudness in LUFS, and the pause before each section but the first."""
+    """How sentences are joined: speed, loudness in LUFS, the pause between sections, and whether words get times."""
 
     speed: float = 1.0
     loudness: float = -20.0
     section_pause: float = 0.0
+    words: bool = False
 
 
 @dataclass
@@ -145,11 +147,11 @@ class Binder:
                     writer.write(pause)
                     num_samples += pause.shape[0]
                 starts.append(num_samples / rate)
-                for line, audio in self._section(number, parts):
+                for line, audio, words in self._section(number, parts):
                     writer.write(audio)
                     times = num_samples / rate, (num_samples + audio.shape[0]) / rate
                     if line is not None and audio.shape[0]:
-                        recording.cues.append(Cue(*times, line.speaker, line.written))
+                        recording.cues.append(Cue(*times, line.speaker, line.written, words_within(words, *times)))
                     num_samples += audio.shape[0]
             recording.seconds = num_samples / rate
             for number, start, end in zip(numbers, starts, [*starts[1:], recording.seconds], strict=True):
@@ -159,16 +161,19 @@ class Binder:
                 writer.describe(recording.marks if with_marks else (), tags)
         return recording
 
-    def _section(self, number: int, parts: Parts) -> Iterator[tuple[Line | None, Tensor]]:
-        """The audio of a section's items, each with its line or, for silence, None."""
-        rate = self._generator.sample_rate
+    def _section(self, number: int, parts: Parts) -> Iterator[tuple[Line | None, Tensor, WordShares]]:
+        """The audio of a section's items, each with its line or, for silence, None; and the times of its words."""
+        rate, generator = self._generator.sample_rate, self._generator
         sentences = iter([sentence for sentence in self._sentences if sentence.section == number])
         for item in self._sections[number].items:
             if not isinstance(item, Line):
-                yield None, torch.zeros(round(item.seconds * rate))
+                yield None, torch.zeros(round(item.seconds * rate)), []
                 continue
-            take = parts.load(next(sentences).key)
+            sentence = next(sentences)
+            take = parts.load(sentence.key)
             assert take is not None, "all sentences are generated before they are joined"
             if take.codes_TK.shape[0]:
-                chunks = [self._generator.decode(take.codes_TK)]
-                yield item, torch.cat(list(join(chunks, rate, self._sound.speed, self._level)))
+                turn = Segment(sentence.speaker, item.text, codes=take.codes_TK)
+                words = generator.word_times(turn) if self._sound.words else []
+                chunks = [generator.decode(take.codes_TK)]
+                yield item, torch.cat(list(join(chunks, rate, self._sound.speed, self._level))), words
