@@ -727,8 +727,8 @@ def assert_one_piece(out):
     joins = [round(cue[key] * RATE) for cue in cues for key in ("start", "end")]
     at_joins = [steps[max(0, join - 2) : join + 2].max() for join in joins if join < len(samples)]
     assert max(at_joins) < 0.1 * steps.max()
-    spans = [(round(cue["start"] * RATE), round(cue["end"] * RATE)) for cue in cues if cue["end"] - cue["start"] > 1]
-    levels = [lufs(samples[start:end]) for start, end in spans]
+    bounds = [(round(cue["start"] * RATE), round(cue["end"] * RATE)) for cue in cues if cue["end"] - cue["start"] > 1]
+    levels = [lufs(samples[start:end]) for start, end in bounds]
     assert max(levels) - min(levels) < 1
     assert abs(levels[0] - levels[-1]) < 1
 
