@@ -135,7 +135,7 @@ def _chapter(number: int, mark: ChapterMark) -> dict[str, Any]:
 
 def _comments(marks: Sequence[ChapterMark]) -> dict[str, str]:
     """Chapters as Vorbis comments, which FFmpeg reads but writes into Opus files only."""
-    comments = {}
+    comments: dict[str, str] = {}
     for number, mark in enumerate(marks):
         minutes, milliseconds = divmod(round(mark.start * 1000), 60_000)
         clock = f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}.{milliseconds % 1000:03}"
