@@ -31,10 +31,8 @@ MEDIA_TYPES = {
 MPEG2_KBITS = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # layer III, below 32 kHz
 UNKNOWN_SIZE = 0xFFFFFFFF  # of a WAV file that is streamed
 MP3 = ("MP3", "MPEG_LAYER_III")
-MP3_OPTIONS: dict[str, Any] = {
-    "bitrate_mode": "CONSTANT",
-    "compression_level": 0.5,
-}  # 80 kbit/s: a length follows from the bit rate
+# 80 kbit/s throughout: readers work a length out from the bit rate.
+MP3_OPTIONS: dict[str, Any] = {"bitrate_mode": "CONSTANT", "compression_level": 0.5}
 AAC_BITS = 64_000  # bits a second
 BITEXACT = {"fflags": "+bitexact"}  # the same input gives the same bytes: no random serial number, no version
 OGG_PAGE_SECONDS = 0.1  # libsndfile's own choice is 1 s, which would be the delay of the first audio
