@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import sphn
+import torch
+from test_book import write_epub
 from test_structure import LAYERS
 
 import csm
@@ -144,6 +146,23 @@ def test_python_of_pages(page, short, tmp_path, monkeypatch):
     exec(HUB_NAME.sub("tiny", code), {})
 
 
+def test_reading_lines(short, tmp_path, monkeypatch, capsys):
+    """A book and a dialogue, in a voice of random codes."""
+    monkeypatch.setenv("CSM_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = open_checkpoint("tiny").config
+    codes = torch.randint(config.codebook_size, (5, config.num_codebooks))
+    save_voice(csm.Voice("anna", ("Hello.",), (codes,)), voices_folder() / "anna.safetensors")
+    write_epub(Path("book.epub"))
+    Path("talk.txt").write_text("[0] Hello.\n[anna] Good morning.")
+    lines = [line for line in shell_lines() if " -m csm read " in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert main([*shlex.split(HUB_NAME.sub("tiny", line))[3:], "--device", "cpu", "--quiet"]) == 0
+        assert "s of audio" in capsys.readouterr().out
+    assert {"book.m4b", "book.srt", "talk.mp3"} <= {path.name for path in tmp_path.iterdir()}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_resolve(page):
     for link in re.findall(r"\]\((?!https?://)([^)#]+)", TEXT[page]):
@@ -229,6 +248,7 @@ def missing_arguments(program, words):
         "generate.py": [["--text", "--file", "--script"]],
         "finetune": [["--data"], ["--out"]],
         "eval": [["--data", "--sentences"]],
+        "read": [["--out"]],
         "quantize": [["--scheme"], ["--out"]],
     }
     command = program if program == "generate.py" else words[0]
