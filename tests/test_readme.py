@@ -36,7 +36,15 @@ PAGES = [
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 README = TEXT["README.md"]
 HUB_NAME = re.compile(r"(sesame|unsloth)/csm-1b")
-FOREIGN = ("hf", "pip", "curl")  # programs of other packages that the docs call
+FOREIGN = (
+    "hf",
+    "pip",
+    "curl",
+    "docker",
+    "install",
+    "openssl",
+    "serve",
+)  # programs of other packages that the docs call
 
 
 def blocks(language, page="README.md"):
@@ -233,6 +241,8 @@ def test_documented_commands_parse(page, command, bench_options):
 def split_command(command):
     """The program or module of a command line, and its arguments."""
     words = [word for word in shlex.split(command) if word not in ("...", "COMMAND", "EXPRESSION")]
+    while re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
     program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
     if "-m" in rest and program in ("python", "python3", "torchrun"):
         at = rest.index("-m")
@@ -253,7 +263,8 @@ def missing_arguments(program, words):
     }
     command = program if program == "generate.py" else words[0]
     missing = [word for options in needed.get(command, []) if not {*options} & {*words} for word in (options[0], "x")]
-    return ["tiny", *missing] if words == ["quantize"] else missing
+    positional = {"quantize": ["tiny"], "batch": ["lines.jsonl", "out"], "watermark": ["a.wav"]}
+    return [*(positional.get(words[0], []) if len(words) == 1 else []), *missing] if words else missing
 
 
 def test_every_expression_selects_gpu_tests():
