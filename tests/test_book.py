@@ -70,6 +70,8 @@ def test_chapters_of_a_plain_text():
         ("CHAPTER II. The Fox", "CHAPTER II. The Fox Two."),
         ("Epilogue", "Epilogue End."),
     ]
+    with pytest.raises(BookError, match=r"s: there is no text"):
+        parse_text("", "s", "s")
     assert chapters(parse_text("No heading. Part of it.", "s", "s")) == [("s", "No heading. Part of it.")]
 
 

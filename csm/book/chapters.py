@@ -109,7 +109,8 @@ def _plain_headings(text: str) -> Iterator[tuple[int, int, str]]:
     """(offset, 1, title) of lines like "Chapter 1" with a blank line before and after."""
     offset, before = 0, True
     lines = text.splitlines(keepends=True)
-    for line, following in zip(lines, [*lines[1:], "\n"], strict=True):
+    for index, line in enumerate(lines):
+        following = "".join(lines[index + 1 : index + 2])
         if before and not following.strip() and len(line) <= MAX_HEADING and PLAIN_HEADING.fullmatch(line.strip()):
             yield offset, 1, line.strip()
         before = not line.strip()
