@@ -81,8 +81,9 @@ def _parse_bits(checkpoint: Checkpoint, scheme: str | None) -> dict[str, int]:
     kinds = parse_scheme(scheme) if scheme else {}
     others = sorted(set(kinds.values()) - BITS.keys())
     if others:
+        assert checkpoint.gguf is not None
         raise CSMError(
-            f"{checkpoint.folder}: a GGUF file can be quantised to {' and '.join(BITS)}, not to {others[0]}; use the "
+            f"{checkpoint.gguf.path}: a GGUF file can be quantised to {' and '.join(BITS)}, not to {others[0]}; use the "
             f"original checkpoint"
         )
     return {part: BITS[kind] for part, kind in kinds.items()}
