@@ -83,8 +83,8 @@ def _parse_bits(checkpoint: Checkpoint, scheme: str | None) -> dict[str, int]:
     if others:
         assert checkpoint.gguf is not None
         raise CSMError(
-            f"{checkpoint.gguf.path}: a GGUF file can be quantised to {' and '.join(BITS)}, not to {others[0]}; use the "
-            f"original checkpoint"
+            f"{checkpoint.gguf.path}: a GGUF file can be quantised to {' and '.join(BITS)}, not to {others[0]}; use "
+            f"the original checkpoint"
         )
     return {part: BITS[kind] for part, kind in kinds.items()}
 
