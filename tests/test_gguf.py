@@ -233,6 +233,11 @@ def test_a_scheme_requantises_on_request_only(files, tmp_path):
     assert saved.decode(saved.generate_codes(**REQUEST)).shape == (19200,)
 
 
+def test_a_type_that_a_file_cannot_get_is_named(files):
+    with pytest.raises(CSMError, match="fp8"):
+        Generator.from_pretrained(files / "q8_0.gguf", device="cpu", quantize="backbone=fp8")
+
+
 def test_without_native_ops_weights_are_dequantised(files, monkeypatch):
     monkeypatch.setattr("csm.gguf_model.is_available", lambda: False)
     model = Generator.from_pretrained(files / "q8_0.gguf", device="cpu", dtype=torch.float32).model
