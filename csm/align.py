@@ -18,7 +18,7 @@ from torch import Tensor
 
 from csm.cache import KVCache
 from csm.kernels import norm_rope_cache
-from csm.model import CSM
+from csm.model import CSM, Block
 from csm.prompt import Prompt, SpokenWord, audio_rows, text_rows
 
 MAX_ADVANCE = 6  # tokens that a path may go on by from one frame to the next
@@ -61,6 +61,7 @@ def text_attention(model: CSM, text_ids: list[int], codes_TK: Tensor) -> Tensor:
     x_BTD = model.embed_rows(row_BTC, mask_BTC)
     weights = []
     for index, layer in enumerate(model.backbone.layers):
+        assert isinstance(layer, Block)
         keys = cache.k_LBGSd[index], cache.v_LBGSd[index]
         attention = layer.attention
         q_BTHd = norm_rope_cache(
