@@ -10,7 +10,15 @@ import signal
 import sys
 from pathlib import Path
 
-from csm import batch_command, compare, doctor, generate_command, quantized_model, watermark_command
+from csm import (
+    batch_command,
+    compare,
+    doctor,
+    generate_command,
+    quantized_model,
+    read_command,
+    watermark_command,
+)
 from csm import voice_command as voice
 from csm.command_line import Parser, UsageError, execute
 from csm.evaluate import command as evaluate
@@ -19,7 +27,8 @@ from csm.serve import command as serve
 
 # Name, help text, and the module that defines add_arguments() and run().
 COMMANDS = (
-    ("generate", "generate speech from text into a WAV file", generate_command),
+    ("generate", "generate speech from text into an audio file", generate_command),
+    ("read", "read a book or a dialogue into audio files with chapters; resumable", read_command),
     ("batch", "generate a file of lines into a folder, many at a time", batch_command),
     ("finetune", "train all weights or LoRA adapters on recordings", finetune),
     ("voice", "add, list, show, say, remove and export voices", voice),

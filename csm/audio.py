@@ -98,29 +98,60 @@ def to_pcm(audio: Tensor) -> bytes:
     return pcm.numpy().astype("<i2").tobytes()
 
 
-class WavWriter:
-    """Writes a 16-bit mono WAV file atomically. A context manager.
+class AtomicWriter:
+    """Writes a file that appears under its name only once it is whole. A context manager.
 
     Entering it creates a temporary file beside ``path``, so an unwritable folder raises before any work is done.
     Leaving it renames the temporary file to ``path``, or removes it after an exception. Call ``begin`` before
-    ``write``.
+    ``write``. Subclasses write to ``_file``, and finish it in ``_close``.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(os.path.realpath(path))  # replace the target of a symbolic link, not the link
-        self._wave: wave.Wave_write | None = None
 
-    def __enter__(self) -> WavWriter:
+    def __enter__(self) -> AtomicWriter:
         if self.path.is_dir():
             raise AudioError(f"{self.path} is a folder: give a file name")
         if self.path.exists() and not self.path.is_file():
             raise AudioError(f"{self.path} is a device or a pipe: give the name of a regular file")
         try:
-            handle, self._temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".csm-", suffix=".part")
+            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".csm-", suffix=".part")
         except OSError as error:
             raise AudioError(f"{self.path}: cannot be written: {error.strerror}") from error
-        self._file = os.fdopen(handle, "wb")
+        self._temporary = Path(name)
+        self._file = os.fdopen(handle, "w+b")
         return self
+
+    def begin(self, sample_rate: int) -> None:
+        """Set the sample rate in Hz."""
+        raise NotImplementedError
+
+    def write(self, audio: Tensor) -> None:
+        """Append (samples,) floats, clipped to -1..1."""
+        raise NotImplementedError
+
+    def _close(self, complete: bool) -> None:
+        """Write what is left; ``complete`` is false after an exception."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        try:
+            self._close(kind is None)
+            self._file.close()
+            if kind is None:
+                umask = os.umask(0)
+                os.umask(umask)
+                os.chmod(self._temporary, 0o666 & ~umask)  # mkstemp's own mode is 0600
+                os.replace(self._temporary, self.path)
+        except OSError as failure:
+            raise AudioError(f"{self.path}: cannot be written: {failure.strerror}") from failure
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
+class WavWriter(AtomicWriter):
+    """Writes a 16-bit mono WAV file atomically. A context manager: ``begin``, then ``write``."""
+
+    _wave: wave.Wave_write | None = None
 
     def begin(self, sample_rate: int) -> None:
         """Set the sample rate in Hz."""
@@ -135,17 +166,6 @@ class WavWriter:
         except OSError as error:
             raise AudioError(f"{self.path}: cannot be written: {error.strerror}") from error
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        try:
-            if self._wave is not None:
-                self._wave.close()
-            self._file.close()
-            if kind is None:
-                umask = os.umask(0)
-                os.umask(umask)
-                os.chmod(self._temporary, 0o666 & ~umask)  # mkstemp's own mode is 0600
-                os.replace(self._temporary, self.path)
-        except OSError as failure:
-            raise AudioError(f"{self.path}: cannot be written: {failure.strerror}") from failure
-        finally:
-            Path(self._temporary).unlink(missing_ok=True)
+    def _close(self, complete: bool) -> None:
+        if self._wave is not None:
+            self._wave.close()

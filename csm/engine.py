@@ -39,12 +39,17 @@ from csm.selfcheck import choose_rung, fall_back
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What to generate: a prompt, how to draw, the most frames, and whether samples are wanted or codes alone."""
+    """What to generate: a prompt, how to draw, the most frames, and whether samples are wanted or codes alone.
+
+    ``keep`` stores keys and values of the generated frames in the prefix cache. They differ from prefilled ones by
+    rounding.
+    """
 
     prompt: Prompt
     params: SamplingParams
     max_frames: int
     audio: bool = True
+    keep: bool = True
 
 
 class Frame(NamedTuple):
@@ -443,7 +448,7 @@ class Engine:
 
     def _release(self, active: _Active, reason: str, error: BaseException | None = None) -> None:
         """Free the slot of a request that has ended, and keep its keys and values for a prompt that continues it."""
-        if reason != "error" and active.job is None:
+        if reason != "error" and active.job is None and active.ticket.request.keep:
             self._store_prefix(active)
         if active.job is not None:
             active.job.cancel()

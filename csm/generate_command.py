@@ -1,4 +1,4 @@
-"""Generate speech from text and write it to a WAV file, a pipe or a sound device. Every sentence is one utterance."""
+"""Generate speech from text into an audio file, a pipe or a sound device. Every sentence is one utterance."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ from csm import (
     Segment,
     UnavailableError,
     Voice,
-    WavWriter,
+    audio_file,
+    joins,
     metrics,
     player,
     read_audio,
     script,
+    subtitles,
     watermark,
 )
 from csm.command_line import Parser, execute, suggest_once
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SUBTITLES = {"srt": script.to_srt, "vtt": script.to_vtt, "json": script.to_json}
 TINY_NOTE = "the tiny checkpoint is a small demonstration voice: some 900 words of English, speakers 0 to 3"
 EXAMPLES = """examples:
   {program} --model tiny --text "Hello there."
@@ -64,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES.format(program=program)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     _add_text_options(parser.add_argument_group("text and output"))
-    _add_voice_options(parser.add_argument_group("voice"))
-    _add_sampling_options(parser.add_argument_group("sampling"))
+    add_voice_options(parser.add_argument_group("voice"))
+    add_sampling_options(parser.add_argument_group("sampling"))
     add_model_options(parser.add_argument_group("model and device"))
 
 
@@ -78,13 +79,22 @@ def _add_text_options(group: argparse._ArgumentGroup) -> None:
         "--no-normalize", action="store_true", help="keep numbers, abbreviations and markup as they are written"
     )
     group.add_argument("--no-split", action="store_true", help="every line is one utterance, not every sentence")
+    formats = ", ".join(suffix[1:] for suffix in audio_file.SUFFIXES)
+    default = "(default: out.wav, unless --stream-to or --play is given)"
+    group.add_argument("--out", type=Path, help=f"the file to write, by suffix {formats} {default}")
     group.add_argument(
-        "--out", type=Path, help="the WAV file to write (default: out.wav, unless --stream-to or --play is given)"
+        "--split",
+        nargs="?",
+        const="wav",
+        choices=[suffix[1:] for suffix in audio_file.SUFFIXES],
+        metavar="FORMAT",
+        help="with --script: a file for each entry, in the folder --out (default format: wav)",
     )
+    group.add_argument("--speed", type=float, default=1.0, help="0.25 to 4; the pitch stays (default: 1)")
     group.add_argument("--stream-to", help='write audio as it is generated to a pipe or file; "-" is standard output')
     group.add_argument("--stream-format", choices=player.FORMATS, default="wav", help="of --stream-to (default: wav)")
     group.add_argument("--play", action="store_true", help="play the audio while it is generated")
-    for kind in SUBTITLES:
+    for kind in subtitles.SUBTITLES:
         group.add_argument(f"--{kind}", type=Path, help=f"write the times of all sentences as {kind.upper()}")
     group.add_argument(
         "--watermark", choices=watermark.WATERMARKS, help="mark the audio as generated (docs/watermark.md)"
@@ -93,7 +103,8 @@ def _add_text_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _add_voice_options(group: argparse._ArgumentGroup) -> None:
+def add_voice_options(group: argparse._ArgumentGroup) -> None:
+    """Options of the voice and of what an utterance continues."""
     group.add_argument("--speaker", type=int, help="speaker id (default: the voice's, else 0)")
     group.add_argument("--voice", help="name of a voice (python -m csm voice list)")
     group.add_argument("--ref", type=Path, help="a recording of the voice to continue; needs --ref-text")
@@ -103,8 +114,9 @@ def _add_voice_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--seed", type=int, help="repeats a run (default: drawn, and printed)")
+def add_sampling_options(group: argparse._ArgumentGroup, seed: str = "drawn, and printed") -> None:
+    """Options of how codes are drawn; ``seed`` says where the default one comes from."""
+    group.add_argument("--seed", type=int, help=f"repeats a run (default: {seed})")
     group.add_argument("--temperature", type=float, help="0 is greedy (default: the checkpoint's, else 0.9)")
     group.add_argument("--top-k", type=int, help="draw among this many best codes (default: the checkpoint's, else 50)")
     group.add_argument("--max-seconds", type=float, help="most audio an utterance (default: the checkpoint's, else 90)")
@@ -128,7 +140,7 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> str:
     """Write the audio; return the closing line. Errors have one line."""
     if args.out is None and args.stream_to is None and not args.play:
-        args.out = Path("out.wav")
+        args.out = Path("out" if args.split else "out.wav")
     with warnings.catch_warnings():
         warnings.simplefilter("once", RoomWarning)
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
@@ -239,36 +251,91 @@ def narrate(
         temperature=args.temperature,
         topk=args.top_k,
         seed=args.seed,
+        speed=args.speed,
+        level=not (args.play or args.stream_to),  # a line's loudness is known at its end: too late for a listener
+        words=args.json is not None,
     )
 
 
-def open_outputs(args: argparse.Namespace, stack: ExitStack) -> list[WavWriter | player.StreamWriter | player.Player]:
-    """Everything that audio is written to. Raises before anything is loaded if one cannot be."""
-    for kind in SUBTITLES:
+Sink = audio_file.AtomicWriter | player.StreamWriter | player.Player
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise CSMError for an output that cannot be, before anything is loaded."""
+    joins.check_speed(args.speed)
+    for kind in subtitles.SUBTITLES:
         path = getattr(args, kind)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise CSMError(f"{path}: cannot be written: it is a folder, or is in none")
-    outputs: list[WavWriter | player.StreamWriter | player.Player] = []
+    if args.split is not None:
+        if args.script is None or args.out is None:
+            raise CSMError("--split writes a file for each entry of a --script into the folder --out")
+        audio_file.check_suffix(Path(f"x.{args.split}"))
+        if not args.out.is_dir() and (args.out.exists() or not args.out.parent.is_dir()):
+            raise CSMError(f"{args.out}: --split needs a folder here, or a name for a new one")
+
+
+def open_outputs(args: argparse.Namespace, stack: ExitStack) -> list[Sink]:
+    """Everything that audio is written to, but the files of --split. Raises before anything is loaded."""
+    check_outputs(args)
+    outputs: list[Sink] = []
     if args.play:
         outputs.append(stack.enter_context(player.Player()))
-    if args.out is not None:
-        outputs.append(stack.enter_context(WavWriter(args.out)))
+    if args.out is not None and args.split is None:
+        outputs.append(stack.enter_context(audio_file.open_writer(args.out)))
     if args.stream_to is not None:
         outputs.append(stack.enter_context(player.StreamWriter(args.stream_to, args.stream_format)))
     return outputs
 
 
+class Progress:
+    """Shows a bar for every line, and notes when the first audio of all was generated."""
+
+    def __init__(self, sample_rate: int, quiet: bool):
+        self.started = time.perf_counter()
+        self.first_audio: float | None = None
+        self._sample_rate, self._quiet = sample_rate, quiet
+
+    def watch(self, line: script.Line, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The same chunks."""
+        for chunk in with_progress(chunks, line.text, self._sample_rate, self._quiet):
+            self.first_audio = self.first_audio or time.perf_counter() - self.started
+            yield chunk
+
+
 def marked(
-    args: argparse.Namespace,
-    stack: ExitStack,
-    outputs: Sequence[watermark.AudioOutput],
-    mark: watermark.Watermark | None,
+    stack: ExitStack, outputs: Sequence[watermark.AudioOutput], mark: watermark.Watermark | None, live: bool = False
 ) -> Sequence[watermark.AudioOutput]:
-    """The outputs, behind a watermark if there is one."""
-    if mark is None:
-        return outputs
-    live = args.play or args.stream_to is not None
-    return [stack.enter_context(watermark.MarkedOutput(outputs, mark, live))]
+    """The outputs, behind a watermark if there is one. ``live``: somebody hears them while they are written."""
+    return outputs if mark is None else [stack.enter_context(watermark.MarkedOutput(outputs, mark, live))]
+
+
+def write_audio(
+    narration: script.Narration,
+    outputs: Sequence[watermark.AudioOutput],
+    args: argparse.Namespace,
+    progress: Progress,
+    mark: watermark.Watermark | None,
+) -> int:
+    """Write the whole narration to the outputs, and with --split each entry to a file. Returns the samples."""
+    num_samples = 0
+    groups = script.entries(narration.items) if args.split else [list(narration.items)]
+    if args.split:
+        args.out.mkdir(exist_ok=True)
+    for number, items in enumerate(groups, start=1):
+        with ExitStack() as stack:
+            sinks = list(outputs)
+            if args.split:
+                speaker = next(item.speaker for item in items if isinstance(item, script.Line))
+                file = stack.enter_context(audio_file.open_writer(args.out / f"{number:04}-{speaker}.{args.split}"))
+                for sink in (own := marked(stack, [file], mark)):
+                    sink.begin(narration.sample_rate)
+                sinks += own
+            for chunk in narration.speak(items, progress.watch):
+                for sink in sinks:
+                    sink.write(chunk)
+                num_samples += chunk.shape[0]
+    return num_samples
 
 
 def generate(args: argparse.Namespace) -> str:
@@ -281,32 +348,24 @@ def generate(args: argparse.Namespace) -> str:
         outputs = open_outputs(args, stack)
         mark = None if args.watermark is None else watermark.load_watermark(args.watermark)
         generator = load(args)
-        started, first_audio, num_samples = time.perf_counter(), None, 0
-        meter = metrics.Meter()
-        sinks = marked(args, stack, [meter, *outputs], mark)
-
-        def watch(line: script.Line, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-            return with_progress(chunks, line.text, generator.sample_rate, args.quiet)
-
+        progress, meter = Progress(generator.sample_rate, args.quiet), metrics.Meter()
+        sinks = marked(stack, [meter, *outputs], mark, live=args.play or args.stream_to is not None)
         narration = narrate(generator, args, items, reference)
         for output in sinks:
             output.begin(generator.sample_rate)
-        for chunk in narration.stream(watch):
-            first_audio = first_audio or time.perf_counter() - started
-            for output in sinks:
-                output.write(chunk)
-            num_samples += chunk.shape[0]
-        for kind, convert in SUBTITLES.items():
+        num_samples = write_audio(narration, sinks, args, progress, mark)
+        for kind, convert in subtitles.SUBTITLES.items():
             if getattr(args, kind) is not None:
                 getattr(args, kind).write_text(convert(narration.cues), encoding="utf-8")
     if args.model == "tiny":
         print(f"note: {TINY_NOTE}", file=sys.stderr)
-    closing = summary(args, generator, num_samples, first_audio, time.perf_counter() - started)
+    closing = summary(args, generator, num_samples, progress.first_audio, time.perf_counter() - progress.started)
     if args.metrics:
         meter.retries = narration.conversation.stats.num_retries
         closing += f"\nmetrics: {meter.metrics(evictions=narration.conversation.stats.num_evicted)}"
     texts = [item.text for item in items if isinstance(item, script.Line)]
-    next_step = suggest_once("generate", suggestion(args, texts)) if args.out is not None else ""
+    wanted = args.out is not None and args.split is None
+    next_step = suggest_once("generate", suggestion(args, texts)) if wanted else ""
     return f"{closing}\n{next_step}" if next_step else closing
 
 

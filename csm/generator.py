@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csm.align import word_frames
 from csm.audio import read_audio, to_mono
 from csm.cache import kv_bytes_per_position
 from csm.codec import Codec, check_codes
@@ -260,9 +261,14 @@ class Generator:
         speech = SpeechRequest(text, speaker, context, max_audio_length_ms, temperature, topk, seed, voice)
         return SpeechStream(self._opener(speech, guards, max_unread=MAX_UNREAD), _samples)
 
-    def stream_frames(self, speech: SpeechRequest, guards: Guards = DEFAULT_GUARDS) -> SpeechStream[Frame]:
-        """``stream`` with the codes (K,) of each chunk."""
-        return SpeechStream(self._opener(speech, guards, max_unread=MAX_UNREAD), lambda frame: frame)
+    def stream_frames(
+        self, speech: SpeechRequest, guards: Guards = DEFAULT_GUARDS, hold: bool = False
+    ) -> SpeechStream[Frame]:
+        """``stream`` with the codes (K,) of each chunk.
+
+        ``hold`` hands all frames out at the end, as ``generate`` does: without the silence that a guard has ended.
+        """
+        return SpeechStream(self._opener(speech, guards, hold=hold, max_unread=MAX_UNREAD), lambda frame: frame)
 
     def submit(
         self,
@@ -329,6 +335,21 @@ class Generator:
         empty = torch.zeros(0, self.config.num_codebooks, dtype=torch.int64)
         return [torch.stack(frames) if frames else empty for frames in codes]
 
+    def word_times(self, turn: Segment) -> list[tuple[str, float, float]]:
+        """Each word of a turn with its first and last moment, as shares of the turn's length (0 to 1).
+
+        One pass of the backbone over the turn; its attention tells the times (``csm.align``). Empty where words cannot
+        be told apart. Raises as a context turn does.
+        """
+        text_ids, codes_TK = self._turn(turn)
+        words = self._tokenizer.words(turn.speaker, turn.text)
+        frames = word_frames(self.model, text_ids, words, codes_TK)
+        num_frames = codes_TK.shape[0]
+        return [
+            (word.text, first / num_frames, last / num_frames)
+            for word, (first, last) in zip(words, frames, strict=False)  # no frames: no times
+        ]
+
     def room_ms(self, speech: SpeechRequest) -> float:
         """The most audio, in milliseconds, that the positions left by a request's prompt hold."""
         return self._room(self._prompt(speech)) * self.frame_ms
@@ -384,7 +405,7 @@ class Generator:
                 f"of the {limit_ms / 1000:g} s that were asked for"
             )
             warnings.warn(message, RoomWarning, stacklevel=5)
-        return Request(prompt, params, int(min(asked, room)), audio)
+        return Request(prompt, params, int(min(asked, room)), audio, keep=not speech.repeatable)
 
     def _turn(self, segment: Segment) -> tuple[list[int], Tensor]:
         """A context turn's text ids and codes."""

@@ -55,7 +55,7 @@ def read_gguf_model(
     norms. ``keep_blocks`` False dequantises the blocks of parts that ``scheme`` does not name. One weight at a time is
     in memory in ``dtype``. Without native ops all weights have ``dtype``.
     """
-    types = {part: BITS[kind] for part, kind in (parse_scheme(scheme) if scheme else {}).items()}
+    types = _parse_bits(checkpoint, scheme)
     model = empty_model(checkpoint.config)
     names = {weight.name for weight in quantized_weights(model)}
     for name in [name for name, _ in model.named_parameters()]:
@@ -74,6 +74,19 @@ def read_gguf_model(
         value = _quantized(checkpoint, weight, width, dtype, buffers[name])
         set_weight(model, name, value if is_available() else nn.Parameter(value.dequantize(), requires_grad=False))
     return model.eval()
+
+
+def _parse_bits(checkpoint: Checkpoint, scheme: str | None) -> dict[str, int]:
+    """Bits of each part that ``scheme`` names. Raises CSMError for types other than int8 and int4."""
+    kinds = parse_scheme(scheme) if scheme else {}
+    others = sorted(set(kinds.values()) - BITS.keys())
+    if others:
+        assert checkpoint.gguf is not None
+        raise CSMError(
+            f"{checkpoint.gguf.path}: a GGUF file can be quantised to {' and '.join(BITS)}, not to {others[0]}; use "
+            f"the original checkpoint"
+        )
+    return {part: BITS[kind] for part, kind in kinds.items()}
 
 
 def empty_model(config: CSMConfig) -> CSM:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import sys
 from io import FileIO
 from types import TracebackType
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from csm.audio import to_pcm
 from csm.errors import AudioError
+from csm.formats import wav_header
 
-UNKNOWN = 0xFFFFFFFF  # length in the header of a WAV stream whose end is not known
 FORMATS = ("wav", "pcm")
 
 
@@ -73,10 +72,7 @@ class StreamWriter:
     def begin(self, sample_rate: int) -> None:
         """Write the header for a sample rate in Hz."""
         if self.kind == "wav":
-            header = struct.pack(
-                "<4sI4s4sIHHIIHH", b"RIFF", UNKNOWN, b"WAVE", b"fmt ", 16, 1, 1, sample_rate, sample_rate * 2, 2, 16
-            )
-            self._write(header + struct.pack("<4sI", b"data", UNKNOWN))
+            self._write(wav_header(sample_rate))
 
     def write(self, audio: Tensor) -> None:
         """Append (samples,) floats, clipped to -1..1."""

@@ -11,6 +11,7 @@ Shapes: T rows or frames, C columns of a row, K codebooks.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from csm.config import CSMConfig
 from csm.errors import CheckpointError, PromptError, PromptTooLongError
 from csm.pronounce import PRONUNCIATION_FILE, Pronouncer
 
+WORD = re.compile(r"\S*\w\S*")
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 
 
@@ -48,6 +50,14 @@ class Prompt(NamedTuple):
     row_TC: Tensor
     mask_TC: Tensor
     turn_ends: tuple[int, ...] = ()
+
+
+class SpokenWord(NamedTuple):
+    """A word of a turn's text, and its tokens: the first, and the one after the last."""
+
+    text: str
+    first: int
+    last: int
 
 
 class TextTokenizer:
@@ -103,6 +113,25 @@ class TextTokenizer:
                 f"{self._vocab_size} text embeddings; remove it from the text"
             )
         return [self._begin, *ids, self._end]
+
+    def words(self, speaker: int, text: str) -> list[SpokenWord]:
+        """The words of a text with their tokens among the ids of ``encode``.
+
+        Empty where words cannot be told apart: phones that are not as many words as the text has.
+        """
+        spoken = text if self._pronounce is None else self._pronounce(text)
+        prefix = f"[{speaker}]"
+        found = list(WORD.finditer(spoken))
+        written = [match[0] for match in WORD.finditer(text)]
+        if len(found) != len(written):
+            return []
+        offsets = self._tokenizer.encode(prefix + spoken, add_special_tokens=False).offsets
+        words = []
+        for name, match in zip(written, found, strict=True):
+            start, end = match.start() + len(prefix), match.end() + len(prefix)
+            inside = [index for index, (first, last) in enumerate(offsets, 1) if first < end and last > start]
+            words.append(SpokenWord(name, inside[0], inside[-1] + 1))  # the begin token is token 0
+        return words
 
 
 def text_rows(ids: Sequence[int], num_codebooks: int) -> Prompt:

@@ -267,4 +267,7 @@ def weight_bytes(model: CSM) -> dict[str, int]:
     for weight in quantized_weights(model):
         if not isinstance(weight.value, Tensor):
             sizes[weight.value.kind] += weight.value.nbytes
+    for table in (model.text_embedding, model.audio_embedding):
+        if isinstance(table, RowFile):
+            sizes[str(table.dtype).removeprefix("torch.")] += table.nbytes
     return dict(sizes)

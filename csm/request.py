@@ -13,7 +13,11 @@ from csm.voices import Voice
 
 @dataclass(frozen=True)
 class SpeechRequest:
-    """What to say and how. The fields are the arguments of ``Generator.generate``, which documents them."""
+    """What to say and how. The fields are the arguments of ``Generator.generate``, which documents them.
+
+    ``repeatable`` keeps nothing of the generated frames in the prefix cache. A later request that continues them then
+    gets the same codes to the bit, whether or not they were generated in this process.
+    """
 
     text: str
     speaker: int = 0
@@ -23,6 +27,7 @@ class SpeechRequest:
     topk: int | None = None
     seed: int | None = None
     voice: str | Voice | None = None
+    repeatable: bool = False
 
     @classmethod
     def of(cls, request: SpeechRequest | Mapping[str, Any]) -> SpeechRequest:

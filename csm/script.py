@@ -6,10 +6,9 @@ line without a speaker continues the one before. Lines that begin with ``#`` are
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,33 +16,29 @@ from torch import Tensor
 from csm.conversation import Conversation
 from csm.errors import PromptError
 from csm.generator import Generator
+from csm.joins import Level, check_speed, join
+from csm.subtitles import Cue, words_within
 from csm.text import Pause, normalize, parse_pauses, split, strip_markup
 from csm.voices import Voice, check_name
 
 SPEAKER = re.compile(r"\s*\[([^\]\n]*)\]\s*(.*)")
-FADE_MS = 5.0  # at both ends of a turn, so that no join has a step
 
 
 @dataclass(frozen=True)
 class Line:
-    """One turn: a speaker's id or a voice's name, the text as it is spoken, and as it was written."""
+    """One utterance: a speaker's id or a voice's name, the text as it is spoken, and as it was written.
+
+    ``entry`` counts the entries of a script, each of which begins with a speaker.
+    """
 
     speaker: int | str
     text: str
     written: str
-
-
-@dataclass(frozen=True)
-class Cue:
-    """When a line is heard: seconds from the start."""
-
-    start: float
-    end: float
-    speaker: int | str
-    text: str
+    entry: int = field(default=0, compare=False)
 
 
 Item = Line | Pause
+Watch = Callable[[Line, Iterator[Tensor]], Iterator[Tensor]]
 
 
 def text_items(text: str, speaker: int | str = 0, normalized: bool = True, sentences: bool = True) -> list[Item]:
@@ -68,10 +63,11 @@ def parse_script(text: str, normalized: bool = True, sentences: bool = True) -> 
     """The turns and pauses of a script. Raises PromptError, which names the line, or VoiceError for a bad name."""
     items: list[Item] = []
     speaker: int | str | None = None
+    entry = -1
     for number, line in enumerate(text.splitlines(), start=1):
         match = SPEAKER.match(line)
         if match and not re.match(r"pause\b", match[1].strip(), re.IGNORECASE):
-            speaker, line = _speaker(match[1].strip()), match[2]
+            speaker, line, entry = _speaker(match[1].strip()), match[2], entry + 1
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
@@ -80,8 +76,21 @@ def parse_script(text: str, normalized: bool = True, sentences: bool = True) -> 
             raise PromptError(f"line {number}: {error}") from error
         if speaker is None and any(isinstance(part, Line) for part in parts):
             raise PromptError(f"line {number}: nobody speaks it; begin it with [0], or with the name of a voice")
-        items += parts
+        items += [replace(part, entry=entry) if isinstance(part, Line) else part for part in parts]
     return items
+
+
+def entries(items: Iterable[Item]) -> list[list[Item]]:
+    """The items of each entry of a script that speaks. Pauses belong to the entry before them."""
+    groups: list[list[Item]] = []
+    last: int | None = None
+    leading: list[Item] = []
+    for item in items:
+        if isinstance(item, Line) and item.entry != last:
+            groups.append(leading)
+            last, leading = item.entry, []
+        (groups[-1] if groups else leading).append(item)
+    return groups
 
 
 def _speaker(name: str) -> int | str:
@@ -113,11 +122,17 @@ class Narration:
         temperature: float | None = None,
         topk: int | None = None,
         seed: int | None = None,
+        speed: float = 1.0,
+        level: bool = False,
+        words: bool = False,
     ):
         """Arguments as for Conversation. Every text is checked here: a bad last line fails before the first is spoken.
 
+        ``level`` brings all lines to the loudness of the first. A line is then handed out once it is whole.
+        ``words`` gives the cues times of their words.
         Raises PromptError, VoiceError, SamplingError.
         """
+        check_speed(speed)
         self.items = items
         self.cues: list[Cue] = []
         self.sample_rate = generator.sample_rate
@@ -136,71 +151,30 @@ class Narration:
         for item in items:
             if isinstance(item, Line):
                 self.conversation.check(self.ids[item.speaker], item.text)
+        self.speed, self._words = speed, words
+        self._level = Level(generator.sample_rate) if level else None
         self._num_samples = 0
 
-    def stream(self, watch: Callable[[Line, Iterator[Tensor]], Iterator[Tensor]] | None = None) -> Iterator[Tensor]:
+    def stream(self, watch: Watch | None = None) -> Iterator[Tensor]:
         """Chunks (samples,) of all items. ``watch`` wraps the chunks of a line, for example in a progress bar."""
-        for item in self.items:
+        return self.speak(self.items, watch)
+
+    def speak(self, items: Iterable[Item], watch: Watch | None = None) -> Iterator[Tensor]:
+        """``stream`` of some of the items. Each of the narration's items is spoken once, in order."""
+        for item in items:
             if isinstance(item, Pause):
                 yield self._count(torch.zeros(round(item.seconds * self.sample_rate)))
                 continue
             start = self._num_samples
             chunks = self.conversation.say(self.ids[item.speaker], item.text)
-            for chunk in fade(watch(item, chunks) if watch else chunks, round(FADE_MS * self.sample_rate / 1000)):
+            chunks = watch(item, chunks) if watch else chunks
+            for chunk in join(chunks, self.sample_rate, self.speed, self._level):
                 yield self._count(chunk)
             if self._num_samples > start:
                 times = start / self.sample_rate, self._num_samples / self.sample_rate
-                self.cues.append(Cue(*times, item.speaker, item.written))
+                words = self.conversation.generator.word_times(self.conversation.turns[-1]) if self._words else []
+                self.cues.append(Cue(*times, item.speaker, item.written, words_within(words, *times)))
 
     def _count(self, chunk: Tensor) -> Tensor:
         self._num_samples += chunk.shape[0]
         return chunk
-
-
-def fade(chunks: Iterable[Tensor], length: int) -> Iterator[Tensor]:
-    """The same samples with a linear fade over ``length`` samples at both ends; so many are held back until the end."""
-    ramp = torch.arange(1, length + 1) / (length + 1)
-    held, first = torch.zeros(0), True
-    for chunk in chunks:
-        held = torch.cat((held, chunk))
-        if first and held.shape[0] >= length:
-            held = torch.cat((held[:length] * ramp, held[length:]))
-            first = False
-        if not first and held.shape[0] > length:
-            yield held[:-length]
-            held = held[-length:]
-    tail = min(length, held.shape[0])
-    if tail:
-        yield torch.cat((held[: held.shape[0] - tail], held[held.shape[0] - tail :] * ramp.flip(0)[length - tail :]))
-
-
-def to_srt(cues: Sequence[Cue]) -> str:
-    """SubRip subtitles."""
-    return "".join(
-        f"{number}\n{_clock(cue.start, ',')} --> {_clock(cue.end, ',')}\n{_one_line(cue.text)}\n\n"
-        for number, cue in enumerate(cues, start=1)
-    )
-
-
-def to_vtt(cues: Sequence[Cue]) -> str:
-    """WebVTT subtitles."""
-    escaped = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
-    return "WEBVTT\n\n" + "".join(
-        f"{_clock(cue.start, '.')} --> {_clock(cue.end, '.')}\n{_one_line(cue.text).translate(escaped)}\n\n"
-        for cue in cues
-    )
-
-
-def to_json(cues: Sequence[Cue]) -> str:
-    """A list of objects with start, end (seconds), speaker and text."""
-    return json.dumps([vars(cue) for cue in cues], indent=2, ensure_ascii=False) + "\n"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _clock(seconds: float, point: str) -> str:
-    milliseconds = round(seconds * 1000)
-    minutes, rest = divmod(milliseconds, 60_000)
-    return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}{point}{rest % 1000:03}"

@@ -25,7 +25,7 @@ MIN_PROGRAM_WEIGHT_BYTES = 1 << 14  # not less, if there would otherwise be fewe
 MIN_PROGRAMS = 264  # two per multiprocessor of an H100
 MIN_MATMUL_PROGRAMS = 128  # of the tensor-core kernels, which have more work per program
 # A program computes with as many quantised weights as with weights of this many bytes: registers hold them unpacked.
-QUANTIZED_SIZE = 4
+QUANTIZED_SIZE = 2
 NUM_WEIGHT_TILES = {"norm_swiglu": 2}  # ops whose program reads several rows per output (gate and up)
 
 

@@ -83,8 +83,9 @@ def linear_add_matmul(
     mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
     residual_ptr_MN = residual_ptr + m_M[:, None] * residual_stride + n_N[None, :]
     residual_MN = tl.load(residual_ptr_MN, mask=mask_MN, other=0.0).to(tl.float32)
-    weight, kind = (weight_ptr, scale_ptr), (KIND, EVICT)
-    acc_MN = matmul_tile(x_ptr, x_stride, 1.0, x_ptr, *weight, m_M, n_N, ROWS, N, K, BLOCK_K, False, *kind)
+    acc_MN = matmul_tile(
+        x_ptr, x_stride, 1.0, x_ptr, weight_ptr, scale_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, False, KIND, EVICT
+    )
     acc_MN += residual_MN
     tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], acc_MN.to(x_ptr.dtype.element_ty), mask=mask_MN)
 

@@ -92,8 +92,9 @@ def norm_linear_matmul(
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)
     scale_M = inverse_rms(x_ptr, x_stride, m_M, ROWS=ROWS, K=K, EPS=EPS, BLOCK_K=BLOCK_K)
-    weight, kind = (weight_ptr, scale_ptr), (KIND, EVICT)
-    acc_MN = matmul_tile(x_ptr, x_stride, scale_M, norm_ptr, *weight, m_M, n_N, ROWS, N, K, BLOCK_K, True, *kind)
+    acc_MN = matmul_tile(
+        x_ptr, x_stride, scale_M, norm_ptr, weight_ptr, scale_ptr, m_M, n_N, ROWS, N, K, BLOCK_K, True, KIND, EVICT
+    )
     mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
     tl.store(out_ptr + m_M[:, None] * N + n_N[None, :], acc_MN.to(x_ptr.dtype.element_ty), mask=mask_MN)
 

@@ -99,9 +99,10 @@ def norm_swiglu_matmul(
     row_I = gate_up_rows(tl.program_id(0) * BLOCK_N, N, BLOCK_N)
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)
-    scale_M = inverse_rms(x_ptr, x_stride, m_M, ROWS=ROWS, K=K, EPS=EPS, BLOCK_K=BLOCK_K)
-    weight, kind = (weight_ptr, scale_ptr), (KIND, EVICT)
-    acc_MI = matmul_tile(x_ptr, x_stride, scale_M, norm_ptr, *weight, m_M, row_I, ROWS, 2 * N, K, BLOCK_K, True, *kind)
+    rms_M = inverse_rms(x_ptr, x_stride, m_M, ROWS=ROWS, K=K, EPS=EPS, BLOCK_K=BLOCK_K)
+    acc_MI = matmul_tile(
+        x_ptr, x_stride, rms_M, norm_ptr, weight_ptr, scale_ptr, m_M, row_I, ROWS, 2 * N, K, BLOCK_K, True, KIND, EVICT
+    )
     gate_MN, up_MN = tl.split(tl.reshape(acc_MI, (M, BLOCK_N, 2)))
     mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]
     hidden_MN = swiglu(gate_MN, up_MN).to(x_ptr.dtype.element_ty)

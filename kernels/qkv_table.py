@@ -43,7 +43,7 @@ def can_gather_qkv(qkv_ED: Weight, batch: int) -> bool:
 
     PyTorch's product, tensor cores (more than MAX_GEMV_ROWS rows) and quantised weights round differently.
     """
-    if not use_kernels(qkv_ED, batch) or batch > MAX_GEMV_ROWS:
+    if not isinstance(qkv_ED, Tensor) or not use_kernels(qkv_ED, batch) or batch > MAX_GEMV_ROWS:
         return False
     return launch_config("norm_rope_cache", qkv_ED, batch) is not None
 

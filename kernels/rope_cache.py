@@ -84,6 +84,25 @@ def write_heads(out_N, n_N, q_ptr, k_ptr, v_ptr, head_stride, H: tl.constexpr, G
 
 
 @jit
+def rotated_product(
+    x_ptr,
+    norm_K,
+    weight_NK,
+    scale,
+    cos_P,
+    sin_P,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EPS: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """RMSNorm, product and RoPE of the row at ``x_ptr``. The product is rounded before RoPE."""
+    x_K = rms_norm_row(load_row(x_ptr, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
+    qkv_N = gemv_tile(weight_NK, scale, x_K, KIND).to(x_ptr.dtype.element_ty).to(tl.float32)
+    return rotate_pair_tile(qkv_N, cos_P, sin_P).to(x_ptr.dtype.element_ty)
+
+
+@jit
 def norm_rope_cache_rows(
     x_ptr,
     norm_ptr,
@@ -115,21 +134,16 @@ def norm_rope_cache_rows(
     """``norm_rope_cache`` of few rows. The product is rounded before RoPE, where the reference rounds it."""
     release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    N: tl.constexpr = (H + 2 * G) * d
-    weight_NK = weight_tile(weight_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
-    scale = scale_tile(scale_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
+    weight_NK = weight_tile(weight_ptr, n_N, (H + 2 * G) * d, K, BLOCK_K, KIND, EVICT)
+    scale = scale_tile(scale_ptr, n_N, (H + 2 * G) * d, K, BLOCK_K, KIND, EVICT)
     norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
         row_offset = row // T * position_stride + row % T
-        slot, position = tl.load(slot_ptr + row // T), tl.load(position_ptr + row_offset)
+        offset = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + row_offset) * d
         cos_P, sin_P = load_rope(rope_ptr + row_offset * d, n_N, d, ROTATED=(H + G) * d)
-        x_K = rms_norm_row(load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
-        qkv_N = gemv_tile(weight_NK, scale, x_K, KIND).to(x_ptr.dtype.element_ty).to(tl.float32)
-        out_N = rotate_pair_tile(qkv_N, cos_P, sin_P).to(x_ptr.dtype.element_ty)
-        cache_offset = slot * slot_stride + position * d
-        k_row_ptr, v_row_ptr = k_ptr + cache_offset, v_ptr + cache_offset
-        write_heads(out_N, n_N, q_ptr + row * (H * d), k_row_ptr, v_row_ptr, head_stride, H, G, d)
+        out_N = rotated_product(x_ptr + row * x_stride, norm_K, weight_NK, scale, cos_P, sin_P, K, BLOCK_K, EPS, KIND)
+        write_heads(out_N, n_N, q_ptr + row * (H * d), k_ptr + offset, v_ptr + offset, head_stride, H, G, d)
 
 
 @jit

@@ -30,6 +30,11 @@ class RowFile:
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.shape.numel() * self.dtype.itemsize
+
     def gather(self, ids: Tensor) -> Tensor:
         """The rows of these ids, of any shape: (*ids.shape, D). Raises IndexError, and OSError if the file shrank."""
         unique_U, index = ids.unique(return_inverse=True)

@@ -14,7 +14,7 @@ from csm import Generator
 from csm.__main__ import main
 from csm.errors import CheckpointError, CSMError
 from csm.kernels.native import library, ops
-from csm.kernels.quantized import QuantizedWeight, dense, huge_page_buffer, packed_shape, unpack
+from csm.kernels.quantized import dense, huge_page_buffer, packed_shape, unpack
 from csm.quantize import (
     PRESETS,
     parse_scheme,
@@ -137,7 +137,7 @@ def test_quantised_model_generates(generators, scheme):
     assert codes.shape[0] > 1 and torch.equal(codes, quantised[scheme].generate_codes(**arguments))
     batch = quantised[scheme].generate_codes_batch([arguments, {**arguments, "seed": 1}])
     assert torch.equal(batch[0], codes)
-    assert isinstance(model.backbone.layers[0].attention.qkv, QuantizedWeight)
+    assert model.backbone.layers[0].attention.qkv.kind == PRESETS[scheme]["backbone"]
     assert model.text_embedding.dtype == torch.float32
     with pytest.raises(CSMError, match="already"):
         quantize_model(model, scheme)

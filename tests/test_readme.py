@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import sphn
+import torch
+from test_book import write_epub
 from test_structure import LAYERS
 
 import csm
@@ -34,7 +36,15 @@ PAGES = [
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 README = TEXT["README.md"]
 HUB_NAME = re.compile(r"(sesame|unsloth)/csm-1b")
-FOREIGN = ("hf", "pip", "curl")  # programs of other packages that the docs call
+FOREIGN = (
+    "hf",
+    "pip",
+    "curl",
+    "docker",
+    "install",
+    "openssl",
+    "serve",
+)  # programs of other packages that the docs call
 
 
 def blocks(language, page="README.md"):
@@ -144,6 +154,23 @@ def test_python_of_pages(page, short, tmp_path, monkeypatch):
     exec(HUB_NAME.sub("tiny", code), {})
 
 
+def test_reading_lines(short, tmp_path, monkeypatch, capsys):
+    """A book and a dialogue, in a voice of random codes."""
+    monkeypatch.setenv("CSM_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = open_checkpoint("tiny").config
+    codes = torch.randint(config.codebook_size, (5, config.num_codebooks))
+    save_voice(csm.Voice("anna", ("Hello.",), (codes,)), voices_folder() / "anna.safetensors")
+    write_epub(Path("book.epub"))
+    Path("talk.txt").write_text("[0] Hello.\n[anna] Good morning.")
+    lines = [line for line in shell_lines() if " -m csm read " in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert main([*shlex.split(HUB_NAME.sub("tiny", line))[3:], "--device", "cpu", "--quiet"]) == 0
+        assert "s of audio" in capsys.readouterr().out
+    assert {"book.m4b", "book.srt", "talk.mp3"} <= {path.name for path in tmp_path.iterdir()}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_resolve(page):
     for link in re.findall(r"\]\((?!https?://)([^)#]+)", TEXT[page]):
@@ -214,6 +241,8 @@ def test_documented_commands_parse(page, command, bench_options):
 def split_command(command):
     """The program or module of a command line, and its arguments."""
     words = [word for word in shlex.split(command) if word not in ("...", "COMMAND", "EXPRESSION")]
+    while re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
     program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
     if "-m" in rest and program in ("python", "python3", "torchrun"):
         at = rest.index("-m")
@@ -229,11 +258,13 @@ def missing_arguments(program, words):
         "generate.py": [["--text", "--file", "--script"]],
         "finetune": [["--data"], ["--out"]],
         "eval": [["--data", "--sentences"]],
+        "read": [["--out"]],
         "quantize": [["--scheme"], ["--out"]],
     }
     command = program if program == "generate.py" else words[0]
     missing = [word for options in needed.get(command, []) if not {*options} & {*words} for word in (options[0], "x")]
-    return ["tiny", *missing] if words == ["quantize"] else missing
+    positional = {"quantize": ["tiny"], "batch": ["lines.jsonl", "out"], "watermark": ["a.wav"]}
+    return [*(positional.get(words[0], []) if len(words) == 1 else []), *missing] if words else missing
 
 
 def test_every_expression_selects_gpu_tests():

@@ -71,10 +71,10 @@ def test_frames_are_late_once_a_step_takes_longer_than_a_frame():
 
 
 def test_prefill_delays_the_frames_of_others():
-    """One chunk a round: three chunks of 0.2 s are more than the player's buffer covers, three of 10 ms are none."""
-    server = Server(2, lambda running: 0.07, chunk_seconds=0.2, chunks=3)
-    assert simulate(server, 0.15, 100, 400).in_time < 0.99
-    assert simulate(Server(2, lambda running: 0.07, chunk_seconds=0.01, chunks=3), 0.15, 100, 400).in_time == 1
+    """One chunk a round: ten chunks of 0.2 s are more than a player's buffer covers, ten of 10 ms are not."""
+    server = Server(2, lambda running: 0.07, chunk_seconds=0.2, chunks=10)
+    assert simulate(server, 0.1, 100, 400).in_time < 0.99
+    assert simulate(Server(2, lambda running: 0.07, chunk_seconds=0.01, chunks=10), 0.1, 100, 400).in_time == 1
 
 
 def test_the_highest_rate_is_acceptable_and_more_is_not():

@@ -20,8 +20,10 @@ import torch
 import csm.__main__
 import generate
 from csm import PromptError, Voice, VoiceError
+from csm.joins import fade
 from csm.player import Player, StreamWriter
-from csm.script import Cue, Line, Narration, fade, parse_script, speaker_ids, text_items, to_json, to_srt, to_vtt
+from csm.script import Line, Narration, parse_script, speaker_ids, text_items
+from csm.subtitles import Cue, to_json, to_srt, to_vtt
 from csm.text import Pause, normalize
 from csm.voices import save_voice, voices_folder
 from noise import NOISE

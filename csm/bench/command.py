@@ -97,11 +97,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="GPU",
         help=f"predict a frame's time, and stop: {', '.join(predict.GPUS)}",
     )
-    parser.add_argument(
-        "--quantize",
-        metavar="SCHEME",
-        help=f"with --kernels or --predict: quantised weights, {', '.join(PRESETS)}, or types by part",
-    )
+    presets = ", ".join(PRESETS)
+    parser.add_argument("--quantize", help=f"with --kernels or --predict: {presets}, or types by part")
     parser.add_argument("--accuracy", action="store_true", help="compare the kernels with PyTorch's ops, and stop")
     parser.add_argument("--tune", action="store_true", help="measure launch configurations for this GPU, and stop")
     parser.add_argument("--profile", action="store_true", help="add a table of the ops of a frame")

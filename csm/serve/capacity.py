@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from csm.bench.report import cpu_name, table
-from csm.serve.encoders import ENCODERS, Encoder
+from csm.formats import ENCODERS, Encoder
 from csm.serve.voices import VoiceStore
 from csm.voices import SUFFIX, Voice, save_voice
 

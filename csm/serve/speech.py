@@ -24,9 +24,9 @@ from torch import Tensor
 
 from csm import CSMError, Generator, Segment, SpeechRequest, Watermark
 from csm.codec import check_codes
+from csm.formats import ENCODERS, MEDIA_TYPES, Stretch
 from csm.guards import GuardedTicket
 from csm.metrics import Listener
-from csm.serve.encoders import ENCODERS, MEDIA_TYPES, Stretch
 from csm.serve.errors import ApiError, api_error
 from csm.serve.schema import SpeechBody, Turn
 from csm.serve.service import Service, encode_turns

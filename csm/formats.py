@@ -1,6 +1,7 @@
 """Audio formats, encoded block by block, so that the first bytes leave while the rest is being generated.
 
-libsndfile (soundfile) encodes MP3, Opus and FLAC; WAV and PCM need no encoder; AAC takes PyAV, an extra.
+libsndfile (soundfile) encodes MP3, Vorbis, Opus and FLAC; WAV and PCM need no encoder; AAC takes PyAV, an extra. The
+server streams these encoders, and ``csm.audio_file`` writes files with them.
 
 Shapes: N samples, float32 within -1 and 1.
 """
@@ -12,10 +13,10 @@ import io
 import struct
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-import soundfile
 
 from csm.errors import AudioError
 
@@ -29,6 +30,11 @@ MEDIA_TYPES = {
 }
 MPEG2_KBITS = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # layer III, below 32 kHz
 UNKNOWN_SIZE = 0xFFFFFFFF  # of a WAV file that is streamed
+MP3 = ("MP3", "MPEG_LAYER_III")
+# 80 kbit/s throughout: readers work a length out from the bit rate.
+MP3_OPTIONS: dict[str, Any] = {"bitrate_mode": "CONSTANT", "compression_level": 0.5}
+AAC_BITS = 64_000  # bits a second
+BITEXACT = {"fflags": "+bitexact"}  # the same input gives the same bytes: no random serial number, no version
 OGG_PAGE_SECONDS = 0.1  # libsndfile's own choice is 1 s, which would be the delay of the first audio
 SET_OGG_PAGE_LATENCY_MS = 0x1302  # a command of sndfile.h, for which soundfile has no method
 
@@ -64,6 +70,24 @@ def wav_header(sample_rate: int) -> bytes:
     riff = struct.pack("<4sI4s", b"RIFF", UNKNOWN_SIZE, b"WAVE")
     layout = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
     return riff + layout + struct.pack("<4sI", b"data", UNKNOWN_SIZE)
+
+
+def import_soundfile() -> ModuleType:
+    """The package soundfile. Raises AudioError, which says how to install it."""
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:  # OSError: the package is there, libsndfile is not
+        raise AudioError("this audio format needs soundfile: pip install soundfile") from error
+    return soundfile
+
+
+def import_av(purpose: str) -> ModuleType:
+    """The package av (PyAV). Raises AudioError, which names the purpose and says how to install it."""
+    try:
+        import av
+    except ImportError as error:
+        raise AudioError(f"{purpose} needs PyAV: pip install av") from error
+    return av
 
 
 class _Pipe(io.RawIOBase):
@@ -112,36 +136,43 @@ class _Pipe(io.RawIOBase):
 
 
 class SoundFileEncoder:
-    """A format of libsndfile."""
+    """A format of libsndfile. ``target`` is a file to write to; without one the bytes are handed out."""
 
-    def __init__(self, format_name: str, subtype: str, sample_rate: int, **options: Any):
-        self._pipe = _Pipe()
-        self._file = soundfile.SoundFile(self._pipe, "w", sample_rate, 1, subtype, format=format_name, **options)
-        if format_name == "OGG":
+    def __init__(
+        self, format_name: str, subtype: str, sample_rate: int, target: BinaryIO | None = None, **options: Any
+    ):
+        self._soundfile = import_soundfile()
+        self._pipe = None if target is not None else _Pipe()
+        self._file = self._soundfile.SoundFile(
+            target or self._pipe, "w", sample_rate, 1, subtype, format=format_name, **options
+        )
+        if format_name == "OGG" and target is None:
             self._set_page_latency()
 
     def _set_page_latency(self) -> None:
-        latency = soundfile._ffi.new("double *", OGG_PAGE_SECONDS * 1000)
+        latency = self._soundfile._ffi.new("double *", OGG_PAGE_SECONDS * 1000)
         size = ctypes.sizeof(ctypes.c_double)
-        soundfile._snd.sf_command(self._file._file, SET_OGG_PAGE_LATENCY_MS, latency, size)
+        self._soundfile._snd.sf_command(self._file._file, SET_OGG_PAGE_LATENCY_MS, latency, size)
 
     def write(self, audio_N: np.ndarray) -> bytes:
         """Encode."""
         self._file.write(audio_N.clip(-1, 1))
-        return self._pipe.drain()
+        return self._drain()
 
     def close(self) -> bytes:
         """Flush."""
         self._file.close()
-        return self._pipe.drain()
+        return self._drain()
+
+    def _drain(self) -> bytes:
+        return b"" if self._pipe is None else self._pipe.drain()
 
 
 class Mp3Encoder(SoundFileEncoder):
     """MP3 without the first frame, which is reserved for the number of frames: known too late for a stream."""
 
     def __init__(self, sample_rate: int):
-        # 80 kbit/s throughout: readers work a stream's length out from its bit rate.
-        super().__init__("MP3", "MPEG_LAYER_III", sample_rate, bitrate_mode="CONSTANT", compression_level=0.5)
+        super().__init__(*MP3, sample_rate, **MP3_OPTIONS)
         self._sample_rate = sample_rate
         self._started = False
 
@@ -163,19 +194,17 @@ class Mp3Encoder(SoundFileEncoder):
 
 
 class AacEncoder:
-    """AAC in ADTS frames, by PyAV."""
+    """AAC by PyAV, in ADTS frames that are handed out, or in an MP4 file at ``target``."""
 
-    def __init__(self, sample_rate: int):
-        try:
-            import av
-        except ImportError as error:
-            raise AudioError("response_format aac needs PyAV on the server: pip install av") from error
-        self._av = av
-        self._pipe = _Pipe()
-        self._container = av.open(self._pipe, "w", format="adts")
-        self._stream = self._container.add_stream("aac", rate=sample_rate, layout="mono")
+    def __init__(self, sample_rate: int, target: BinaryIO | None = None):
+        self._av = import_av("AAC")
+        self._pipe = None if target is not None else _Pipe()
+        container = {"format": "adts"} if target is None else {"format": "ipod", "options": BITEXACT}
+        self._container = self._av.open(target or self._pipe, "w", **container)
+        options = {} if target is None else {"bit_rate": AAC_BITS}
+        self._stream = self._container.add_stream("aac", rate=sample_rate, layout="mono", **options)
         self._rate, self._position = sample_rate, 0
-        self._primed = False
+        self._primed = target is not None
 
     def write(self, audio_N: np.ndarray) -> bytes:
         """Encode."""
@@ -185,16 +214,19 @@ class AacEncoder:
             frame.time_base = Fraction(1, self._rate)
             self._position += audio_N.shape[0]
             self._mux(self._stream.encode(frame))
-        return self._pipe.drain()
+        return self._drain()
 
     def close(self) -> bytes:
         """Flush."""
         self._mux(self._stream.encode(None))
         self._container.close()
-        return self._pipe.drain()
+        return self._drain()
+
+    def _drain(self) -> bytes:
+        return b"" if self._pipe is None else self._pipe.drain()
 
     def _mux(self, packets: list[Any]) -> None:
-        """The encoder's first packet is its own delay, silence, which ADTS has no field for: it is left out."""
+        """The encoder's first packet is its own delay, silence: ADTS has no field for it, so it is left out there."""
         self._container.mux(packets if self._primed else packets[1:])
         self._primed |= bool(packets)
 
@@ -216,11 +248,8 @@ class Stretch:
         self._graph: Any = None
         if speed == 1:
             return
-        try:
-            import av
-        except ImportError as error:
-            raise AudioError("a speed other than 1 needs PyAV on the server: pip install av") from error
-        self._av, self._rate = av, sample_rate
+        self._av = av = import_av("a speed other than 1")
+        self._rate = sample_rate
         self._graph = graph = av.filter.Graph()
         last = graph.add_abuffer(
             sample_rate=sample_rate, format="flt", layout="mono", time_base=Fraction(1, sample_rate)

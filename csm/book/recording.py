@@ -1,0 +1,179 @@
+"""Speaks a book: generates the sentences that are missing, then joins all of them into files.
+
+Sentences are generated one at a time, and each request ignores what the engine keeps of generated frames. Codes then
+depend on the plan alone, not on where a run began, and a resumed run writes the bytes of an unbroken one.
+
+Shapes: T frames, K codebooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from csm.audio_file import WITH_CHAPTERS, ChapterMark, EncodedWriter, open_writer
+from csm.book.parts import Parts, Section, Sentence, Settings, Take
+from csm.generator import Generator
+from csm.guards import GuardEvent, Guards
+from csm.joins import Level, join
+from csm.prompt import Segment
+from csm.request import SpeechRequest
+from csm.script import Line
+from csm.subtitles import Cue, words_within
+
+RESERVE = 0.25  # share of the window that the next sentence gets before earlier ones leave
+WordShares = list[tuple[str, float, float]]
+PREFERENCE = ("silence", "short", "repeats", "budget")  # where all takes were rejected, the first of these is kept
+
+
+@dataclass(frozen=True)
+class Sound:
+    """How sentences are joined: speed, loudness in LUFS, the pause between sections, and whether words get times."""
+
+    speed: float = 1.0
+    loudness: float = -20.0
+    section_pause: float = 0.0
+    words: bool = False
+
+
+@dataclass
+class Recording:
+    """What one file holds: its cues and chapters, in seconds from its start."""
+
+    path: Path
+    cues: list[Cue] = field(default_factory=list)
+    marks: list[ChapterMark] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Reader:
+    """Generates the sentences of a plan. ``references`` are the voices' clips, which begin every prompt."""
+
+    def __init__(self, generator: Generator, references: Sequence[Segment], settings: Settings, parts: Parts):
+        self._generator = generator
+        self._references = list(references)
+        self._settings = settings
+        self._parts = parts
+
+    def check(self, sentence: Sentence) -> None:
+        """Raise what its request would raise, without earlier sentences. Generates nothing."""
+        self._generator.stream_frames(self._request(sentence, []))
+
+    def generate(self, sentences: Sequence[Sentence], done: Callable[[Sentence, Take, bool], None]) -> None:
+        """Generate what is missing. ``done`` is told each sentence, and whether it was there already."""
+        turns: dict[int, Segment] = {}
+        for index, sentence in enumerate(sentences):
+            take = self._parts.load(sentence.key)
+            found = take is not None
+            if take is None:
+                take = self._speak(sentence, [turns[earlier] for earlier in sentence.context if earlier in turns])
+                self._parts.save(sentence.key, take, sentence.line.text)
+            turns.pop(index - self._settings.context_turns, None)
+            if take.codes_TK.shape[0] and self._settings.context_turns:
+                turns[index] = Segment(sentence.speaker, sentence.line.text, codes=take.codes_TK)
+            done(sentence, take, found)
+
+    def _speak(self, sentence: Sentence, turns: list[Segment]) -> Take:
+        """Generate until no guard rejects a take, or the retries are used up; then keep the least bad one."""
+        request = self._request(sentence, turns)
+        takes: list[tuple[str, Tensor]] = []
+        retries = self._settings.retries if self._settings.temperature != 0 else 0  # greedy takes are all the same
+        for attempt in range(retries + 1):
+            rejection, codes_TK = self._take(replace(request, seed=sentence.seed + attempt))
+            earlier = tuple(reason for reason, _ in takes)
+            if not rejection:
+                return Take(codes_TK, earlier)
+            takes.append((rejection, codes_TK))
+        _, codes_TK = min(takes, key=lambda take: (PREFERENCE.index(take[0]), -take[1].shape[0]))
+        return Take(codes_TK, tuple(reason for reason, _ in takes), kept=True)
+
+    def _take(self, request: SpeechRequest) -> tuple[str, Tensor]:
+        """(the guard that rejects it or "", codes (T, K)) of one take."""
+        events: list[GuardEvent] = []
+        guards = Guards(retries=0, report=events.append)
+        frames = [frame.codes_K for frame in self._generator.stream_frames(request, guards, hold=True)]
+        num_codebooks = self._generator.config.num_codebooks
+        codes_TK = torch.stack(frames) if frames else torch.zeros(0, num_codebooks, dtype=torch.int64)
+        if events:
+            return events[0].guard, codes_TK
+        seconds = len(frames) * self._generator.frame_ms / 1000
+        return "short" if seconds < guards.min_seconds(request.text) else "", codes_TK
+
+    def _request(self, sentence: Sentence, turns: list[Segment]) -> SpeechRequest:
+        """The request of a sentence. The oldest turns leave while it would get less than its share of the window."""
+        settings, generator = self._settings, self._generator
+        reserve = min(settings.max_turn_ms, RESERVE * generator.config.backbone.max_positions * generator.frame_ms)
+        while True:
+            request = SpeechRequest(
+                sentence.line.text,
+                sentence.speaker,
+                [*self._references, *turns],
+                settings.max_turn_ms,
+                settings.temperature,
+                settings.topk,
+                sentence.seed,
+                repeatable=True,
+            )
+            room = generator.room_ms(request)
+            if room >= reserve or not turns:
+                return replace(request, max_audio_length_ms=min(settings.max_turn_ms, room))
+            turns = turns[1:]
+
+
+class Binder:
+    """Joins finished sentences into files."""
+
+    def __init__(self, generator: Generator, sections: Sequence[Section], sentences: Sequence[Sentence], sound: Sound):
+        self._generator = generator
+        self._sections = sections
+        self._sentences = sentences
+        self._sound = sound
+        self._level = Level(generator.sample_rate, sound.loudness)
+
+    def write(self, path: Path, numbers: Sequence[int], parts: Parts, tags: dict[str, str]) -> Recording:
+        """Write some sections into one file, which appears under its name once it is whole."""
+        rate = self._generator.sample_rate
+        recording, num_samples = Recording(path), 0
+        starts: list[float] = []
+        with open_writer(path) as writer:
+            writer.begin(rate)
+            for number in numbers:
+                if number != numbers[0]:  # the pause ends the chapter before
+                    pause = torch.zeros(round(self._sound.section_pause * rate))
+                    writer.write(pause)
+                    num_samples += pause.shape[0]
+                starts.append(num_samples / rate)
+                for line, audio, words in self._section(number, parts):
+                    writer.write(audio)
+                    times = num_samples / rate, (num_samples + audio.shape[0]) / rate
+                    if line is not None and audio.shape[0]:
+                        recording.cues.append(Cue(*times, line.speaker, line.written, words_within(words, *times)))
+                    num_samples += audio.shape[0]
+            recording.seconds = num_samples / rate
+            for number, start, end in zip(numbers, starts, [*starts[1:], recording.seconds], strict=True):
+                recording.marks.append(ChapterMark(self._sections[number].title, start, end))
+            if isinstance(writer, EncodedWriter):
+                with_marks = len(numbers) > 1 and path.suffix.lower() in WITH_CHAPTERS
+                writer.describe(recording.marks if with_marks else (), tags)
+        return recording
+
+    def _section(self, number: int, parts: Parts) -> Iterator[tuple[Line | None, Tensor, WordShares]]:
+        """The audio of a section's items, each with its line or, for silence, None; and the times of its words."""
+        rate, generator = self._generator.sample_rate, self._generator
+        sentences = iter([sentence for sentence in self._sentences if sentence.section == number])
+        for item in self._sections[number].items:
+            if not isinstance(item, Line):
+                yield None, torch.zeros(round(item.seconds * rate)), []
+                continue
+            sentence = next(sentences)
+            take = parts.load(sentence.key)
+            assert take is not None, "all sentences are generated before they are joined"
+            if take.codes_TK.shape[0]:
+                turn = Segment(sentence.speaker, item.text, codes=take.codes_TK)
+                words = generator.word_times(turn) if self._sound.words else []
+                chunks = [generator.decode(take.codes_TK)]
+                yield item, torch.cat(list(join(chunks, rate, self._sound.speed, self._level))), words
