@@ -73,6 +73,31 @@ def attend_all_heads(
 
 
 @jit
+def projection_tile(
+    weight_ptr,
+    n_N,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    d: tl.constexpr,
+    N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    KIND: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Rows ``n_N`` of the output projection, with inputs in the order of padded heads. Quantised: without padding."""
+    if KIND == "dense":
+        k_K, mask_K = head_offsets(tl.arange(0, GROUPS * R * D), H, G, d, GROUPS, R, D)
+        mask_NK = (n_N < N)[:, None] & mask_K[None, :]
+        weight_ptr_NK = weight_ptr + n_N[:, None] * (H * d) + k_K[None, :]
+        weight_NK = tl.load(weight_ptr_NK, mask=mask_NK, other=0.0, eviction_policy=EVICT)
+    else:
+        weight_NK = weight_tile(weight_ptr, n_N, N, H * d, GROUPS * R * D, KIND, EVICT)
+    return weight_NK
+
+
+@jit
 def attention_linear_add_row(
     q_ptr,
     k_ptr,
@@ -102,13 +127,7 @@ def attention_linear_add_row(
     """``attention_linear_add`` of one row. The attention output is rounded where the reference rounds it."""
     release_next_kernel(PDL)
     n_N, m_M = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, M)
-    if KIND == "dense":
-        k_K, mask_K = head_offsets(tl.arange(0, GROUPS * R * D), H, G, d, GROUPS, R, D)
-        mask_NK = (n_N < N)[:, None] & mask_K[None, :]
-        weight_ptr_NK = weight_ptr + n_N[:, None] * (H * d) + k_K[None, :]
-        weight_NK = tl.load(weight_ptr_NK, mask=mask_NK, other=0.0, eviction_policy=EVICT)
-    else:  # without padded heads
-        weight_NK = weight_tile(weight_ptr, n_N, N, H * d, GROUPS * R * D, KIND, EVICT)
+    weight_NK = projection_tile(weight_ptr, n_N, H, G, d, N, GROUPS, R, D, KIND, EVICT)
     weight_scale = scale_tile(scale_ptr, n_N, N, H * d, GROUPS * R * D, KIND, EVICT)
     wait_for_inputs(PDL)
     residual_N = tl.load(residual_ptr + n_N, mask=n_N < N, other=0.0).to(tl.float32)
