@@ -157,9 +157,8 @@ def attention_linear_add(
         return native.attention_linear_add(q_BTHd, k_cache_BGSd, v_cache_BGSd, position_BT, weight_DE, residual_BTD)
     context = covered_positions(bias_BTS, context)
     constants = _constants(H, G, d, weight_DE.shape[0], context)
-    padded = H * d != constants["GROUPS"] * constants["R"] * constants["D"]
-    fused = B * T == 1 and context <= MAX_FUSED_CONTEXT and use_kernels(q_BTHd, 1)
-    fused = fused and (isinstance(weight_DE, Tensor) or not padded)
+    fits = isinstance(weight_DE, Tensor) or H * d == constants["GROUPS"] * constants["R"] * constants["D"]
+    fused = B * T == 1 and context <= MAX_FUSED_CONTEXT and fits and use_kernels(q_BTHd, 1)
     config = launch_config("attention_linear_add", weight_DE, 1) if fused else None
     if config is None:
         attended_BTE = attention(q_BTHd, k_cache_BGSd, v_cache_BGSd, bias_BTS, position_BT, context)

@@ -56,7 +56,7 @@ class QuantizedRows:
     def __getitem__(self, index: int | slice) -> QuantizedRows:
         """One of the stacked weights, or some outputs of a single one: views of the same memory."""
         if len(self.shape) == 3 and isinstance(index, int):
-            shape = self.shape[1:]
+            shape = torch.Size(self.shape[1:])
         elif len(self.shape) == 2 and isinstance(index, slice):
             shape = torch.Size((len(range(*index.indices(self.shape[0]))), self.shape[1]))
         else:

@@ -105,6 +105,7 @@ def _weight(weight: Weight) -> tuple[int, int, int, int]:
     n, k = weight.shape
     if isinstance(weight, QuantizedWeight):
         return KINDS[weight.bits], weight.packed.data_ptr(), n, k
+    assert isinstance(weight, Tensor)
     return DTYPES[weight.dtype], weight.data_ptr(), n, k
 
 
