@@ -149,11 +149,11 @@ def _check(model: CSM, found: dict[str, tuple[int, ...]], types: dict[str, str],
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected["depth_embedding"] = tuple(model.depth_embedding.shape)
     for weight in _quantized(model, types):
-        kind, shape = types[weight.part], weight.value.shape
+        kind = types[weight.part]
         if kind in BITS:
-            expected[weight.name] = packed_shape(shape, BITS[kind])
+            expected[weight.name] = packed_shape(weight.value.shape, BITS[kind])
         else:
-            rows = empty_rows(shape, kind, torch.float32, torch.device("meta"))
+            rows = empty_rows(weight.value.shape, kind, torch.float32, torch.device("meta"))
             expected[weight.name], expected[weight.name + SCALES] = tuple(rows.values.shape), tuple(rows.scales.shape)
     for name, sizes in expected.items():
         if name not in found:

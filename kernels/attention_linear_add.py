@@ -73,20 +73,20 @@ def attend_all_heads(
 
 
 @jit
-def heads_weight_tile(
+def projection_tile(
     weight_ptr,
     n_N,
-    N: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
     d: tl.constexpr,
+    N: tl.constexpr,
     GROUPS: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
     KIND: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """Weights of outputs n_N, their inputs in the order of the padded heads. Quantised weights have no padded heads."""
+    """Rows ``n_N`` of the output projection, with inputs in the order of padded heads. Quantised: without padding."""
     if KIND == "dense":
         k_K, mask_K = head_offsets(tl.arange(0, GROUPS * R * D), H, G, d, GROUPS, R, D)
         mask_NK = (n_N < N)[:, None] & mask_K[None, :]
@@ -127,7 +127,7 @@ def attention_linear_add_row(
     """``attention_linear_add`` of one row. The attention output is rounded where the reference rounds it."""
     release_next_kernel(PDL)
     n_N, m_M = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, M)
-    weight_NK = heads_weight_tile(weight_ptr, n_N, N, H, G, d, GROUPS, R, D, KIND, EVICT)
+    weight_NK = projection_tile(weight_ptr, n_N, H, G, d, N, GROUPS, R, D, KIND, EVICT)
     weight_scale = scale_tile(scale_ptr, n_N, N, H * d, GROUPS * R * D, KIND, EVICT)
     wait_for_inputs(PDL)
     residual_N = tl.load(residual_ptr + n_N, mask=n_N < N, other=0.0).to(tl.float32)
@@ -157,8 +157,8 @@ def attention_linear_add(
         return native.attention_linear_add(q_BTHd, k_cache_BGSd, v_cache_BGSd, position_BT, weight_DE, residual_BTD)
     context = covered_positions(bias_BTS, context)
     constants = _constants(H, G, d, weight_DE.shape[0], context)
-    takes_weight = isinstance(weight_DE, Tensor) or H * d == constants["GROUPS"] * constants["R"] * constants["D"]
-    fused = B * T == 1 and context <= MAX_FUSED_CONTEXT and takes_weight and use_kernels(q_BTHd, 1)
+    fits = isinstance(weight_DE, Tensor) or H * d == constants["GROUPS"] * constants["R"] * constants["D"]
+    fused = B * T == 1 and context <= MAX_FUSED_CONTEXT and fits and use_kernels(q_BTHd, 1)
     config = launch_config("attention_linear_add", weight_DE, 1) if fused else None
     if config is None:
         attended_BTE = attention(q_BTHd, k_cache_BGSd, v_cache_BGSd, bias_BTS, position_BT, context)

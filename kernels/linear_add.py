@@ -14,9 +14,8 @@ from csm.kernels.tiles import (
     load_row,
     matmul_tile,
     release_next_kernel,
-    scale_tile,
     wait_for_inputs,
-    weight_tile,
+    weight_and_scale,
 )
 
 
@@ -46,8 +45,7 @@ def linear_add_rows(
     """``linear_add`` of up to MAX_GEMV_ROWS rows."""
     release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_NK = weight_tile(weight_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
-    scale = scale_tile(scale_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
+    weight_NK, scale = weight_and_scale(weight_ptr, scale_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
         residual_N = tl.load(residual_ptr + row * residual_stride + n_N, mask=n_N < N, other=0.0).to(tl.float32)

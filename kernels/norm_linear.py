@@ -16,9 +16,8 @@ from csm.kernels.tiles import (
     matmul_tile,
     release_next_kernel,
     rms_norm_row,
-    scale_tile,
     wait_for_inputs,
-    weight_tile,
+    weight_and_scale,
 )
 
 
@@ -57,8 +56,7 @@ def norm_linear_rows(
     """``norm_linear`` of up to MAX_GEMV_ROWS rows."""
     release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_NK = weight_tile(weight_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
-    scale = scale_tile(scale_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
+    weight_NK, scale = weight_and_scale(weight_ptr, scale_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
     norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):

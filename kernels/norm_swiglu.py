@@ -17,9 +17,8 @@ from csm.kernels.tiles import (
     matmul_tile,
     release_next_kernel,
     rms_norm_row,
-    scale_tile,
     wait_for_inputs,
-    weight_tile,
+    weight_and_scale,
 )
 
 
@@ -64,8 +63,7 @@ def norm_swiglu_rows(
     release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_I = gate_up_rows(tl.program_id(0) * BLOCK_N, N, BLOCK_N)
-    gate_up_IK = weight_tile(weight_ptr, row_I, 2 * N, K, BLOCK_K, KIND, EVICT)
-    scale = scale_tile(scale_ptr, row_I, 2 * N, K, BLOCK_K, KIND, EVICT)
+    gate_up_IK, scale = weight_and_scale(weight_ptr, scale_ptr, row_I, 2 * N, K, BLOCK_K, KIND, EVICT)
     norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
@@ -96,12 +94,12 @@ def norm_swiglu_matmul(
     """``norm_swiglu`` of more rows, on tensor cores."""
     release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_I = gate_up_rows(tl.program_id(0) * BLOCK_N, N, BLOCK_N)
+    n_I = gate_up_rows(tl.program_id(0) * BLOCK_N, N, BLOCK_N)
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)
-    rms_M = inverse_rms(x_ptr, x_stride, m_M, ROWS=ROWS, K=K, EPS=EPS, BLOCK_K=BLOCK_K)
+    scale_M = inverse_rms(x_ptr, x_stride, m_M, ROWS=ROWS, K=K, EPS=EPS, BLOCK_K=BLOCK_K)
     acc_MI = matmul_tile(
-        x_ptr, x_stride, rms_M, norm_ptr, weight_ptr, scale_ptr, m_M, row_I, ROWS, 2 * N, K, BLOCK_K, True, KIND, EVICT
+        x_ptr, x_stride, scale_M, norm_ptr, weight_ptr, scale_ptr, m_M, n_I, ROWS, 2 * N, K, BLOCK_K, True, KIND, EVICT
     )
     gate_MN, up_MN = tl.split(tl.reshape(acc_MI, (M, BLOCK_N, 2)))
     mask_MN = (m_M < ROWS)[:, None] & (n_N < N)[None, :]

@@ -17,9 +17,8 @@ from csm.kernels.tiles import (
     load_row,
     release_next_kernel,
     rms_norm_row,
-    scale_tile,
     wait_for_inputs,
-    weight_tile,
+    weight_and_scale,
 )
 
 BLOCK_N = 512  # outputs per program of rope_cache_row
@@ -67,39 +66,23 @@ def load_rope(rope_ptr, n_N, d: tl.constexpr, ROTATED: tl.constexpr):
 
 @jit
 def rotate_pair_tile(qkv_N, cos_P, sin_P):
-    """Rotate the pairs of neighbouring outputs: (N,) float32."""
-    even_P, odd_P = tl.split(tl.reshape(qkv_N, (qkv_N.shape[0] // 2, 2)))
+    """Rotate the pairs of neighbouring outputs, in float32: (N,) in the dtype of ``qkv_N``."""
+    even_P, odd_P = tl.split(tl.reshape(qkv_N.to(tl.float32), (qkv_N.shape[0] // 2, 2)))
     rotated_P2 = tl.join(even_P * cos_P - odd_P * sin_P, even_P * sin_P + odd_P * cos_P)
-    return tl.reshape(rotated_P2, (qkv_N.shape[0],))
+    return tl.reshape(rotated_P2, (qkv_N.shape[0],)).to(qkv_N.dtype)
 
 
 @jit
-def write_heads(out_N, n_N, q_ptr, k_ptr, v_ptr, head_stride, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr):
-    """Store the outputs ``n_N``: queries to ``q_ptr``, keys and values to their cache at this row's position."""
+def write_heads(
+    out_N, n_N, q_ptr, k_ptr, v_ptr, cache_offset, head_stride, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr
+):
+    """Store the outputs ``n_N``: queries to ``q_ptr``, keys and values to ``cache_offset``, this row's position."""
     head_N, d_N = n_N // d, n_N % d
+    k_ptr, v_ptr = k_ptr + cache_offset, v_ptr + cache_offset
     tl.store(q_ptr + n_N, out_N, mask=head_N < H)
     tl.store(k_ptr + (head_N - H) * head_stride + d_N, out_N, mask=(head_N >= H) & (head_N < H + G))
     is_value_N = (head_N >= H + G) & (head_N < H + 2 * G)
     tl.store(v_ptr + (head_N - H - G) * head_stride + d_N, out_N, mask=is_value_N)
-
-
-@jit
-def rotated_product(
-    x_ptr,
-    norm_K,
-    weight_NK,
-    scale,
-    cos_P,
-    sin_P,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EPS: tl.constexpr,
-    KIND: tl.constexpr,
-):
-    """RMSNorm, product and RoPE of the row at ``x_ptr``. The product is rounded before RoPE."""
-    x_K = rms_norm_row(load_row(x_ptr, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
-    qkv_N = gemv_tile(weight_NK, scale, x_K, KIND).to(x_ptr.dtype.element_ty).to(tl.float32)
-    return rotate_pair_tile(qkv_N, cos_P, sin_P).to(x_ptr.dtype.element_ty)
 
 
 @jit
@@ -134,16 +117,16 @@ def norm_rope_cache_rows(
     """``norm_rope_cache`` of few rows. The product is rounded before RoPE, where the reference rounds it."""
     release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_NK = weight_tile(weight_ptr, n_N, (H + 2 * G) * d, K, BLOCK_K, KIND, EVICT)
-    scale = scale_tile(scale_ptr, n_N, (H + 2 * G) * d, K, BLOCK_K, KIND, EVICT)
+    weight_NK, scale = weight_and_scale(weight_ptr, scale_ptr, n_N, (H + 2 * G) * d, K, BLOCK_K, KIND, EVICT)
     norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
         row_offset = row // T * position_stride + row % T
-        offset = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + row_offset) * d
+        cache_offset = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + row_offset) * d
         cos_P, sin_P = load_rope(rope_ptr + row_offset * d, n_N, d, ROTATED=(H + G) * d)
-        out_N = rotated_product(x_ptr + row * x_stride, norm_K, weight_NK, scale, cos_P, sin_P, K, BLOCK_K, EPS, KIND)
-        write_heads(out_N, n_N, q_ptr + row * (H * d), k_ptr + offset, v_ptr + offset, head_stride, H, G, d)
+        x_K = rms_norm_row(load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
+        out_N = rotate_pair_tile(gemv_tile(weight_NK, scale, x_K, KIND).to(x_ptr.dtype.element_ty), cos_P, sin_P)
+        write_heads(out_N, n_N, q_ptr + row * (H * d), k_ptr, v_ptr, cache_offset, head_stride, H, G, d)
 
 
 @jit
@@ -171,13 +154,12 @@ def rope_cache_row(
     n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     wait_for_inputs(PDL)
     qkv_ptr_N = qkv_ptr + row * ((H + 2 * G) * d) + n_N
-    qkv_N = tl.load(qkv_ptr_N, mask=n_N < (H + 2 * G) * d, other=0.0).to(tl.float32)
+    qkv_N = tl.load(qkv_ptr_N, mask=n_N < (H + 2 * G) * d, other=0.0)
     row_offset = row // T * position_stride + row % T
     cache_offset = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + row_offset) * d
     cos_P, sin_P = load_rope(rope_ptr + row_offset * d, n_N, d, ROTATED=(H + G) * d)
-    out_N = rotate_pair_tile(qkv_N, cos_P, sin_P).to(qkv_ptr.dtype.element_ty)
-    k_row_ptr, v_row_ptr = k_ptr + cache_offset, v_ptr + cache_offset
-    write_heads(out_N, n_N, q_ptr + row * (H * d), k_row_ptr, v_row_ptr, head_stride, H, G, d)
+    out_N = rotate_pair_tile(qkv_N, cos_P, sin_P)
+    write_heads(out_N, n_N, q_ptr + row * (H * d), k_ptr, v_ptr, cache_offset, head_stride, H, G, d)
 
 
 def norm_rope_cache(

@@ -125,6 +125,22 @@ def unpack_nibbles(byte):
 
 
 @jit
+def weight_and_scale(
+    weight_ptr,
+    scale_ptr,
+    n_N,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """``weight_tile`` and ``scale_tile``."""
+    weight_NK = weight_tile(weight_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
+    return weight_NK, scale_tile(scale_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
+
+
+@jit
 def load_row(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """A row of K elements, padded with zeros: (BLOCK_K,)."""
     k_K = tl.arange(0, BLOCK_K)
