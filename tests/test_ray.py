@@ -327,11 +327,11 @@ def test_a_session_outlives_its_replica(url):
 NUM_LINES = 500
 
 
-def run_batch(folder, address):
+def run_batch(folder, address, model):
     """In a process of its own, which imports nothing anew: ``csm batch --ray``."""
     os.setsid()
     os.environ.update(ENVIRONMENT, RAY_ADDRESS=address)
-    command = ["batch", str(folder / "in.jsonl"), str(folder / "out"), "--model", NOISE, "--device", "cpu", "--quiet"]
+    command = ["batch", str(folder / "in.jsonl"), str(folder / "out"), "--model", model, "--device", "cpu", "--quiet"]
     options = ["--ray", "--ray-workers", str(REPLICAS), "--ray-cpus", "0.1", "--slots", "4", "--max-seconds", "0.08"]
     sys.exit(main([*command, *options]))
 
@@ -360,7 +360,7 @@ def test_a_batch_killed_twice_has_every_line_once(cluster, tmp_path):
     processes.set_forkserver_preload(["csm.batch_ray", "csm.__main__"])
 
     def start():
-        process = processes.Process(target=run_batch, args=(tmp_path, address))
+        process = processes.Process(target=run_batch, args=(tmp_path, address, str(NOISE)))
         process.start()
         return process
 

@@ -156,11 +156,11 @@ def app(arguments: dict[str, str]) -> serve.Application:
     def build() -> FastAPI:
         """Runs in each replica. The keys are read there, from the replica's own files and environment."""
         service = command.open_service(args, command.read_settings(args))
-        store = ray.remote(SessionStore).options(
-            name=STORE, namespace=NAMESPACE, get_if_exists=True, lifetime="detached", num_cpus=0, max_restarts=-1
-        )
+        options = {"name": STORE, "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1}
+        store = ray.remote(SessionStore).options(get_if_exists=True, **options).remote()
+        ray.get(store.__ray_ready__.remote())  # it loads as long as a replica does
         replica = serve.get_replica_context().replica_id.to_full_id_str()
-        service.sessions = SharedSessions(store.remote(), replica, settings.request_timeout)
+        service.sessions = SharedSessions(store, replica, settings.request_timeout)
         return create_app(service)
 
     scale: dict[str, Any] = {"num_replicas": args.min_replicas}
