@@ -40,7 +40,7 @@ from csm import (
 from csm.command_line import Parser, execute, suggest_once
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TINY_NOTE = "the tiny checkpoint is a small demonstration voice: some 900 words of English, speakers 0 to 3"
+TINY_NOTE = "the tiny checkpoint is a small demonstration voice for plain English, speakers 0 to 3"
 EXAMPLES = """examples:
   {program} --model tiny --text "Hello there."
   {program} --text "In the same voice." --ref voice.wav --ref-text "What voice.wav says." --out reply.wav"""

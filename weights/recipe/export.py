@@ -31,7 +31,7 @@ from csm.weights.recipe.shape import CODEC, MODEL, SPECIAL_TOKENS, byte_tokenize
 
 CPU = torch.device("cpu")
 TEXT_FILES = ("tokenizer.json", PRONUNCIATION_FILE)
-GENERATION = {"do_sample": True, "temperature": 0.6, "top_k": 50}  # the checkpoint's defaults
+GENERATION = {"do_sample": True, "temperature": 0.4, "top_k": 50}  # the checkpoint's defaults
 
 
 def export_codec(trained: Path, file: Path) -> None:
