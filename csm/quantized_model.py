@@ -91,6 +91,9 @@ def save_quantized(
     ``dtype`` is that of embeddings, norms and activations. The codec is written where the checkpoint has one. Raises
     CSMError for an unknown scheme, and where there are no native ops.
     """
+    parse_scheme(scheme)  # wrong arguments are errors before anything is compiled or read
+    if folder.exists() and not folder.is_dir():
+        raise CSMError(f"{folder}: a file of this name exists; name a folder")
     if not is_available():
         raise CSMError("a quantised model is for the native ops, which need a C++ compiler: install g++")
     model = read_quantized(checkpoint, scheme, dtype, progress)
