@@ -97,6 +97,7 @@ def gather_qkv(
     q_ptr,
     k_ptr,
     v_ptr,
+    cache_offset,
     head_stride,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -106,4 +107,4 @@ def gather_qkv(
     """Copy the row of one slot's code."""
     e_E = tl.arange(0, BLOCK_E)
     row_E = tl.load(table_ptr + code * ((H + 2 * G) * d) + e_E, mask=e_E < (H + 2 * G) * d, other=0.0)
-    write_heads(row_E, e_E, q_ptr, k_ptr, v_ptr, head_stride, H, G, d)
+    write_heads(row_E, e_E, q_ptr, k_ptr, v_ptr, cache_offset, head_stride, H, G, d)

@@ -187,8 +187,8 @@ def sample_slot(
     if BLOCK_D > 0:
         copy_row(table_ptr + code * D, out_ptr + slot * D, D, BLOCK_D)
     if BLOCK_E > 0:
-        cache = slot * slot_stride
-        gather_qkv(qkv_ptr, code, q_ptr + slot * H * d, k_ptr + cache, v_ptr + cache, head_stride, H, G, d, BLOCK_E)
+        q_row_ptr, cache_offset = q_ptr + slot * H * d, slot * slot_stride
+        gather_qkv(qkv_ptr, code, q_row_ptr, k_ptr, v_ptr, cache_offset, head_stride, H, G, d, BLOCK_E)
 
 
 def sample(

@@ -210,7 +210,7 @@ BAD_LINES = {
     '{"id": "x", "text": "Hi.", "max_seconds": 0}': "max_seconds must be",
     '{"id": "x", "text": "Hi.", "max_seconds": Infinity}': "max_seconds must be",
     '{"id": "x", "text": "Wait. [pause 0.5] Now."}': "is one utterance",
-    '{"id": "x", "text": "\\ud800"}': "Unicode",
+    '{"id": "x", "text": "caf\\ud800"}': "Unicode",
     '{"id": "ONE", "text": "Hi."}': "names the same file as that of line 1",
     json.dumps({"id": "x", "text": "word " * 3000}): "positions",
     "[" * 100_000: "not JSON",
