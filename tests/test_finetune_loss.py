@@ -123,7 +123,7 @@ def cached_logits(model, rows, num_text):
     expected = [[] for _ in range(config.num_codebooks)]
     forced = []
 
-    def force(logits_BV, codebook, _, codes_BK, table_VD):
+    def force(logits_BV, codebook, _, codes_BK, table_VD, qkv=None):
         """Replaces ``sample``: stores the logits and returns the forced code."""
         expected[codebook].append(logits_BV[0].clone())
         code_B = forced[-1][codebook].view(1)
