@@ -33,7 +33,7 @@ COMMANDS = (
     ("finetune", "train all weights or LoRA adapters on recordings", finetune),
     ("voice", "add, list, show, say, remove and export voices", voice),
     ("compare", "compare the weights and the logits of two models", compare),
-    ("quantize", "write a model with int8 or int4 weights to a folder, or to a GGUF file", quantized_model),
+    ("quantize", "write a model with quantised weights to a folder, or to a GGUF file", quantized_model),
     ("watermark", "search audio files for a watermark", watermark_command),
     ("eval", "measure generated speech: word error rate, length, voice similarity", evaluate),
     ("serve", "an HTTP server with OpenAI's audio API", serve),

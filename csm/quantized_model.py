@@ -2,7 +2,8 @@
 as a GGUF file.
 
 The folder has the model's tensors under this package's names in ``quantized.safetensors``: quantised weights packed, as
-uint8, and what they are in the file's metadata; and ``config.json``, ``tokenizer.json`` and the codec.
+uint8, and what they are in the file's metadata; and ``config.json``, ``tokenizer.json``, what the checkpoint has of
+``generation_config.json`` and ``pronunciation.json.gz``, and the codec.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from csm.quantize import (
 from csm.weights import Checkpoint, open_checkpoint, read_codec, read_model
 from csm.weights.checkpoint import MIMI_FILE
 from csm.weights.config_json import read_config
+from csm.weights.hub import OPTIONAL
 
 FILE = "quantized.safetensors"
 SCHEME, DTYPE = "csm.scheme", "csm.dtype"  # keys of the file's metadata
@@ -111,6 +113,11 @@ def save_quantized(
     os.replace(folder / f"{FILE}.part", folder / FILE)
     shutil.copyfile(checkpoint.config_folder / "config.json", folder / "config.json")
     shutil.copyfile(checkpoint.tokenizer_path, folder / "tokenizer.json")
+    for optional in OPTIONAL:
+        if (checkpoint.config_folder / optional).is_file():
+            shutil.copyfile(checkpoint.config_folder / optional, folder / optional)
+        else:
+            (folder / optional).unlink(missing_ok=True)  # of a model that was written there before
     if checkpoint.has_own_codec:
         save_file(read_codec(checkpoint, None, torch.device("cpu")), folder / MIMI_FILE, metadata={"format": "pt"})
     return folder / FILE

@@ -17,6 +17,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
 from csm import read_audio
 from csm.__main__ import main
+from csm.bench.scale import memory_bytes
 from csm.config import CSM_1B
 from csm.doctor import command, gpu, hub, machine, sound
 from csm.doctor.finding import ERROR, OK, WARNING, Finding, as_text
@@ -60,7 +61,7 @@ FAULTS = {
     ),
     "Hopper, torch for CUDA 11": (lambda: gpu.check_gpu(a_gpu((9, 0), ("sm_80",))), ERROR, "Hopper.*no code for sm_90"),
     "Turing": (lambda: gpu.check_gpu(a_gpu((7, 5))), WARNING, r"older than Ampere \(7\.5\).*need 8\.0.*float16"),
-    "little GPU memory": (lambda: machine.check_gpu_memory(a_gpu((8, 6), memory=4e9)), WARNING, r"4\.00 GB.*4\.20 GB"),
+    "little GPU memory": (lambda: machine.check_gpu_memory(a_gpu((8, 6), memory=4e9)), WARNING, r"4\.00 GB.*5\.70 GB"),
     "more threads than cores": (
         lambda: machine.check_cores(Cores(16, 2.5, 16, 0.1))[0],
         WARNING,
@@ -321,6 +322,13 @@ def test_what_is_needed_is_more_than_weights_and_cache():
         caches = (state.backbone_cache.k_LBGSd, state.backbone_cache.v_LBGSd)
         needed = sum(p.numel() for p in model.parameters()) * size + sum(item.numel() for item in caches) * size
         assert needed < machine.NEEDED_BYTES[dtype] < 1.5 * needed
+
+
+def test_gpu_memory_is_that_of_the_plan_and_the_table_of_q_k_and_v():
+    depth = CSM_1B.depth_decoder
+    table = 2 * (CSM_1B.num_codebooks - 2) * CSM_1B.codebook_size * depth.qkv_dim
+    assert table == pytest.approx(189e6, rel=0.01)
+    assert memory_bytes("bfloat16", 1) + table == pytest.approx(machine.GPU_BYTES, rel=0.02)
 
 
 @pytest.mark.parametrize(("status", "code"), [(OK, 0), (WARNING, 1), (ERROR, 2)])

@@ -1,5 +1,10 @@
 """Quantised models through the generator: quantised while loading, and from a folder that was quantised before."""
 
+import gzip
+import json
+import shutil
+import string
+
 import pytest
 import torch
 
@@ -28,6 +33,22 @@ def test_a_quantised_folder_gives_the_same_codes(loaded, tmp_path):
     assert torch.equal(again.generate_codes(**REQUEST), loaded.generate_codes(**REQUEST))
     with pytest.raises(CSMError, match="quantised already"):
         Generator.from_pretrained(tmp_path / "int8", device="cpu", quantize="int4")
+
+
+def test_a_quantised_folder_has_the_defaults_and_phones_of_the_checkpoint(tmp_path):
+    """A model that was trained on phones needs its pronunciation file; a file of an earlier model is removed."""
+    source, out = tmp_path / "source", tmp_path / "int8"
+    shutil.copytree(NOISE, source)
+    phones = {"lexicon": {"hello": "hɛloʊ"}, "rules": {letter: letter for letter in string.ascii_lowercase}}
+    (source / "pronunciation.json.gz").write_bytes(gzip.compress(json.dumps(phones).encode()))
+    (source / "generation_config.json").write_text('{"temperature": 0.25}')
+    assert main(["quantize", str(source), "--scheme", "int8", "--out", str(out)]) == 0
+    full, quantised = (Generator.from_pretrained(folder, device="cpu") for folder in (source, out))
+    assert quantised.defaults == full.defaults and quantised.defaults.temperature == 0.25
+    prompts = [generator._tokenizer.encode(0, "Hello.") for generator in (full, quantised)]
+    assert prompts[0] == prompts[1]
+    assert main(["quantize", str(NOISE), "--scheme", "int8", "--out", str(out)]) == 0
+    assert not (out / "pronunciation.json.gz").exists()
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ PYTHONS = ((3, 10), (3, 13))  # the oldest and newest supported
 OLDEST_TORCH = (2, 9)
 # Bytes that a process with CSM-1B takes while it generates on a CPU (docs/log.md, commit 7978761 and before).
 NEEDED_BYTES = {"float32": 7.4e9, "bfloat16": 4.2e9}
+# Bytes on a GPU with one request, computed: docs/scale.md's memory table (5.5 GB) and the table of q, k and v (189 MB).
+GPU_BYTES = 5_700_000_000
 DOWNLOAD_BYTES = 6_211_186_784 + MIMI_BYTES  # CSM-1B in Sesame's layout, and Kyutai's codec
 
 
@@ -148,7 +150,7 @@ def check_gpu_memory(probe: CudaProbe) -> list[Finding]:
     findings = []
     for index, device in enumerate(probe.devices):
         dtype = "bfloat16" if device.capability >= MIN_CAPABILITY else "float16"
-        needed = int(NEEDED_BYTES["bfloat16"])
+        needed = GPU_BYTES
         text = (
             f"cuda:{index}: {size_in_words(device.memory_bytes)}; CSM-1B needs about {size_in_words(needed)} in {dtype}"
         )

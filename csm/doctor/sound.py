@@ -30,7 +30,10 @@ def check_codec() -> Finding:
 def check_formats() -> Finding:
     """The packages that read and write audio files. None needs the program ffmpeg."""
     formats = ["sphn reads WAV, FLAC, MP3 and Ogg"]
-    for package, name, use in (("soundfile", "soundfile", "FLAC and Ogg"), ("av", "PyAV", "MP3, Opus and AAC")):
+    for package, name, use in (
+        ("soundfile", "soundfile", "FLAC, MP3, Ogg and Opus"),
+        ("av", "PyAV", "AAC and chapters"),
+    ):
         failure = import_failure(package)
         if failure is None:
             formats.append(f"{name} writes {use}")
