@@ -385,7 +385,7 @@ def test_what_is_exported_decodes_as_what_was_trained(manifest, tmp_path, small)
         assert (generator.encode(audio) == codes_1KT[0].T).float().mean() > 0.9  # float16 may move a few
         assert (generator.decode(codes_1KT[0].T) - expected).norm() < 0.02 * expected.norm()
         assert len(generator.generate_codes("Hi.", max_audio_length_ms=160, topk=30, seed=0)) == 2
-        assert generator.defaults.temperature == 0.6
+        assert generator.defaults.temperature == 0.4
         assert (tmp_path / folder / PRONUNCIATION_FILE).read_bytes() == (tmp_path / "words.json.gz").read_bytes()
     start, shipped = (tensors_of(tmp_path / folder / "model.safetensors") for folder in ("start", "shipped"))
     assert start.keys() == shipped.keys()
