@@ -21,6 +21,7 @@ from torch import Tensor
 from csm.engine import Frame, Request, Ticket
 from csm.errors import CSMError
 from csm.metrics import GenerationMetrics, Meter
+from csm.runner import MAX_GROUP
 from csm.worker import Worker
 
 log = logging.getLogger("csm.guards")
@@ -230,7 +231,8 @@ class GuardedTicket:
             self._worker.cancel(self._ticket)
 
     def _accept(self, frame: Frame) -> None:
-        if self._max_unread is not None and self._ticket.num_unread == self._max_unread - 1:
+        # A paused request has max_unread frames, of which up to MAX_GROUP - 1 still wait for the codec.
+        if self._max_unread is not None and self._ticket.num_unread >= self._max_unread - MAX_GROUP:
             self._worker.wake()
         (self._held if self._hold else self._out).append(frame)
         self._meter.audio(1 / self._frame_rate, self._ticket.arrived_at)
