@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from csm.audio import to_mono
 from csm.codec_ops import use_matmuls
@@ -22,6 +23,16 @@ from csm.errors import AudioError, CheckpointError
 
 # moshi keeps streaming state on its modules, and its compile switch in a global: all codecs share one lock.
 _MOSHI_LOCK = threading.RLock()
+
+
+class SkipInit(TorchFunctionMode):
+    """Skips torch.nn.init. On the meta device it does nothing but import SymPy: 50 MB and half a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 class Codec:
@@ -37,7 +48,7 @@ class Codec:
         self.device = device
         from moshi.models import loaders  # slow to import, and not needed to generate codes
 
-        with torch.device("meta"):  # the tensors of ``state`` become the weights, without a copy
+        with torch.device("meta"), SkipInit():  # the tensors of ``state`` become the weights, without a copy
             self._mimi = loaders.get_mimi(
                 None, mimi_config=moshi_config(config), device="meta", num_codebooks=num_codebooks
             )
@@ -48,7 +59,8 @@ class Codec:
             raise CheckpointError(f"not a Mimi codec of the shape given in config.json: {reason}") from error
         self._mimi.requires_grad_(False)
         if device.type == "cpu":
-            use_matmuls(self._mimi.decoder)
+            with SkipInit():
+                use_matmuls(self._mimi.decoder)
         for module in self._mimi.modules():  # moshi computes embedding tables lazily: compute them on one stream now
             getattr(module, "embedding", None)
 

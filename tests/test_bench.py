@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import csm
-from csm.bench import rows
+from csm.bench import cpu, rows
 from csm.bench.command import main
 from csm.bench.machine_code import (
     GPU_ARCHS,
@@ -241,3 +241,41 @@ def test_bytes_of_a_frame():
 def test_bad_inputs(capsys, args):
     assert main([*SMALL, *args]) == 2
     assert capsys.readouterr().err.startswith("bench.py: error: ")
+
+
+@pytest.mark.slow
+def test_weights_on_a_cpu_beside_transformers(capsys):
+    rows = ["transformers", "bfloat16", "int8", "int4"]
+    _, result = run(capsys, "--cpu", "--model", "tiny", "--threads", "1", "--frames", "4", "--quiet")
+    assert [row["weights"] for row in result["cpu"]] == rows
+    for row in result["cpu"]:
+        assert 0 < row["best_ms"] <= row["frame_ms"] < row["first_frame_ms"]
+        assert row["frame_ms"] < row["with_codec_ms"] == pytest.approx(80 * row["rtf_with_codec"])
+        assert 0.3 < row["peak_gb"] <= row["peak_gb_with_codec"] < 2
+    sizes = [row["gb_s"] * row["frame_ms"] for row in result["cpu"][1:]]
+    assert sizes[1] / sizes[0] == pytest.approx(8.5 / 16, rel=0.05)  # int8: 8 bits, and 16 for the scale of 32 weights
+
+
+def test_a_wrong_row_on_a_cpu_is_not_timed(capsys, monkeypatch):
+    monkeypatch.setattr(cpu.Worker, "ask", lambda *_: {"error": 0.5, "peak_bytes": 1})
+    _, result = run(capsys, "--cpu", "--model", "tiny", "--threads", "1", "--rows", "bfloat16", "--quiet")
+    assert result["cpu"] == [
+        {
+            "weights": "bfloat16",
+            "threads": 1,
+            "not_timed_because": "its logits differ by 50.0 % from those of PyTorch's ops",
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    "options", [["--threads", "2"], ["--cpu", "--threads", "0"], ["--cpu", "--busy", "-1"], ["--busy", "1"]]
+)
+def test_options_of_a_cpu_alone(options):
+    with pytest.raises(SystemExit, match="2"):
+        main(options)
+
+
+def test_an_unknown_row_on_a_cpu(capsys):
+    assert main(["--cpu", "--rows", "int3"]) == 2
+    assert "no row 'int3'; choose from: transformers, bfloat16, int8, int4" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import torch
 
 from csm import Conversation, Guards, Meter
 from csm.metrics import GenerationMetrics, Listener, combined, gpu_bytes, resident_bytes
+from csm.runner import group_size
 from noise import NOISE
 
 
@@ -77,6 +78,18 @@ def test_a_listener_waits_where_audio_is_missing():
     assert listener.remaining(9.0) == 0.0
 
 
+@pytest.mark.parametrize(("pace", "underruns"), [(0.2, False), (0.88, False), (0.97, True)])
+def test_a_listener_never_waits_for_a_group_of_the_codec(pace, underruns):
+    """``pace`` is the time to generate a frame, by the time that it plays. A group arrives with its last frame."""
+    listener, num_frames = Listener(), 0
+    while num_frames < 120:
+        size = group_size(num_frames, None)
+        num_frames += size
+        for _ in range(size):
+            listener.arrive(0.08 * pace * num_frames, 0.08)
+    assert (listener.num_underruns > 0) == underruns
+
+
 def test_text_and_json():
     metrics = GenerationMetrics(2.0, 0.5, 0.0123, 1, 1, 3, 412_000_000, 0)
     assert str(metrics) == "RTF 0.25, first audio 12 ms, 1 underrun, 1 retry, 3 evictions, memory 412 MB"
@@ -122,13 +135,13 @@ def test_a_closed_stream_keeps_what_it_measured(noisy):
 
 
 def test_retries_are_counted(noisy, monkeypatch):
-    """Takes of two frames are too short for this text; the guard draws two more."""
-    monkeypatch.setattr("csm.engine.Engine._hand_out", ends_after(2))
+    """Takes of one frame are too short for this text; the guard draws two more."""
+    monkeypatch.setattr("csm.engine.Engine._hand_out", ends_after(1))
     guards = Guards(budget=False, silence=False, repeats=False, retries=2)
-    text = "Sixteen letters and many more, so that two frames are too few for it. " * 3
+    text = "Sixteen letters and many more, so that one frame is too short for it. " * 3
     (speech,) = noisy.generate_speech([{"text": text, "max_audio_length_ms": 800, "seed": 5}], guards)
     assert (speech.metrics.retries, speech.seed, speech.finish_reason) == (2, 7, "end")
-    assert speech.metrics.audio_seconds == pytest.approx(0.16)
+    assert speech.metrics.audio_seconds == pytest.approx(0.08)
 
 
 def ends_after(num_frames):

@@ -15,7 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from csm.bench import accuracy, end_to_end, machine_code, predict, report, tune
+from csm.bench.cpu import ROWS as CPU_ROWS
+from csm.bench.cpu import cpu_report
 from csm.bench.launches import count_report, profile
 from csm.bench.load import load_report
 from csm.bench.model_setup import DTYPES, Setup, load
@@ -77,6 +81,16 @@ def benchmark(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 SERVE_SECONDS, TUNE_SECONDS = 30.0, 120.0
 
 
+def _add_cpu_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cpu",
+        action="store_true",
+        help=f"compare weights on a CPU, taking turns, and stop; --rows are {', '.join(CPU_ROWS)}, or other presets",
+    )
+    parser.add_argument("--threads", type=int, nargs="+", help="numbers of threads of --cpu (default: PyTorch's)")
+    parser.add_argument("--busy", type=int, default=0, help="busy loops that run beside the rows of --cpu (default: 0)")
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of ``bench.py``."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n\n")[0])
@@ -101,6 +115,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quantize", help=f"with --kernels or --predict: {presets}, or types by part")
     parser.add_argument("--accuracy", action="store_true", help="compare the kernels with PyTorch's ops, and stop")
     parser.add_argument("--tune", action="store_true", help="measure launch configurations for this GPU, and stop")
+    _add_cpu_arguments(parser)
     parser.add_argument("--profile", action="store_true", help="add a table of the ops of a frame")
     parser.add_argument("--serve", metavar="URL", help="load a running server with --clients, and stop")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8], help="clients at once (default: 1 8)")
@@ -111,17 +126,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="a folder for bench.md, bench.json and bench.png")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
+    _check(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if not 1 <= args.frames <= MAX_FRAMES - SKIPPED_FRAMES or min(args.batch) < 1:
         parser.error(f"--frames must be within 1 and {MAX_FRAMES - SKIPPED_FRAMES}, --batch at least 1")
     if args.quantize and not (args.kernels or args.predict):
         parser.error("--quantize goes with --kernels or --predict")
-    return args
+    if (args.threads or args.busy) and (not args.cpu or min(args.threads or [1]) < 1 or args.busy < 0):
+        parser.error("--threads and --busy go with --cpu; threads are at least 1, busy loops at least 0")
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
     """What the options ask for: Markdown, the same for JSON, and the exit code."""
     if args.serve:
         return *load_report(args.serve, args.clients, args.seconds or SERVE_SECONDS, args.api_key), 0
+    if args.cpu:
+        threads = args.threads or [torch.get_num_threads()]
+        return *cpu_report(args.model, args.rows, threads, args.frames, args.busy, args.quiet), 0
     if args.accuracy:
         setup = load(args.model, args.device, args.dtype)
         rows = accuracy.compare(setup, args.frames)

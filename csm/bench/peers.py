@@ -64,6 +64,18 @@ def transformers_model(setup: Setup) -> Any:
     return model.eval()
 
 
+def load_transformers(folder: str) -> Any:
+    """HF Transformers' CSM from a folder in its layout, in bfloat16, with its codec in float32. It never stops."""
+    from transformers import CsmForConditionalGeneration
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    model = CsmForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model.codec_model.float()
+    model.config.codebook_eos_token_id = NEVER
+    return model
+
+
 class Clock:
     """A streamer for ``generate``: keeps each frame, and the milliseconds since the one before."""
 
