@@ -76,13 +76,13 @@ def setup(dtype=torch.float32):
 
 @needs_interpreter
 def test_kernels_are_as_accurate_as_pytorchs_ops():
-    rows = {(row["ops"], row["dtype"]): row for row in compare(setup(torch.bfloat16), 2)}
+    rows = {(row["ops"], row["dtype"]): row for row in compare(setup(torch.bfloat16), 1)}
     assert rows["triton", "float32"]["largest_logit_error"] < 1e-4
     assert rows["triton", "float32"]["first_differing_frame"] is None
     assert rows["triton", "float32"]["codes_changed"] == 0
     plain, kernels = rows["reference", "bfloat16"], rows["triton", "bfloat16"]
     assert 1e-4 < kernels["rms_logit_error"] < 1.5 * plain["rms_logit_error"]
-    assert plain["codes"] == 2 * 8
+    assert plain["codes"] == 8
 
 
 @needs_interpreter

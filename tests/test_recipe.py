@@ -411,6 +411,7 @@ def test_a_run_can_begin_with_a_trained_codec(manifest, tmp_path):
     assert begun["mel"] < 0.95 * trainer(manifest, tmp_path / "third").take_step()["mel"]
 
 
+@pytest.mark.slow
 def test_workers_learn_as_one_and_go_on_as_if_they_had_not_stopped(manifest, tmp_path):
     """Two processes, stopped before the codebooks are made and after, against two that are not."""
     training = replace(TRAINING, workers=2, steps=12, save_every=100)
