@@ -17,8 +17,11 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from websockets.sync.client import connect
 
 ray = pytest.importorskip("ray")
+
+from test_socket import Client  # noqa: E402
 
 from csm import CSMError, Generator, Segment, batch_ray  # noqa: E402
 from csm.__main__ import main  # noqa: E402
@@ -250,6 +253,24 @@ def test_streaming_and_errors_are_the_servers(url):
         with http.stream("POST", "/v1/audio/speech", json=body) as response:
             sizes = [len(part) for part in response.iter_raw()]
         assert response.headers["x-csm-sample-rate"] == "24000" and len(sizes) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_socket_has_the_samples_of_the_http_route(url):
+    """Audio arrives in several messages, and a second turn continues the first; "cancel" ends one."""
+    with httpx.Client(base_url=url, timeout=TIMEOUT) as http:
+        alone = speech(http, 7, speaker=0).content
+    with connect(url.replace("http", "ws") + "/v1/audio/stream", open_timeout=TIMEOUT) as connection:
+        client = Client(connection)
+        done, audio = client.turn(TEXT, seed=7)
+        assert done["type"] == "done" and audio == alone
+        done, audio = client.turn(TEXT, seed=8)
+        assert done["type"] == "done" and audio
+        client.send("start", voice="alloy", seed=9)
+        client.send("text", text=TEXT)
+        client.send("cancel")
+        assert client.until("cancelled", "error")[0]["type"] == "cancelled"
 
 
 @pytest.mark.slow
