@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from csm.errors import CSMError
@@ -57,6 +58,11 @@ def execute(program: str, parse: Callable[[], argparse.Namespace]) -> int:
     if output.text:
         print(output.text)
     return output.exit_code
+
+
+def add_tokenizer_option(parser: argparse._ActionsContainer) -> None:
+    """``--tokenizer``, of every command that loads a model."""
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json of a GGUF file that has none, or its folder")
 
 
 def suggest_once(name: str, text: str) -> str:

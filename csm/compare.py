@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,13 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from csm.cache import KVCache
+from csm.command_line import add_tokenizer_option
 from csm.errors import CSMError
 from csm.generator import Generator
 from csm.kernels.quantized import dense
 from csm.model import CSM
 from csm.prompt import TextTokenizer, build_prompt
-from csm.quantize import quantize_model, quantized_weights
-from csm.quantized_model import open_quantized
+from csm.quantize import quantized_weights
 from csm.weights import open_checkpoint
 
 SENTENCES = (
@@ -124,25 +125,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", help="hub name, folder, GGUF file, or tiny")
     parser.add_argument("b", nargs="?", help="another model, or a folder of csm quantize (default: A)")
     parser.add_argument("--scheme", help="quantise B: int8, fp8, int4-depth, int4, or types by part")
+    add_tokenizer_option(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
+def tokenizer_of(args: argparse.Namespace, name: str) -> Path | None:
+    """``--tokenizer`` for a GGUF file; the other model may be something else."""
+    return args.tokenizer if name.endswith(".gguf") else None
+
+
+def load(args: argparse.Namespace, name: str, scheme: str | None = None) -> Generator:
+    """One of the models, on the CPU."""
+    return Generator.from_pretrained(
+        name,
+        "cpu",
+        getattr(torch, args.dtype),
+        progress=not args.quiet,
+        quantize=scheme,
+        tokenizer=tokenizer_of(args, name),
+    )
+
+
 def run(args: argparse.Namespace) -> str:
     """Compare the models; return the table."""
-    dtype = getattr(torch, args.dtype)
-    a = Generator.from_pretrained(args.a, "cpu", dtype, progress=not args.quiet)
-    quantized = open_quantized(args.b) if args.b else None
-    b = (
-        Generator(*quantized)
-        if quantized
-        else Generator.from_pretrained(args.b or args.a, "cpu", dtype, progress=False)
-    )
+    a, b = load(args, args.a), load(args, args.b or args.a, args.scheme)
     if a.config != b.config:
         raise CSMError(f"{args.a} and {args.b} are models of different shapes")
-    if args.scheme:
-        quantize_model(b.model, args.scheme, not args.quiet)
-    checkpoint = open_checkpoint(args.a)
+    checkpoint = open_checkpoint(args.a, tokenizer=tokenizer_of(args, args.a))
     tokenizer = TextTokenizer(checkpoint.tokenizer_path, a.config.text_vocab_size)
     bar = tqdm(SENTENCES, desc="comparing", disable=args.quiet, leave=False)
     parts = [compare_sentence(a, b, tokenizer, text, seed) for seed, text in enumerate(bar)]

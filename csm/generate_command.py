@@ -37,7 +37,7 @@ from csm import (
     subtitles,
     watermark,
 )
-from csm.command_line import Parser, execute, suggest_once
+from csm.command_line import Parser, add_tokenizer_option, execute, suggest_once
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TINY_NOTE = "the tiny checkpoint is a small demonstration voice for plain English, speakers 0 to 3"
@@ -130,7 +130,7 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--lora", type=Path, help="folder of an adapter for the model (python -m csm finetune --lora)")
     group.add_argument("--codec", type=Path, help="Mimi weights in Kyutai's layout (default: the checkpoint's own)")
-    group.add_argument("--tokenizer", type=Path, help="tokenizer.json of a GGUF file that has none, or its folder")
+    add_tokenizer_option(group)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="bfloat16 on a GPU by default")
     group.add_argument("--quantize", help="int8, fp8, int4-depth, int4, or by part: backbone=int4,depth=int8")

@@ -22,16 +22,16 @@ from csm.codec import Codec, check_codes
 from csm.config import CSMConfig
 from csm.engine import Engine, Frame, Request
 from csm.errors import AudioError, CheckpointError, CSMError, PromptError, RoomWarning, SamplingError, VoiceError
-from csm.gguf_model import read_gguf_model
 from csm.guards import DEFAULT_GUARDS, NO_GUARDS, GuardedTicket, Guards, Opener, guarded_frames
+from csm.kernels import use_kernels
 from csm.lora import load_adapter
 from csm.model import CSM
 from csm.prefix_cache import PrefixCache
 from csm.prompt import Prompt, Segment, TextTokenizer, build_prompt, check_length
-from csm.quantized_model import open_quantized, read_quantized
+from csm.quantized_model import open_quantized, read_gguf, read_quantized
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
-from csm.selfcheck import default_dtype
+from csm.selfcheck import MIN_CAPABILITY, default_dtype
 from csm.stream import Speech, SpeechStream, TicketKeeper
 from csm.threads import choose_threads
 from csm.voices import SESAME_PROMPTS, Voice, find_voice, load_voice
@@ -489,14 +489,21 @@ def _read_model(
     progress: bool,
     keep_blocks: bool,
 ) -> CSM:
-    """See ``Generator.from_pretrained``. ``keep_blocks`` keeps the blocks of a GGUF file, on a CPU."""
+    """See ``Generator.from_pretrained``. ``keep_blocks`` keeps the blocks of a GGUF file where ops read them."""
     if dtype is None:
         dtype = torch.bfloat16 if checkpoint.gguf is not None and device.type == "cpu" else default_dtype(device)
-    if checkpoint.gguf is not None and keep_blocks and device.type == "cpu":
-        return read_gguf_model(checkpoint, quantize, dtype, progress)
+    if checkpoint.gguf is not None and keep_blocks and (quantize is not None or _reads_blocks(device, dtype)):
+        return read_gguf(checkpoint, quantize, dtype, progress, device)
     if quantize is not None:
         return read_quantized(checkpoint, quantize, dtype, progress, device)
     return CSM.from_state_dict(checkpoint.config, read_model(checkpoint, device, dtype, progress), device)
+
+
+def _reads_blocks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ops read int8 and int4 weights there. PyTorch's would dequantise them at every step."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return False
+    return device.type == "cpu" or use_kernels(torch.empty(0, dtype=dtype, device=device), 1)
 
 
 def find_device(name: str | torch.device | None) -> torch.device:

@@ -24,8 +24,18 @@ from csm.config import CSMConfig
 from csm.errors import CheckpointError, CSMError
 from csm.kernels.native.ops import is_available
 from csm.kernels.quantized import BLOCK, QuantizedWeight, huge_page_buffer, pack, packed_shape, unpack
+from csm.kernels.quantized_rows import QuantizedRows, pack_rows
 from csm.model import CSM
-from csm.quantize import ALIGNMENT, BITS, ModelWeight, parse_scheme, quantize, quantized_weights, set_weight
+from csm.quantize import (
+    ALIGNMENT,
+    BITS,
+    ModelWeight,
+    parse_scheme,
+    quantize,
+    quantize_rows,
+    quantized_weights,
+    set_weight,
+)
 from csm.weights import Checkpoint, read_codec, read_model
 from csm.weights.checkpoint import codec_beside
 from csm.weights.gguf import CONFIG_FILES, TOKENIZER_FILES, package
@@ -47,15 +57,22 @@ ROWS = 1 << 20  # values that are quantised to q4_k at a time
 
 
 def read_gguf_model(
-    checkpoint: Checkpoint, scheme: str | None, dtype: torch.dtype, progress: bool = False, keep_blocks: bool = True
+    checkpoint: Checkpoint,
+    scheme: str | None,
+    dtype: torch.dtype,
+    progress: bool = False,
+    keep_blocks: bool = True,
+    rows: bool = False,
 ) -> CSM:
-    """Read the model of a GGUF file for a CPU. Blocks of q8_0 and q4_0 become int8 and int4 weights as they are.
+    """Read the model of a GGUF file into the CPU's memory. Blocks of q8_0 and q4_0 become int8 and int4 weights as
+    they are.
 
     ``scheme`` quantises other weights, or these to another type; without it they have ``dtype``, like embeddings and
     norms. ``keep_blocks`` False dequantises the blocks of parts that ``scheme`` does not name. One weight at a time is
-    in memory in ``dtype``. Without native ops all weights have ``dtype``.
+    in memory in ``dtype``. Int8 and int4 are packed for the native ops of a CPU, and dequantised where there are none;
+    with ``rows`` they have the layout of the Triton kernels, as fp8 always has.
     """
-    types = _parse_bits(checkpoint, scheme)
+    types = parse_scheme(scheme) if scheme else {}
     model = empty_model(checkpoint.config)
     names = {weight.name for weight in quantized_weights(model)}
     for name in [name for name, _ in model.named_parameters()]:
@@ -63,30 +80,18 @@ def read_gguf_model(
             set_weight(model, name, _dense(checkpoint, name, dtype))
     model.precompute_depth_embedding()
     weights = list(quantized_weights(model))  # in the order in which they are read
-    kept = {weight.name: _kept_bits(checkpoint, weight.name) if keep_blocks else None for weight in weights}
-    bits = {weight.name: types.get(weight.part) or kept[weight.name] for weight in weights}
-    buffers = _buffers(weights, bits)
+    kept = {weight.name: _kept_kind(checkpoint, weight.name) if keep_blocks else None for weight in weights}
+    kinds = {weight.name: types.get(weight.part) or kept[weight.name] for weight in weights}
+    buffers = {} if rows else _buffers(weights, kinds)
     for weight in tqdm(weights, desc="loading weights", delay=1, leave=False, disable=None if progress else True):
-        name, width = weight.name, bits[weight.name]
-        if width is None:
+        name, kind = weight.name, kinds[weight.name]
+        if kind is None:
             set_weight(model, name, _dense(checkpoint, name, dtype))
             continue
-        value = _quantized(checkpoint, weight, width, dtype, buffers[name])
-        set_weight(model, name, value if is_available() else nn.Parameter(value.dequantize(), requires_grad=False))
+        value = _quantized(checkpoint, weight, kind, dtype, buffers.get(name))
+        usable = isinstance(value, QuantizedRows) or is_available()
+        set_weight(model, name, value if usable else nn.Parameter(value.dequantize(), requires_grad=False))
     return model.eval()
-
-
-def _parse_bits(checkpoint: Checkpoint, scheme: str | None) -> dict[str, int]:
-    """Bits of each part that ``scheme`` names. Raises CSMError for types other than int8 and int4."""
-    kinds = parse_scheme(scheme) if scheme else {}
-    others = sorted(set(kinds.values()) - BITS.keys())
-    if others:
-        assert checkpoint.gguf is not None
-        raise CSMError(
-            f"{checkpoint.gguf.path}: a GGUF file can be quantised to {' and '.join(BITS)}, not to {others[0]}; use "
-            f"the original checkpoint"
-        )
-    return {part: BITS[kind] for part, kind in kinds.items()}
 
 
 def empty_model(config: CSMConfig) -> CSM:
@@ -108,17 +113,19 @@ def _dense(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> nn.Paramete
     return nn.Parameter(_read(checkpoint, name, dtype), requires_grad=False)
 
 
-def _kept_bits(checkpoint: Checkpoint, name: str) -> int | None:
-    """Bits of a weight whose tensors all have blocks that an op reads. A weight of several types is dequantised."""
+def _kept_kind(checkpoint: Checkpoint, name: str) -> str | None:
+    """int8 or int4 of a weight whose tensors all have such blocks. A weight of several types is dequantised."""
     assert checkpoint.gguf is not None
-    kinds = {checkpoint.gguf.bits(entry.source) for entry in _entries(checkpoint, name)}
-    return kinds.pop() if len(kinds) == 1 else None
+    found = {checkpoint.gguf.bits(entry.source) for entry in _entries(checkpoint, name)}
+    return next((kind for kind, bits in BITS.items() if found == {bits}), None)
 
 
-def _buffers(weights: list[ModelWeight], bits: dict[str, int | None]) -> dict[str, Tensor]:
-    """Memory for the packed bytes of each quantised weight, all in one piece."""
+def _buffers(weights: list[ModelWeight], kinds: dict[str, str | None]) -> dict[str, Tensor]:
+    """Memory for the packed bytes of each int8 and int4 weight, all in one piece."""
     shapes = {
-        weight.name: packed_shape(weight.value.shape, width) for weight in weights if (width := bits[weight.name])
+        weight.name: packed_shape(weight.value.shape, BITS[kind])
+        for weight in weights
+        if (kind := kinds[weight.name]) in BITS
     }
     sizes = [-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes.values()]
     parts = huge_page_buffer(sum(sizes)).split(sizes) if sizes else ()
@@ -128,19 +135,27 @@ def _buffers(weights: list[ModelWeight], bits: dict[str, int | None]) -> dict[st
 
 
 def _quantized(
-    checkpoint: Checkpoint, weight: ModelWeight, bits: int, dtype: torch.dtype, out: Tensor
-) -> QuantizedWeight:
-    """A weight in ``bits``: the file's blocks if they have these, else quantised from what they say."""
+    checkpoint: Checkpoint, weight: ModelWeight, kind: str, dtype: torch.dtype, out: Tensor | None
+) -> QuantizedWeight | QuantizedRows:
+    """A weight of a kind: the file's blocks if they are of this kind, else quantised from their values.
+
+    ``out`` receives the bytes that are packed for a CPU. Without it the weight has the layout of the Triton kernels.
+    """
     assert checkpoint.gguf is not None
-    if _kept_bits(checkpoint, weight.name) != bits:
-        return quantize(_read(checkpoint, weight.name, dtype), bits, dtype, weight.norm_K, out)
+    if _kept_kind(checkpoint, weight.name) != kind:
+        dense = _read(checkpoint, weight.name, dtype)
+        if out is None:
+            return quantize_rows(dense, kind, dtype, weight.norm_K)
+        return quantize(dense, BITS[kind], dtype, weight.norm_K, out)
     entries = _entries(checkpoint, weight.name)
     blocks = [checkpoint.gguf.read_blocks(entry.source) for entry in entries]
     # Rows of the file may be permuted (HF's layout). A block is within a row.
     q_NK = torch.cat([entry.to_target(q_NK) for entry, (q_NK, _) in zip(entries, blocks, strict=True)])
     scale_NJ = torch.cat([entry.to_target(scale_NJ) for entry, (_, scale_NJ) in zip(entries, blocks, strict=True)])
-    out.copy_(pack(q_NK, scale_NJ, bits))
-    return QuantizedWeight(out, weight.value.shape, bits, dtype)
+    if out is None:
+        return pack_rows(q_NK, scale_NJ, kind, dtype)
+    out.copy_(pack(q_NK, scale_NJ, BITS[kind]))
+    return QuantizedWeight(out, weight.value.shape, BITS[kind], dtype)
 
 
 def save_gguf(checkpoint: Checkpoint, scheme: str, path: Path, progress: bool = False) -> list[Path]:

@@ -25,7 +25,7 @@ from csm.kernels import (
     sample,
     tabulate_qkv,
 )
-from csm.kernels.launch_config import MAX_GEMV_ROWS
+from csm.kernels.launch_config import MAX_GEMV_ROWS, weight_arguments
 from csm.model import CSM, Attention, AttentionMetadata, Block, Transformer
 
 TEMPERATURES = (0.0, 0.9)  # greedy and sampled
@@ -64,7 +64,7 @@ class RandomTensors:
 
 
 def op_checks(model: CSM, batch_sizes: Sequence[int]) -> Iterator[Check]:
-    """Every op of a step, at every shape that it has. All layers of a transformer have the same shapes."""
+    """Every op of a step, at every shape and kind of weight that it has. Layers differ in the kinds at most."""
     random, config = RandomTensors(model), model.config
     for batch in sorted(set(batch_sizes)):
         shapes = [
@@ -73,8 +73,9 @@ def op_checks(model: CSM, batch_sizes: Sequence[int]) -> Iterator[Check]:
             ("depth decoder", model.depth_decoder, 1, config.num_codebooks),
         ]
         for part, transformer, num_rows, context in shapes:
-            for check in _block_checks(random, transformer, batch, num_rows, context):
-                yield replace(check, name=f"{check.name} of the {part} at batch {batch}")
+            for block in _distinct_blocks(transformer):
+                for check in _block_checks(random, transformer, block, batch, num_rows, context):
+                    yield replace(check, name=f"{check.name} of the {part} at batch {batch}")
         for check in (*_embedding_and_head_checks(random, model, batch), *_sample_checks(random, model, batch)):
             yield replace(check, name=f"{check.name} at batch {batch}")
     if _gathers(model, 1):
@@ -94,13 +95,21 @@ def _tabulate(model: CSM, x_1VD: Tensor) -> tuple[Tensor, ...]:
     return (tabulate_qkv(x_1VD, attention.norm, attention.qkv, attention.eps, rope_1p2, num_kv_heads),)
 
 
+def _distinct_blocks(transformer: Transformer) -> list[Block]:
+    """The first layer of each combination of kinds of weights: those of a GGUF file may differ."""
+    found: dict[tuple[str, ...], Block] = {}
+    for block in transformer.layers:
+        assert isinstance(block, Block)
+        weights = (block.attention.qkv, block.attention.output, block.mlp.gate_up, block.mlp.down)
+        found.setdefault(tuple(str(weight_arguments(weight)["KIND"]) for weight in weights), block)
+    return list(found.values())
+
+
 def _block_checks(
-    random: RandomTensors, transformer: Transformer, batch: int, num_rows: int, context: int
+    random: RandomTensors, transformer: Transformer, block: Block, batch: int, num_rows: int, context: int
 ) -> Iterator[Check]:
     """The ops of a block, for ``num_rows`` rows a slot at positions spread over a cache of ``context`` random ones."""
-    block, config = transformer.layers[0], transformer.config
-    assert isinstance(block, Block)
-    mlp = block.mlp
+    config, mlp = transformer.config, block.mlp
     x_BTD = random.normal(batch, num_rows, config.dim)
     residual_BTD = random.normal(batch, num_rows, config.dim, scale=0.01)  # so that it does not hide the product
     hidden_BTF = random.normal(batch, num_rows, config.hidden_dim)

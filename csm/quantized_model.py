@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from csm.command_line import add_tokenizer_option
 from csm.errors import CheckpointError, CSMError
 from csm.gguf_model import SCHEMES, empty_model, read_gguf_model, save_gguf
 from csm.kernels import row_file
@@ -60,12 +61,10 @@ def read_quantized(
 
     They are quantised on the CPU and then moved to ``device``.
     """
-    check_device(parse_scheme(scheme).values(), device)
     if checkpoint.gguf is not None:
-        if device.type != "cpu":
-            raise CSMError(f"a GGUF file is quantised again on a CPU only, not on {device}")
-        return read_gguf_model(checkpoint, scheme, dtype, progress, keep_blocks=False)
+        return read_gguf(checkpoint, scheme, dtype, progress, device, keep_blocks=False)
     types = parse_scheme(scheme)
+    check_device(types.values(), device)
 
     def read(name: str) -> Tensor:
         table = [entry for entry in checkpoint.table if entry.target == name]
@@ -83,6 +82,22 @@ def read_quantized(
     if device.type != "cpu":
         use_rows(model, device)
     return model.eval()
+
+
+def read_gguf(
+    checkpoint: Checkpoint,
+    scheme: str | None,
+    dtype: torch.dtype,
+    progress: bool = False,
+    device: torch.device = CPU,
+    keep_blocks: bool = True,
+) -> CSM:
+    """``read_gguf_model``, then moved to ``device``. Raises CSMError for a device that has no ops for the scheme."""
+    check_device(parse_scheme(scheme).values() if scheme else (), device)
+    model = read_gguf_model(checkpoint, scheme, dtype, progress, keep_blocks, rows=device.type != "cpu")
+    if device.type != "cpu":
+        use_rows(model, device)
+    return model
 
 
 def save_quantized(
@@ -235,7 +250,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"for a GGUF file {', '.join(SCHEMES)}",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to, or FILE.gguf")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json of a GGUF file that has none, or its folder")
+    add_tokenizer_option(parser)
     parser.add_argument(
         "--dtype",
         choices=DTYPES,

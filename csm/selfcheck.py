@@ -39,7 +39,7 @@ from csm.kernels import linear_add
 from csm.kernels.launch import driver_version, enable_kernels, use_kernels
 from csm.model import CSM
 from csm.opchecks import TEMPERATURES, Check, RandomTensors, op_checks, relative_error
-from csm.quantize import describe
+from csm.quantize import describe, quantized_weights
 
 MIN_CAPABILITY = (8, 0)  # of the kernels; also the first with bfloat16
 # Largest difference from the reference, relative to the reference's largest value. Two correct implementations that
@@ -251,8 +251,9 @@ def results_path() -> Path:
 
 
 def _key(model: CSM, batch_sizes: Sequence[int], rung: Rung) -> str:
-    """What a result depends on. The rest is in the model's config."""
-    shapes = hashlib.sha256(repr(model.config).encode()).hexdigest()[:12]
+    """What a result depends on. The rest is in the model's config and its weights' kinds."""
+    kinds = [getattr(weight.value, "kind", "dense") for weight in quantized_weights(model)]
+    shapes = hashlib.sha256(repr((model.config, kinds)).encode()).hexdigest()[:12]
     batches = ",".join(map(str, sorted(set(batch_sizes))))
     parts = (
         _device_name(model.device),

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from csm.audio import WavWriter, read_audio
+from csm.command_line import add_tokenizer_option
 from csm.errors import VoiceError
 from csm.generator import Generator
 from csm.prompt import Segment
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument(
             "--model", help="hub name, folder, GGUF file, or tiny: also finds the voices beside this checkpoint"
         )
+        add_tokenizer_option(action)
 
 
 def run(args: argparse.Namespace) -> str:
@@ -115,11 +117,12 @@ def _record(args: argparse.Namespace) -> Voice:
 def _load(args: argparse.Namespace) -> Generator:
     if args.model is None:
         raise VoiceError("--model is missing: a hub name, a folder, or tiny")
-    return Generator.from_pretrained(args.model, None if args.device == "auto" else args.device)
+    device = None if args.device == "auto" else args.device
+    return Generator.from_pretrained(args.model, device, tokenizer=args.tokenizer)
 
 
 def _folder(args: argparse.Namespace) -> Path | None:
-    return None if args.model is None else open_checkpoint(args.model).folder
+    return None if args.model is None else open_checkpoint(args.model, tokenizer=args.tokenizer).folder
 
 
 def _list(args: argparse.Namespace) -> str:

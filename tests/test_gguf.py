@@ -15,21 +15,27 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from test_quantized_rows import codes
 
+import csm.generator
 import generate
 from csm import CSMError, Generator
 from csm.__main__ import main
+from csm.bench import command as bench
 from csm.bench.model_setup import load
 from csm.compare import compare_sentence
 from csm.errors import CheckpointError
 from csm.finetune.export import save_model
+from csm.gguf_model import read_gguf_model
 from csm.kernels.native import library
 from csm.kernels.quantized import QuantizedWeight, dense, unpack
+from csm.kernels.quantized_rows import QuantizedRows, quantize_fp8
 from csm.lora import Lora, LoraConfig, save_adapter
 from csm.model import CSM
+from csm.opchecks import op_checks
 from csm.prompt import TextTokenizer
-from csm.quantize import quantized_weights
-from csm.quantized_model import open_quantized
+from csm.quantize import describe, quantized_weights, set_weight
+from csm.quantized_model import open_quantized, read_gguf
 from csm.weights import hub, open_checkpoint, read_model
 from csm.weights.gguf import open_gguf
 from csm.weights.gguf_blocks import quantize_q4_k
@@ -233,9 +239,86 @@ def test_a_scheme_requantises_on_request_only(files, tmp_path):
     assert saved.decode(saved.generate_codes(**REQUEST)).shape == (19200,)
 
 
-def test_a_type_that_a_file_cannot_get_is_named(files):
-    with pytest.raises(CSMError, match="fp8"):
-        Generator.from_pretrained(files / "q8_0.gguf", device="cpu", quantize="backbone=fp8")
+def test_fp8_is_made_of_a_files_values(files):
+    model = Generator.from_pretrained(files / "q8_0.gguf", device="cpu", quantize="backbone=fp8").model
+    state = read_model(open_checkpoint(files / "q8_0.gguf"), CPU, torch.bfloat16)
+    assert describe(model) == ("backbone=fp8,depth=int8,heads=int8" if library() else "backbone=fp8")
+    expected = quantize_fp8(state["backbone.layers.1.mlp.down"], torch.bfloat16)
+    assert torch.equal(model.backbone.layers[1].mlp.down.dequantize(), expected.dequantize())
+
+
+# On a GPU. The meta device takes the same way, and Triton's interpreter runs the kernels.
+
+
+def file_bytes(path, entries):
+    """Scales and values of a weight, as the package reads them: (N, blocks, 2) and (N, blocks, 16 or 32) uint8."""
+    raw = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    parts = []
+    for entry in entries:
+        assert raw[entry.source].tensor_type.name in ("Q8_0", "Q4_0")
+        data = torch.from_numpy(np.array(raw[entry.source].data)).view(entry.shape[0], entry.shape[1] // 32, -1)
+        parts.append(entry.to_target(data.flatten(1)).view(data.shape))
+    return torch.cat(parts).split([2, parts[0].shape[2] - 2], dim=2)
+
+
+@pytest.mark.parametrize("scheme", ["q8_0", "q4_0"])
+def test_the_layout_of_a_gpu_has_the_bytes_of_the_file(files, scheme):
+    path = files / f"{scheme}.gguf"
+    checkpoint = open_checkpoint(path)
+    model = read_gguf_model(checkpoint, None, torch.bfloat16, rows=True)
+    found = {weight.name: weight.value for weight in quantized_weights(model)}
+    assert found.pop("depth_heads").dtype == torch.bfloat16  # f16 in the file
+    assert {weight.kind for weight in found.values()} == ({"int8"} if scheme == "q8_0" else {"int8", "int4"})
+    for name, weight in found.items():
+        entries = sorted((e for e in checkpoint.table if e.target == name), key=lambda entry: entry.first)
+        scales, values = file_bytes(path, entries)
+        assert torch.equal(weight.scales.view(torch.uint8), scales.flatten(1)), name
+        expected = values if weight.kind == "int4" else values ^ 128  # two's complement; plus 128
+        assert torch.equal(weight.values, expected.flatten(1)), name
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8", "depth=int4"])
+def test_a_gpu_gets_the_blocks_and_what_was_asked_for(files, quantize, monkeypatch):
+    monkeypatch.setenv("CSM_OPS", "triton")
+    monkeypatch.setattr("csm.generator.find_device", lambda name: torch.device("meta"))
+    model = Generator.from_pretrained(files / "q8_0.gguf", quantize=quantize, progress=False).model
+    assert all(parameter.is_meta for parameter in model.parameters()) and model.offset_K.is_meta
+    weights = {weight.name: weight.value for weight in quantized_weights(model)}
+    rows = {name: weight for name, weight in weights.items() if isinstance(weight, QuantizedRows)}
+    assert weights.keys() - rows.keys() == (set() if quantize == "fp8" else {"depth_heads"})
+    assert all(weight.values.is_meta and weight.scales.is_meta for weight in rows.values())
+    expected = {None: "int8", "fp8": "fp8", "depth=int4": "int4"}[quantize]
+    assert rows["depth_decoder.layers.0.mlp.down"].kind == expected
+
+
+def test_a_device_without_kernels_gets_dequantised_weights(files, monkeypatch):
+    monkeypatch.setenv("CSM_OPS", "reference")
+    monkeypatch.setattr("csm.generator.find_device", lambda name: torch.device("meta"))
+    model = Generator.from_pretrained(files / "q8_0.gguf", progress=False).model
+    assert all(weight.value.dtype == torch.float32 for weight in quantized_weights(model))
+    assert describe(model) == ""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not csm.generator._reads_blocks(torch.device("cuda"), torch.float16)
+    with pytest.raises(CSMError, match="not on mps"):
+        read_gguf(open_checkpoint(files / "q8_0.gguf"), "int8", torch.float32, device=torch.device("mps"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+def test_the_kernels_generate_the_codes_of_a_file(files):
+    """int4 blocks, int8 blocks and dense heads in one frame. Also what the self-check of such a model covers."""
+    model = read_gguf_model(open_checkpoint(files / "q4_0.gguf"), None, torch.float32, rows=True)
+    expected, keys = codes(model, "reference", [1])
+    actual, kernel_keys = codes(model, "triton", [1])
+    assert torch.equal(actual, expected)
+    torch.testing.assert_close(kernel_keys, keys, atol=1e-4, rtol=1e-4)
+
+
+def test_the_self_check_covers_layers_of_different_types(files):
+    model = read_gguf_model(open_checkpoint(files / "q8_0.gguf"), None, torch.float32, rows=True)
+    same = len(list(op_checks(model, [1])))
+    down = model.backbone.layers[2].mlp.down
+    set_weight(model, "backbone.layers.2.mlp.down", torch.nn.Parameter(down.dequantize(), requires_grad=False))
+    assert len(list(op_checks(model, [1]))) == same + 4
 
 
 def test_without_native_ops_weights_are_dequantised(files, monkeypatch):
@@ -315,6 +398,44 @@ def test_an_adapter_merges_into_dequantised_weights(files, tmp_path):
     generator = Generator.from_pretrained(files / "q8_0.gguf", device="cpu", lora=tmp_path / "adapter")
     assert not any(isinstance(weight.value, QuantizedWeight) for weight in quantized_weights(generator.model))
     assert len(generator.generate_codes(**REQUEST)) == 10
+
+
+COMMANDS = {
+    "generate": ["generate", "--text", "Hello."],
+    "batch": ["batch", "lines.txt", "out"],
+    "read": ["read", "lines.txt", "--out", "out.wav"],
+    "serve": ["serve"],
+    "eval": ["eval", "--sentences", "lines.txt"],
+    "voice": ["voice", "say", "anna", "--text", "Hello."],
+    "finetune": ["finetune", "--data", "data"],
+    "bench": ["--count"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_the_tokenizer_of_a_file(command, tmp_path, monkeypatch, capsys):
+    """The name of a tokenizer that is not there reaches the reader of the file."""
+    path = write_model(tmp_path / "x.gguf", export(noise_state(), sesame_table(CONFIG)), q8_matrices)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("csm.evaluate.command.Evaluator", lambda *arguments: None)  # without a recogniser
+    (tmp_path / "lines.txt").write_text('{"id": "a", "text": "Hello."}\n')
+    program = bench.main if command == "bench" else main
+    assert program([*COMMANDS[command], "--model", str(path), "--tokenizer", "nowhere.json"]) == 2
+    assert "nowhere.json: no such file; pass a tokenizer.json" in capsys.readouterr().err
+
+
+def test_both_files_of_a_comparison_take_the_tokenizer(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path = str(write_model(folder / "x.gguf", export(noise_state(), sesame_table(CONFIG)), q8_matrices))
+    (tmp_path / "files").mkdir()
+    (folder / "tokenizer.json").rename(tmp_path / "files" / "tokenizer.json")
+    monkeypatch.setattr("csm.compare.SENTENCES", ("Hello.",))
+    assert main(["compare", NOISE, path, "--quiet"]) == 2
+    assert "--tokenizer" in capsys.readouterr().err
+    assert main(["compare", NOISE, path, "--quiet", "--tokenizer", str(tmp_path / "files")]) == 0
+    assert main(["compare", path, "--scheme", "int4", "--quiet", "--tokenizer", str(tmp_path / "files")]) == 0
+    assert capsys.readouterr().out.count("| KL divergence, codebook 0 |") == 2
 
 
 def test_config_and_tokenizer_beside_the_file_or_named(tmp_path):

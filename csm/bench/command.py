@@ -25,6 +25,7 @@ from csm.bench.load import load_report
 from csm.bench.model_setup import DTYPES, Setup, load
 from csm.bench.rows import SKIPPED_FRAMES, NotTimed, Row, copy_bandwidth, measured_rows
 from csm.bench.stepping import MAX_FRAMES
+from csm.command_line import add_tokenizer_option
 from csm.config import CSM_1B
 from csm.errors import CSMError
 from csm.generator import DEFAULT_MODEL, Generator
@@ -63,7 +64,7 @@ def first_audio_section(setup: Setup) -> tuple[list[str], dict[str, Any]]:
 
 def benchmark(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Everything that is timed: Markdown, and the same for JSON."""
-    setup = load(args.model, args.device, args.dtype)
+    setup = load(args.model, args.device, args.dtype, args.tokenizer)
     lines, result = rows_section(setup, args)
     more, first_audio = first_audio_section(setup)
     lines, result = lines + more, result | first_audio
@@ -72,7 +73,9 @@ def benchmark(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             result[f"profile_{ops}"] = profile(setup, ops)
             lines += [f"One frame, {ops} ops:", "", report.table(result[f"profile_{ops}"]), ""]
     if args.model:
-        generator = Generator.from_pretrained(args.model, setup.device, setup.dtype, progress=not args.quiet)
+        generator = Generator.from_pretrained(
+            args.model, setup.device, setup.dtype, progress=not args.quiet, tokenizer=args.tokenizer
+        )
         result["sentences"] = end_to_end.sentences(generator, args.max_seconds)
         lines += [report.table(result["sentences"]), ""]
     return "\n".join(lines), result
@@ -97,6 +100,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", help=f"tiny, a folder, a GGUF file or a hub name ({DEFAULT_MODEL}); default: random weights"
     )
+    add_tokenizer_option(parser)
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes (default: 1)")
@@ -147,12 +151,12 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
         threads = args.threads or [torch.get_num_threads()]
         return *cpu_report(args.model, args.rows, threads, args.frames, args.busy, args.quiet), 0
     if args.accuracy:
-        setup = load(args.model, args.device, args.dtype)
+        setup = load(args.model, args.device, args.dtype, args.tokenizer)
         rows = accuracy.compare(setup, args.frames)
         return report.table(rows), {"model": setup.label, "accuracy": rows}, 0
     if not (args.count or args.kernels or args.predict or args.tune):
         return *benchmark(args), 0
-    config = open_checkpoint(args.model).config if args.model else CSM_1B
+    config = open_checkpoint(args.model, tokenizer=args.tokenizer).config if args.model else CSM_1B
     dtype = DTYPES[args.dtype or "bfloat16"]
     if args.count:
         return *count_report(config), 0

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,14 +41,16 @@ class Setup:
         return self.weights["codebook0_head"].dtype
 
 
-def load(model: str | None, device_name: str | None, dtype_name: str | None) -> Setup:
-    """The checkpoint ``model``, or CSM-1B's shape with random weights; None elsewhere is the device's default."""
+def load(
+    model: str | None, device_name: str | None, dtype_name: str | None, tokenizer: str | Path | None = None
+) -> Setup:
+    """The checkpoint ``model``, or CSM-1B's shape with random weights. None for device or dtype is its default."""
     device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[dtype_name or ("bfloat16" if device.type == "cuda" else "float32")]
     if model is None:
         weights = random_weights(CSM_1B, device, dtype)
         return Setup(CSM_1B, MIMI, weights, "CSM-1B's shape, random weights (speed does not depend on their values)")
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, tokenizer=tokenizer)
     weights = read_model(checkpoint, device, dtype)
     return Setup(checkpoint.config, checkpoint.codec_config, weights, model, checkpoint)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from csm.audio import read_audio
+from csm.command_line import add_tokenizer_option
 from csm.errors import CSMError
 from csm.evaluate import report
 from csm.evaluate.measure import (
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", help="hub name, folder, GGUF file, or tiny: generate the sentences and evaluate them"
     )
     parser.add_argument("--lora", type=Path, help="folder of an adapter for the model")
+    add_tokenizer_option(parser)
     parser.add_argument("--recordings", action="store_true", help="evaluate the recordings of --data")
     parser.add_argument("--codec", action="store_true", help="evaluate the recordings through the codec of --model")
     parser.add_argument("--no-speech", action="store_true", help="do not generate speech (with --codec)")
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guards", action="store_true", help="generate with the guards on, and count what they did (default: off)"
     )
-    parser.add_argument("--quantize", help="quantise the model while it loads: int8, int4, or a type for each part")
+    parser.add_argument("--quantize", help="quantise while loading: int8, fp8, int4-depth, int4, or by part")
     parser.add_argument("--limit", type=int, help="use only the first sentences, up to this number")
     parser.add_argument("--out", type=Path, default=Path("eval"), help="folder for the report (default: eval)")
     parser.add_argument("--keep-audio", action="store_true", help="write the generated audio to --out/speech")
@@ -74,7 +76,13 @@ def run(args: argparse.Namespace) -> str:
     if args.model is not None:
         device = None if args.device == "auto" else args.device
         generator = Generator.from_pretrained(
-            args.model, device, codec=args.codec_weights, progress=progress, lora=args.lora, quantize=args.quantize
+            args.model,
+            device,
+            codec=args.codec_weights,
+            progress=progress,
+            lora=args.lora,
+            quantize=args.quantize,
+            tokenizer=args.tokenizer,
         )
         if args.codec:
             sources["codec"] = evaluate_codec(evaluator, generator, sentences, progress)

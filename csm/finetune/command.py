@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from csm.command_line import add_tokenizer_option
 from csm.errors import CSMError
 from csm.finetune.checkpoint import find_checkpoint
 from csm.finetune.codes import CodecSource
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to ``parser``."""
     parser.add_argument("--data", type=Path, required=True, help="manifest.jsonl, its folder, or an LJSpeech folder")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="base model: a hub name, a folder, a GGUF file, or tiny")
+    add_tokenizer_option(parser)
     parser.add_argument("--out", type=Path, default=Path("finetuned"), help="the run's folder (default: finetuned)")
     parser.add_argument(
         "--config", type=Path, help="train from scratch with this config.json (tokenizer and codec: from --model)"
@@ -144,7 +146,7 @@ def run(args: argparse.Namespace) -> str:
 def _run(
     args: argparse.Namespace, options: TrainOptions, lora: LoraConfig | None, newest: Path | None, processes: Processes
 ) -> str:
-    checkpoint = base_checkpoint(args.model, args.config, args.codec)
+    checkpoint = base_checkpoint(args.model, args.config, args.codec, args.tokenizer)
     source = CodecSource(checkpoint, args.codec, checkpoint.config.num_codebooks, str(processes.device))
     corpus = prepare_corpus(args, source, processes)
     trainee = build_trainee(checkpoint, args.config is not None, lora, options, processes)
@@ -167,12 +169,12 @@ def _run(
     return f"{args.out}: {options.steps} steps; {_how_to_use(args)}"
 
 
-def base_checkpoint(model: str, config: Path | None, codec: Path | None) -> Checkpoint:
+def base_checkpoint(model: str, config: Path | None, codec: Path | None, tokenizer: Path | None = None) -> Checkpoint:
     """The checkpoint to start from. With ``config``: its tokenizer and codec, and the model configuration in the file.
 
     If the codec is a separate file, ``config`` also describes the codec.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, tokenizer=tokenizer)
     if config is None:
         return checkpoint
     model_config, config_codec = read_config(config)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from csm import WATERMARKS, CSMError, Generator, RoomWarning, load_watermark
+from csm.command_line import add_tokenizer_option
 from csm.generator import DEFAULT_MODEL
 from csm.guards import DEFAULT_GUARDS, NO_GUARDS
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=DEFAULT_MODEL, help=f"hub name, folder, GGUF file, or tiny (default: {DEFAULT_MODEL})"
     )
     parser.add_argument("--lora", type=Path, help="folder of an adapter for the model")
+    add_tokenizer_option(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--voices", type=Path, help="folder of voices; uploads are kept there")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
@@ -83,7 +85,12 @@ def open_service(args: argparse.Namespace, settings: Settings) -> Service:
 
     def load() -> Generator:
         generator = Generator.from_pretrained(
-            args.model, args.device, lora=args.lora, max_streams=settings.max_streams, progress=sys.stderr.isatty()
+            args.model,
+            args.device,
+            lora=args.lora,
+            max_streams=settings.max_streams,
+            progress=sys.stderr.isatty(),
+            tokenizer=args.tokenizer,
         )
         generator.warmup([1, settings.max_streams])
         return generator
