@@ -113,7 +113,7 @@ def test_a_live_stream_hands_out_what_is_complete(tone_mark):
 @pytest.fixture
 def stub(monkeypatch, tone_mark):
     """``load_watermark`` returns the test's mark, wherever it is called."""
-    for module in ("csm.watermark", "csm.batch_command", "csm.watermark_command", "csm.serve.command"):
+    for module in ("csm.watermark", "csm.watermark_command", "csm.serve.command"):
         monkeypatch.setattr(f"{module}.load_watermark", lambda name: tone_mark)
     return tone_mark
 
