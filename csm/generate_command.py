@@ -381,7 +381,8 @@ def summary(
     args: argparse.Namespace, generator: Generator, num_samples: int, first_audio: float | None, elapsed: float
 ) -> str:
     """The closing line: length, speed, first audio, and the seed that repeats the run."""
-    seconds, target = num_samples / generator.sample_rate, args.out or args.stream_to or "played"
+    seconds = num_samples / generator.sample_rate
+    target = args.out or player.name_of(args.stream_to) or "played"
     if not first_audio:
         return f"{target}: the speech ended before its first frame; seed {args.seed}, on {generator.device}"
     return (

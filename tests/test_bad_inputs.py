@@ -220,6 +220,8 @@ WATERMARK_ROWS = [
     (["watermark", "ref.wav"], "cannot be decoded", ZERO),
     (["watermark", "ref.wav"], "cannot be decoded", {"ref.wav": bytes_file(b"RIFFjunk")}),
     (["watermark", "ref.wav"], "cannot be decoded", {"ref.wav": zero_rate_wav}),
+    (["watermark", "a.m4a"], "a.m4a: cannot be decoded", {"a.m4a": bytes_file(b"")}),
+    (["watermark", "a.opus"], "a.opus: cannot be decoded", {"a.opus": text_file("junk")}),
     (["watermark", "ref.wav", "gone.wav"], "gone.wav: no such file", WAV),
     (["watermark", "ref.wav", "--watermark", "sonic"], "--watermark", WAV),
     (["watermark", "ref.wav", "--colour"], "--colour", WAV),

@@ -14,9 +14,9 @@ ROOT = Path(csm.__file__).parent.parent
 # A module may import modules of earlier lines only, and its own package.
 LAYERS = [
     {"csm.errors", "csm.metrics"},
-    {"csm.config"},
+    {"csm.config", "csm.formats"},
     {"csm.audio", "csm.graph", "csm.kernels", "csm.text", "csm.weights"},
-    {"csm.codec_ops", "csm.formats", "csm.pronounce", "csm.subtitles"},
+    {"csm.codec_ops", "csm.pronounce", "csm.subtitles"},
     {"csm.audio_file", "csm.codec", "csm.cache", "csm.joins", "csm.sampling", "csm.prompt", "csm.watermark"},
     {"csm.prefix_cache", "csm.voices"},
     {"csm.request"},
