@@ -1,10 +1,11 @@
 """Audio conversion and files: to mono float samples at one sample rate, and 16-bit WAV files.
 
-Independent of the codec. Files are decoded by sphn (a dependency of moshi); torchaudio resamples.
+Independent of the codec. Files are decoded by sphn (a dependency of moshi), some by PyAV; torchaudio resamples.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import os
@@ -19,7 +20,9 @@ import torchaudio.functional
 from torch import Tensor
 
 from csm.errors import AudioError
+from csm.formats import import_av
 
+FFMPEG_SUFFIXES = (".m4a", ".m4b", ".mp4", ".aac", ".opus", ".webm")  # formats that sphn does not read
 MAX_PHASES = 1_000_000  # of torchaudio's polyphase filter bank; 44,100 Hz to 24,000 Hz takes 147 * 80
 
 
@@ -77,12 +80,15 @@ def _kind(audio: Tensor) -> str:
 
 
 def read_audio(path: str | Path) -> tuple[Tensor, int]:
-    """Read an audio file (WAV, FLAC, MP3, Ogg): (channels, samples) float32 and the sample rate in Hz.
+    """Read an audio file: (channels, samples) float32 and the sample rate in Hz.
 
-    Raises AudioError that names the file.
+    WAV, FLAC, MP3 and Ogg Vorbis; with PyAV also AAC and Opus (m4a, m4b, opus, ...). Raises AudioError that names the
+    file.
     """
     if not Path(path).is_file():
         raise AudioError(f"{path}: no such file")
+    if Path(path).suffix.lower() in FFMPEG_SUFFIXES:
+        return _read_with_ffmpeg(path)
     try:
         samples, sample_rate = sphn.read(str(path))
     except (KeyboardInterrupt, SystemExit):
@@ -90,6 +96,23 @@ def read_audio(path: str | Path) -> tuple[Tensor, int]:
     except BaseException as error:  # a Rust panic in sphn (for a sample rate of 0, say) derives from BaseException
         raise AudioError(f"{path}: cannot be decoded as audio: {error}") from error
     return torch.from_numpy(samples), int(sample_rate)
+
+
+def _read_with_ffmpeg(path: str | Path) -> tuple[Tensor, int]:
+    av = import_av(f"{path}: reading this format")
+    parts = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.audio:
+                raise AudioError(f"{path}: cannot be decoded as audio: there is no audio in it")
+            stream = container.streams.audio[0]
+            planar = av.AudioResampler(format="fltp")
+            for frame in itertools.chain(container.decode(stream), [None]):
+                parts += [torch.from_numpy(out.to_ndarray()) for out in planar.resample(frame)]
+            sample_rate = stream.rate
+    except (av.FFmpegError, ValueError) as error:
+        raise AudioError(f"{path}: cannot be decoded as audio: {error}") from error
+    return torch.cat(parts, dim=1) if parts else torch.zeros(1, 0), sample_rate
 
 
 def to_pcm(audio: Tensor) -> bytes:

@@ -182,6 +182,25 @@ def make_job(generator: Generator, number: int, line: BatchLine, options: BatchO
     return Job(number, line.id, speech, digest.hexdigest()[:32])
 
 
+def make_jobs(
+    generator: Generator, lines: Iterable[tuple[int, BatchLine]], options: BatchOptions
+) -> tuple[list[Job], list[Problem]]:
+    """The requests of all numbered lines, and the lines that have none."""
+    jobs: list[Job] = []
+    problems: list[Problem] = []
+    for number, line in lines:
+        try:
+            jobs.append(make_job(generator, number, line, options))
+        except CSMError as error:
+            problems.append(Problem(number, line.id, str(error)))
+    return jobs, problems
+
+
+def problem_of(job: Job, error: Exception) -> Problem:
+    """The problem of a job that failed."""
+    return Problem(job.line, job.id, f"{error}" or type(error).__name__)
+
+
 def spoken_text(written: str, normalized: bool) -> str:
     """The text as it is spoken. Raises LineError for a pause, which only a script can have."""
     if any(isinstance(part, Pause) for part in parse_pauses(written)):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from csm import CSMError, GenerationMetrics, Generator, SamplingParams, Watermark, load_watermark
+from csm import CSMError, GenerationMetrics, Generator, SamplingParams, Watermark
 from csm.batch import (
     ERRORS,
     FIELDS,
@@ -25,13 +25,19 @@ from csm.batch import (
     Output,
     Problem,
     generate_jobs,
-    make_job,
+    make_jobs,
+    problem_of,
     read_lines,
 )
 from csm.command_line import Output as Printed
-from csm.generate_command import add_model_options, load
+from csm.generate_command import (
+    add_model_options,
+    add_report_options,
+    add_watermark_option,
+    load,
+    open_watermark,
+)
 from csm.metrics import combined
-from csm.watermark import WATERMARKS
 
 MAX_SLOTS = 1024
 SHOWN = 10  # problems that are printed; errors.jsonl has all
@@ -46,11 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="a line without a seed draws one from this and its id (0)")
     group.add_argument("--max-seconds", type=float, help="most audio of a line (default: the checkpoint's, else 90)")
     group.add_argument("--no-normalize", action="store_true", help="keep numbers, abbreviations and markup as written")
-    group.add_argument("--watermark", choices=WATERMARKS, help="mark the audio as generated (docs/watermark.md)")
+    add_watermark_option(group)
     group = parser.add_argument_group("run")
     group.add_argument("--slots", type=int, default=8, help="lines that are generated at a time (default: 8)")
-    group.add_argument("--metrics", action="store_true", help="print RTF, first audio, retries and memory of the run")
-    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_report_options(group)
     group = parser.add_argument_group("on a Ray cluster (docs/scale.md)")
     group.add_argument("--ray", action="store_true", help="on the cluster of $RAY_ADDRESS, or one of this machine")
     group.add_argument("--ray-workers", type=int, metavar="N", help="models (default: one for each GPU, else one)")
@@ -64,9 +69,11 @@ def run(args: argparse.Namespace) -> Printed:
     check_options(args)
     if args.ray:
         return run_on_ray(args, lines, problems)
-    watermark = None if args.watermark is None else load_watermark(args.watermark)
+    watermark = open_watermark(args)
     generator = load(args, max_streams=args.slots)
-    jobs, more = make_jobs(generator, lines, options_of(args))
+    jobs, more = make_jobs(generator, lines.items(), options_of(args))
+    if not jobs:
+        raise CSMError(f"no line can be spoken: line {more[0].line}: {more[0].error}")
     problems += more
     with Output(args.out) as output:
         open_jobs = [job for job in jobs if not output.has(job)]
@@ -75,9 +82,7 @@ def run(args: argparse.Namespace) -> Printed:
         metrics = combined(parts, time.perf_counter() - started)
         problems = sort([*problems, *failed])
         output.finish([job.id for job in jobs], problems)
-    report(problems)
-    done, there = len(parts), len(jobs) - len(open_jobs)
-    return Printed(closing(args, metrics, done, there, len(problems)), 1 if problems else 0)
+    return printed(args, metrics, len(parts), len(jobs) - len(open_jobs), problems)
 
 
 def run_on_ray(args: argparse.Namespace, lines: dict[int, BatchLine], problems: list[Problem]) -> Printed:
@@ -95,13 +100,10 @@ def run_on_ray(args: argparse.Namespace, lines: dict[int, BatchLine], problems: 
         started = time.perf_counter()
         parts, failed = generate_on_ray(lines, output, plan, workers, args.device == "cpu", args.quiet)
         metrics = combined(parts, time.perf_counter() - started)
+        problems = sort([*problems, *failed])
         left_out = {problem.id for problem in failed}
-        output.finish([line.id for line in lines.values() if line.id not in left_out], sort(problems + failed))
-    report(sort(problems + failed))
-    there = len(lines) - len(parts) - len(failed)
-    return Printed(
-        closing(args, metrics, len(parts), there, len(problems) + len(failed)), 1 if problems or failed else 0
-    )
+        output.finish([line.id for line in lines.values() if line.id not in left_out], problems)
+    return printed(args, metrics, len(parts), len(lines) - len(parts) - len(failed), problems)
 
 
 def sort(problems: Sequence[Problem]) -> list[Problem]:
@@ -128,22 +130,6 @@ def options_of(args: argparse.Namespace) -> BatchOptions:
     return BatchOptions(args.seed, not args.no_normalize, args.max_seconds, identity)
 
 
-def make_jobs(
-    generator: Generator, lines: dict[int, BatchLine], options: BatchOptions
-) -> tuple[list[Job], list[Problem]]:
-    """The requests of all lines, and the lines that have none. Raises CSMError if no line has one."""
-    jobs: list[Job] = []
-    problems: list[Problem] = []
-    for number, line in lines.items():
-        try:
-            jobs.append(make_job(generator, number, line, options))
-        except CSMError as error:
-            problems.append(Problem(number, line.id, str(error)))
-    if not jobs:
-        raise CSMError(f"no line can be spoken: line {problems[0].line}: {problems[0].error}")
-    return jobs, problems
-
-
 def generate_all(
     generator: Generator, jobs: Sequence[Job], output: Output, args: argparse.Namespace, watermark: Watermark | None
 ) -> tuple[list[GenerationMetrics], list[Problem]]:
@@ -153,7 +139,7 @@ def generate_all(
     with tqdm(total=len(jobs), unit="line", disable=True if args.quiet else None, leave=False) as bar:
         for job, result in generate_jobs(generator, jobs, args.slots, watermark):
             if isinstance(result, Exception):
-                failed.append(Problem(job.line, job.id, f"{result}" or type(result).__name__))
+                failed.append(problem_of(job, result))
             else:
                 output.write(job, result, generator.sample_rate)
                 parts.append(result.metrics)
@@ -161,12 +147,15 @@ def generate_all(
     return parts, failed
 
 
-def report(problems: Sequence[Problem]) -> None:
-    """Print the first lines that were left out."""
+def printed(
+    args: argparse.Namespace, metrics: GenerationMetrics, done: int, there: int, problems: Sequence[Problem]
+) -> Printed:
+    """Print the first lines that were left out; return the closing line and the exit code."""
     for problem in problems[:SHOWN]:
         print(f"line {problem.line}: {problem.error}", file=sys.stderr)
     if len(problems) > SHOWN:
         print(f"... and {len(problems) - SHOWN} more", file=sys.stderr)
+    return Printed(closing(args, metrics, done, there, len(problems)), 1 if problems else 0)
 
 
 def closing(args: argparse.Namespace, metrics: GenerationMetrics, done: int, there: int, num_problems: int) -> str:

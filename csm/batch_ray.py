@@ -22,12 +22,12 @@ from tqdm import tqdm
 from csm.batch import (
     BatchLine,
     BatchOptions,
-    Job,
     Output,
     Problem,
     generate_jobs,
     is_finished,
-    make_job,
+    make_jobs,
+    problem_of,
     write_audio,
 )
 from csm.errors import CSMError
@@ -99,20 +99,15 @@ class Worker:
 
     def results(self, tasks: list[Task]) -> Iterator[Result]:
         """What became of each line."""
-        plan, jobs = self._plan, list[Job]()
-        for task in tasks:
-            try:
-                job = make_job(self._generator, task.number, task.line, plan.options)
-            except CSMError as error:
-                yield Result(problem=Problem(task.number, task.line.id, str(error)))
-                continue
-            if is_finished(plan.folder, job, task.entry):
-                yield Result()
-            else:
-                jobs.append(job)
-        for job, speech in generate_jobs(self._generator, jobs, plan.slots, self._watermark):
+        plan = self._plan
+        entries = {task.number: task.entry for task in tasks}
+        jobs, problems = make_jobs(self._generator, [(task.number, task.line) for task in tasks], plan.options)
+        yield from (Result(problem=problem) for problem in problems)
+        open_jobs = [job for job in jobs if not is_finished(plan.folder, job, entries[job.line])]
+        yield from (Result() for _ in range(len(jobs) - len(open_jobs)))
+        for job, speech in generate_jobs(self._generator, open_jobs, plan.slots, self._watermark):
             if isinstance(speech, Exception):
-                yield Result(problem=Problem(job.line, job.id, f"{speech}" or type(speech).__name__))
+                yield Result(problem=problem_of(job, speech))
             else:
                 entry = write_audio(plan.folder, job, speech, self._generator.sample_rate)
                 yield Result(entry, speech.metrics)

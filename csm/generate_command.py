@@ -96,9 +96,19 @@ def _add_text_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--play", action="store_true", help="play the audio while it is generated")
     for kind in subtitles.SUBTITLES:
         group.add_argument(f"--{kind}", type=Path, help=f"write the times of all sentences as {kind.upper()}")
+    add_watermark_option(group)
+    add_report_options(group)
+
+
+def add_watermark_option(group: argparse._ArgumentGroup) -> None:
+    """``--watermark``; ``open_watermark`` reads it."""
     group.add_argument(
         "--watermark", choices=watermark.WATERMARKS, help="mark the audio as generated (docs/watermark.md)"
     )
+
+
+def add_report_options(group: argparse._ArgumentGroup) -> None:
+    """What is printed beside the closing line."""
     group.add_argument("--metrics", action="store_true", help="print RTF, first audio, underruns, retries, memory, ...")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -181,6 +191,11 @@ def read_reference(args: argparse.Namespace) -> Segment | None:
         raise CSMError("--voice and --ref exclude each other: each is the voice to continue")
     audio, sample_rate = read_audio(args.ref)
     return Segment(args.speaker or 0, args.ref_text, audio, sample_rate=sample_rate)
+
+
+def open_watermark(args: argparse.Namespace) -> watermark.Watermark | None:
+    """The watermark that was asked for. Raises CSMError where its package is missing."""
+    return None if args.watermark is None else watermark.load_watermark(args.watermark)
 
 
 def load(args: argparse.Namespace, **more: Any) -> Generator:
@@ -303,13 +318,6 @@ class Progress:
             yield chunk
 
 
-def marked(
-    stack: ExitStack, outputs: Sequence[watermark.AudioOutput], mark: watermark.Watermark | None, live: bool = False
-) -> Sequence[watermark.AudioOutput]:
-    """The outputs, behind a watermark if there is one. ``live``: somebody hears them while they are written."""
-    return outputs if mark is None else [stack.enter_context(watermark.MarkedOutput(outputs, mark, live))]
-
-
 def write_audio(
     narration: script.Narration,
     outputs: Sequence[watermark.AudioOutput],
@@ -328,7 +336,7 @@ def write_audio(
             if args.split:
                 speaker = next(item.speaker for item in items if isinstance(item, script.Line))
                 file = stack.enter_context(audio_file.open_writer(args.out / f"{number:04}-{speaker}.{args.split}"))
-                for sink in (own := marked(stack, [file], mark)):
+                for sink in (own := watermark.marked(stack, [file], mark)):
                     sink.begin(narration.sample_rate)
                 sinks += own
             for chunk in narration.speak(items, progress.watch):
@@ -346,10 +354,10 @@ def generate(args: argparse.Namespace) -> str:
     SamplingParams(**{name: value for name, value in given.items() if value is not None})  # checked before loading
     with ExitStack() as stack:
         outputs = open_outputs(args, stack)
-        mark = None if args.watermark is None else watermark.load_watermark(args.watermark)
+        mark = open_watermark(args)
         generator = load(args)
         progress, meter = Progress(generator.sample_rate, args.quiet), metrics.Meter()
-        sinks = marked(stack, [meter, *outputs], mark, live=args.play or args.stream_to is not None)
+        sinks = watermark.marked(stack, [meter, *outputs], mark, live=args.play or args.stream_to is not None)
         narration = narrate(generator, args, items, reference)
         for output in sinks:
             output.begin(generator.sample_rate)
@@ -373,7 +381,8 @@ def summary(
     args: argparse.Namespace, generator: Generator, num_samples: int, first_audio: float | None, elapsed: float
 ) -> str:
     """The closing line: length, speed, first audio, and the seed that repeats the run."""
-    seconds, target = num_samples / generator.sample_rate, args.out or args.stream_to or "played"
+    seconds = num_samples / generator.sample_rate
+    target = args.out or player.name_of(args.stream_to) or "played"
     if not first_audio:
         return f"{target}: the speech ended before its first frame; seed {args.seed}, on {generator.device}"
     return (

@@ -58,6 +58,11 @@ class Player:
             self._stream.close()
 
 
+def name_of(target: str | None) -> str | None:
+    """What messages call the target of a stream."""
+    return "standard output" if target == "-" else target
+
+
 class StreamWriter:
     """Writes audio to a pipe or file as it is generated; "-" is standard output. A context manager.
 
@@ -85,14 +90,14 @@ class StreamWriter:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            raise AudioError(f"{self.target}: the stream cannot be written: {error.strerror}") from error
+            raise AudioError(f"{name_of(self.target)}: the stream cannot be written: {error.strerror}") from error
 
     def __enter__(self) -> StreamWriter:
         try:
             target = sys.stdout.fileno() if self.target == "-" else self.target
             self._file = open(target, "wb", buffering=0, closefd=self.target != "-")
         except OSError as error:
-            raise AudioError(f"{self.target}: cannot be written: {error.strerror}") from error
+            raise AudioError(f"{name_of(self.target)}: cannot be written: {error.strerror}") from error
         return self
 
     def __exit__(

@@ -14,6 +14,7 @@ import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from csm.config import CSMConfig
 from csm.errors import CheckpointError, PromptError, PromptTooLongError
 from csm.pronounce import PRONUNCIATION_FILE, Pronouncer
 
+CACHED_TEXTS = 1024
 WORD = re.compile(r"\S*\w\S*")
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 
@@ -77,6 +79,7 @@ class TextTokenizer:
         self._tokenizer.encode_special_tokens = True
         self._begin, self._end = (self._special(path, token, vocab_size) for token in (BEGIN, END))
         self._path, self._vocab_size = path, vocab_size
+        self._cached = lru_cache(CACHED_TEXTS)(self._encode)  # each turn of a conversation has all earlier texts
 
     def _special(self, path: Path, token: str, vocab_size: int) -> int:
         index = self._tokenizer.token_to_id(token)
@@ -99,6 +102,9 @@ class TextTokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise PromptError(f"text is not valid Unicode: {text!r}") from error
+        return list(self._cached(operator.index(speaker), text))
+
+    def _encode(self, speaker: int, text: str) -> tuple[int, ...]:
         if self._pronounce is not None:
             spoken = self._pronounce(text)
             if not spoken:
@@ -112,7 +118,7 @@ class TextTokenizer:
                 f"{self._path}: the text contains the token {token!r} with id {largest}, but the model has only "
                 f"{self._vocab_size} text embeddings; remove it from the text"
             )
-        return [self._begin, *ids, self._end]
+        return self._begin, *ids, self._end
 
     def words(self, speaker: int, text: str) -> list[SpokenWord]:
         """The words of a text with their tokens among the ids of ``encode``.

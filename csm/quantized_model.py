@@ -111,6 +111,8 @@ def save_quantized(
     parse_scheme(scheme)  # wrong arguments are errors before anything is compiled or read
     if folder.exists() and not folder.is_dir():
         raise CSMError(f"{folder}: a file of this name exists; name a folder")
+    if folder.resolve() == checkpoint.config_folder.resolve():
+        raise CSMError(f"{folder}: is the folder of the model that is read; name another one to write to")
     if not is_available():
         raise CSMError("a quantised model is for the native ops, which need a C++ compiler: install g++")
     model = read_quantized(checkpoint, scheme, dtype, progress)

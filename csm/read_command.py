@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from csm import CSMError, Generator, SamplingParams, Segment, Voice
+from csm import CSMError, GenerationMetrics, Generator, SamplingParams, Segment, Voice, Watermark
 from csm.audio_file import SUFFIXES, check_suffix
 from csm.book import (
     Binder,
@@ -36,8 +36,18 @@ from csm.book import (
     read_book,
 )
 from csm.formats import import_av
-from csm.generate_command import add_model_options, add_sampling_options, add_voice_options, load, read_reference
+from csm.generate_command import (
+    add_model_options,
+    add_report_options,
+    add_sampling_options,
+    add_voice_options,
+    add_watermark_option,
+    load,
+    open_watermark,
+    read_reference,
+)
 from csm.joins import check_speed
+from csm.metrics import combined
 from csm.script import Item, Line, entries, parse_script, speaker_ids, text_items
 from csm.subtitles import SUBTITLES, cue_values
 from csm.text import Pause
@@ -73,7 +83,8 @@ def _add_book_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--no-normalize", action="store_true", help="keep numbers and abbreviations as written")
     group.add_argument("--retries", type=int, default=2, help="for a sentence that a guard rejects (default: 2)")
     group.add_argument("--keep-parts", action="store_true", help="keep the folder OUT.parts, to change the book later")
-    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_watermark_option(group)
+    add_report_options(group)
 
 
 def run(args: argparse.Namespace) -> str:
@@ -81,15 +92,14 @@ def run(args: argparse.Namespace) -> str:
     book, items, ids_from = read_source(args)
     target = check_options(args, book)
     reference = read_reference(args)
+    watermark = open_watermark(args)
     generator = load(args)
     voices = chosen_voices(generator, args, reference)
     if not ids_from:
         speaker = next(iter(voices), args.speaker or 0)
-        items = [
-            [replace(item, speaker=speaker) if isinstance(item, Line) else item for item in part] for part in items
-        ]
+        items = [spoken_by(part, speaker) for part in items]
     sections = [Section(chapter.title, tuple(part)) for chapter, part in zip(book.chapters, items, strict=True)]
-    job = Job(args, generator, book, sections, voices, target)
+    job = Job(args, generator, book, sections, voices, target, watermark)
     try:
         return job.run()
     except KeyboardInterrupt:
@@ -249,8 +259,10 @@ class Job:
         sections: list[Section],
         voices: dict[int, Voice],
         target: Target,
+        watermark: Watermark | None = None,
     ):
         self.args, self.generator, self.book, self.sections, self.target = args, generator, book, sections, target
+        self.watermark = watermark
         items = [item for section in sections for item in section.items]
         ids = speaker_ids(items, generator, voices)
         named = {number: generator.voice(name) for name, number in ids.items() if isinstance(name, str)}
@@ -279,7 +291,7 @@ class Job:
         with self.parts.locked():
             settings = {"settings": asdict(self.settings), "model": self.model}
             self.parts.describe({"title": self.book.title, "out": str(args.out), **settings})
-            listing, num_found = self.generate()
+            listing, num_found, metrics = self.generate()
             recordings = self.write()
         if not args.keep_parts:
             self.parts.remove()
@@ -289,10 +301,13 @@ class Job:
             f"{args.out}: {_count(len(self.sections), 'chapter')}, {_count(len(self.sentences), 'sentence')}{there}, "
             f"{seconds:.2f} s of audio in {elapsed:.2f} s, on {self.generator.device}, seed {self.settings.seed}"
         )
-        return "\n".join([closing, *listing])
+        return "\n".join([closing, *([f"metrics: {metrics}"] if args.metrics else []), *listing])
 
-    def generate(self) -> tuple[list[str], int]:
-        """Generate the sentences that are missing. Returns a line for each rejected one, and how many were there."""
+    def generate(self) -> tuple[list[str], int, GenerationMetrics]:
+        """Generate the sentences that are missing.
+
+        Returns a line for each rejected one, how many were there, and the metrics of the others.
+        """
         lengths = {sentence.key: len(sentence.line.text) for sentence in self.sentences}
         there = {key for key in lengths if key in self.parts}
         bar = tqdm(
@@ -310,14 +325,16 @@ class Job:
             if not found:
                 bar.update(len(sentence.line.text))
 
+        started = time.perf_counter()
         with bar:
-            self.reader.generate(self.sentences, done)
-        return listing, sum(sentence.key in there for sentence in self.sentences)
+            parts = self.reader.generate(self.sentences, done)
+        metrics = combined(parts, time.perf_counter() - started)
+        return listing, sum(sentence.key in there for sentence in self.sentences), metrics
 
     def write(self) -> list[Recording]:
         """The audio files and the subtitles."""
         sound = Sound(self.args.speed, self.args.loudness, self.args.chapter_pause, words=self.args.json is not None)
-        binder = Binder(self.generator, self.sections, self.sentences, sound)
+        binder = Binder(self.generator, self.sections, self.sentences, sound, self.watermark)
         tags = {"title": self.book.title, "album": self.book.title}
         if self.book.author:
             tags["artist"] = self.book.author

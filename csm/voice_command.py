@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
-from csm.audio import WavWriter, read_audio
+from torch import Tensor
+
+from csm.audio import read_audio
+from csm.audio_file import open_writer
 from csm.command_line import add_tokenizer_option
-from csm.errors import VoiceError
+from csm.errors import CSMError, VoiceError
+from csm.evaluate.listen import Recogniser
 from csm.generator import Generator
 from csm.prompt import Segment
 from csm.request import SpeechRequest
@@ -28,6 +33,7 @@ from csm.voices import (
 from csm.weights import open_checkpoint
 
 MIN_ROOM_MS = 20_000  # audio that a new voice must leave room for
+GUESSED = "transcript guessed by a speech recogniser:"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = actions.add_parser("add", help="make a voice of recordings and what is said in them")
     add.add_argument("name", help="letters, digits, '_', '-' and '.'")
     add.add_argument("--ref", type=Path, action="append", default=[], help="a recording; may be repeated")
-    add.add_argument("--ref-text", action="append", default=[], help="what is said in it; once for each --ref")
+    add.add_argument(
+        "--ref-text",
+        action="append",
+        default=[],
+        help="what is said in it; once for each --ref. Without any, a recogniser guesses (pip install 'csm[eval]')",
+    )
     add.add_argument("--file", type=Path, help="take over an exported voice, in place of recordings")
     add.add_argument("--speaker", type=int, default=0, help="speaker id of the recordings (default: 0)")
     add.add_argument("--consent", default="", help="who allowed this use of the voice, and how; kept with the voice")
@@ -47,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     say = actions.add_parser("say", help="generate a sentence in a voice")
     say.add_argument("name")
     say.add_argument("--text", required=True)
-    say.add_argument("--out", type=Path, default=Path("out.wav"), help="the WAV file to write (default: out.wav)")
+    say.add_argument("--out", type=Path, default=Path("out.wav"), help="the audio file to write (default: out.wav)")
     say.add_argument("--seed", type=int, default=0, help="(default: 0)")
     say.add_argument("--max-seconds", type=float, default=20.0, help="maximum length of the audio (default: 20)")
     remove = actions.add_parser("remove", help="delete one of your voices")
@@ -81,29 +92,34 @@ def _add(args: argparse.Namespace) -> str:
     else:
         voice = _record(args)
     save_voice(voice, path)
-    return next(describe({args.name: path}))
+    lines = [next(describe({args.name: path}))]
+    if voice.guessed:
+        lines += [GUESSED, *(f"  {text}" for text in voice.texts), "if it is wrong: --replace, with --ref-text"]
+    return "\n".join(lines)
 
 
 def _record(args: argparse.Namespace) -> Voice:
     """A voice of recordings. Raises if they leave no room to speak."""
-    if not args.ref or len(args.ref) != len(args.ref_text):
+    if not args.ref or len(args.ref_text) not in (0, len(args.ref)):
         raise VoiceError(
             f"a voice takes recordings and their transcripts: {len(args.ref)} --ref and {len(args.ref_text)} --ref-text"
         )
     if args.model is None:
         raise VoiceError("--model is missing: the checkpoint whose codec encodes the recordings")
     clips = [read_audio(path) for path in args.ref]
+    texts = args.ref_text or _guess(args.ref, clips)
     generator = _load(args)
     turns = [
         generator.prepare(Segment(args.speaker, text, audio, sample_rate=rate))
-        for text, (audio, rate) in zip(args.ref_text, clips, strict=True)
+        for text, (audio, rate) in zip(texts, clips, strict=True)
     ]
     voice = Voice(
         args.name,
-        tuple(args.ref_text),
+        tuple(texts),
         tuple(turn.codes for turn in turns if turn.codes is not None),
         args.speaker,
         args.consent,
+        guessed=not args.ref_text,
     )
     room_ms = generator.room_ms(SpeechRequest("Hello there.", args.speaker, voice=voice))
     if room_ms < MIN_ROOM_MS:
@@ -112,6 +128,19 @@ def _record(args: argparse.Namespace) -> Voice:
             f"shorter ones"
         )
     return voice
+
+
+def _guess(paths: Sequence[Path], clips: Sequence[tuple[Tensor, int]]) -> list[str]:
+    """What a recogniser hears in the recordings. Raises VoiceError where there is none, and where it hears nothing."""
+    try:
+        recogniser = Recogniser()
+    except CSMError as error:
+        raise VoiceError(f"--ref-text is missing, and cannot be guessed without a recogniser: {error}") from error
+    texts = [recogniser.transcribe(audio, rate) for audio, rate in clips]
+    for path, text in zip(paths, texts, strict=True):
+        if not text.strip():
+            raise VoiceError(f"{path}: no speech was recognised in it; give what is said in it with --ref-text")
+    return texts
 
 
 def _load(args: argparse.Namespace) -> Generator:
@@ -135,20 +164,21 @@ def _show(args: argparse.Namespace) -> str:
     lines = list(describe({args.name: path}))
     if path.suffix == SUFFIX:
         voice = load_voice(path)
-        lines += [f"consent: {voice.consent or 'none stated'}", *(f"  {text}" for text in voice.texts)]
+        lines += [f"consent: {voice.consent or 'none stated'}", *([GUESSED] if voice.guessed else [])]
+        lines += [f"  {text}" for text in voice.texts]
     return "\n".join(lines)
 
 
 def _say(args: argparse.Namespace) -> str:
     find_voice(args.name, _folder(args))
-    with WavWriter(args.out) as wav:
+    with open_writer(args.out) as writer:
         generator = _load(args)
         voice = generator.voice(args.name)
         limit_ms = args.max_seconds * 1000
         text = normalize(args.text)
         audio = generator.generate(text, voice.speaker, max_audio_length_ms=limit_ms, seed=args.seed, voice=voice)
-        wav.begin(generator.sample_rate)
-        wav.write(audio)
+        writer.begin(generator.sample_rate)
+        writer.write(audio)
     return f"{args.out}: {audio.shape[0] / generator.sample_rate:.2f} s of audio in the voice {args.name}"
 
 

@@ -1,9 +1,9 @@
 """Voices: named clips with their transcripts and codec codes, kept in files and used as the start of a prompt.
 
 A voice is one safetensors file, NAME.safetensors: a tensor codes_0, codes_1, ... (T, K) for each clip, and in the
-metadata its format, name, texts (JSON), speaker and consent. Voices are found in ``voices_folder()``, then in the
-folder ``voices`` beside a checkpoint's weights. Sesame's six prompts are voices where the checkpoint has their
-recordings.
+metadata its format, name, texts (JSON), speaker, consent, and whether a recogniser guessed the texts. Voices are found
+in ``voices_folder()``, then in the folder ``voices`` beside a checkpoint's weights. Sesame's six prompts are voices
+where the checkpoint has their recordings.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Voice:
     """A named voice: for each clip its transcript and its codes (T, K) int64.
 
     ``speaker`` is the id that the clips were recorded under; a request may use another. ``consent`` says who allowed
-    the voice to be used, and how.
+    the voice to be used, and how. ``guessed``: the transcripts are those of a speech recogniser.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Voice:
     codes: tuple[Tensor, ...]
     speaker: int = 0
     consent: str = ""
+    guessed: bool = False
 
     @property
     def num_frames(self) -> int:
@@ -148,6 +149,7 @@ def save_voice(voice: Voice, path: Path) -> None:
         "texts": json.dumps(list(voice.texts)),
         "speaker": str(voice.speaker),
         "consent": voice.consent,
+        "guessed": json.dumps(voice.guessed),
     }
     save_tensors(tensors, path, metadata)
 
@@ -194,7 +196,7 @@ def _voice(name: str, metadata: dict[str, str], tensors: dict[str, Tensor]) -> V
             raise ValueError(
                 f"{key} has shape {tuple(codes_TK.shape)} and dtype {tensors[key].dtype}, not (T, K) integers"
             )
-    return Voice(name, tuple(texts), codes, speaker, metadata.get("consent", ""))
+    return Voice(name, tuple(texts), codes, speaker, metadata.get("consent", ""), metadata.get("guessed") == "true")
 
 
 def remove_voice(name: str) -> Path:

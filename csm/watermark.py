@@ -15,6 +15,7 @@ import contextlib
 import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -269,6 +270,13 @@ class MarkedOutput:
     ) -> None:
         if kind is None and self._marker is not None:
             self._pass_on(self._marker.close())
+
+
+def marked(
+    stack: ExitStack, outputs: Sequence[AudioOutput], watermark: Watermark | None, live: bool = False
+) -> Sequence[AudioOutput]:
+    """The outputs, behind a watermark if there is one. ``live``: somebody hears them while they are written."""
+    return outputs if watermark is None else [stack.enter_context(MarkedOutput(outputs, watermark, live))]
 
 
 def load_watermark(name: str, device: str = "cpu") -> Watermark:

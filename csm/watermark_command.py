@@ -11,7 +11,13 @@ from csm.command_line import Output
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to ``parser``."""
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="an audio file: WAV, FLAC, MP3 or Ogg")
+    parser.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="an audio file: wav, flac, mp3, ogg; with PyAV m4a, m4b and opus",
+    )
     parser.add_argument("--watermark", choices=WATERMARKS, default="perth", help="which one (default: perth)")
 
 

@@ -6,6 +6,7 @@
 import argparse
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,10 @@ def broken_voice(path):
 def tensors_without_metadata(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"codes_0": torch.zeros(3, 8, dtype=torch.int32)}, path)
+
+
+def noise(path):
+    shutil.copytree(NOISE, path)
 
 
 def manifest(*lines):
@@ -122,7 +127,7 @@ ADD_ROWS = [
         for name in ("../x", "a/b", "7", "a b", "", "x" * 65, ".hidden")
     ),
     (ADD, "0 --ref and 0 --ref-text", {}),
-    ([*ADD, "--ref", "ref.wav"], "1 --ref and 0 --ref-text", WAV),
+    ([*ADD, *REF, "--ref", "ref.wav"], "2 --ref and 1 --ref-text", WAV),
     ([*ADD, *REF, "--ref-text", "More."], "1 --ref and 2 --ref-text", WAV),
     (["voice", "add", "anna", *REF], "--model is missing", WAV),
     ([*ADD, *REF], "ref.wav: no such file", {}),
@@ -171,6 +176,7 @@ VOICE_ROWS = [
     ([*SAY, "--max-seconds", "0"], "limit must be at least", ANNA),
     ([*SAY, "--max-seconds", "nan"], "limit must be at least", ANNA),
     ([*SAY, "--out", "no/such.wav"], "cannot be written", ANNA),
+    ([*SAY, "--out", "hi.avi"], "no audio format is called '.avi'", ANNA),
     ([*SAY, "--out", "home"], "is a folder", ANNA),
     ([*SAY, "--device", "abacus"], "abacus", ANNA),
     ([*SAY, *NO_MODEL], "nowhere", ANNA),
@@ -214,6 +220,8 @@ WATERMARK_ROWS = [
     (["watermark", "ref.wav"], "cannot be decoded", ZERO),
     (["watermark", "ref.wav"], "cannot be decoded", {"ref.wav": bytes_file(b"RIFFjunk")}),
     (["watermark", "ref.wav"], "cannot be decoded", {"ref.wav": zero_rate_wav}),
+    (["watermark", "a.m4a"], "a.m4a: cannot be decoded", {"a.m4a": bytes_file(b"")}),
+    (["watermark", "a.opus"], "a.opus: cannot be decoded", {"a.opus": text_file("junk")}),
     (["watermark", "ref.wav", "gone.wav"], "gone.wav: no such file", WAV),
     (["watermark", "ref.wav", "--watermark", "sonic"], "--watermark", WAV),
     (["watermark", "ref.wav", "--colour"], "--colour", WAV),
@@ -260,6 +268,7 @@ MODEL_ROWS = [
     ([*QUANTIZE, "int8", "--dtype", "int3"], "--dtype", {}),
     ([*QUANTIZE, "int8", "--colour"], "--colour", {}),
     ([*QUANTIZE, "int8"], "out", {"out": text_file("")}),
+    (["quantize", "m", "--scheme", "int8", "--out", "./m"], "is the folder of the model that is read", {"m": noise}),
     (["quantize", "nowhere", *QUANTIZE[2:], "int8"], "nowhere", {}),
     (["quantize", "m", *QUANTIZE[2:], "int8"], "truncated", {"m": truncated}),
     (["quantize", "m", *QUANTIZE[2:], "int8"], "unknown key", {"m": unknown_key}),

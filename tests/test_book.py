@@ -31,6 +31,7 @@ from csm.errors import AudioError
 from csm.guards import GuardEvent
 from csm.joins import Level, join, loudness
 from csm.kernels import native
+from csm.metrics import GenerationMetrics
 from csm.script import Line, entries, parse_script
 from csm.text import Pause
 from csm.voices import save_voice, voices_folder
@@ -350,6 +351,12 @@ def test_a_change_affects_what_continues_it():
     assert not set(keys) & {sentence.key for sentence in a_plan(texts, Settings(), "another model")}
 
 
+class Frames(list):
+    """In place of a stream: every take needs 2 s, and its first frame half of one."""
+
+    metrics = GenerationMetrics(audio_seconds=99.0, elapsed_seconds=2.0, first_audio_seconds=0.5)
+
+
 class FailingGenerator:
     """Gives takes in order: each a number of frames, and the guard that ended it."""
 
@@ -367,7 +374,7 @@ class FailingGenerator:
         assert hold and request.repeatable and guards.retries == 0
         if guard:
             guards.report(GuardEvent(guard, num_frames, request.seed, request.text))
-        return [csm.engine.Frame(torch.full((8,), num_frames), None)] * num_frames
+        return Frames([csm.engine.Frame(torch.full((8,), num_frames), None)] * num_frames)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +392,12 @@ def test_rejected_sentences_are_spoken_again(noisy, tmp_path, takes, rejections,
     sentences = a_plan([["A sentence with a good number of letters."]], Settings())
     done = []
     parts = Parts(tmp_path)
-    Reader(generator, [], Settings(), parts).generate(sentences, lambda *values: done.append(values))
+    reader = Reader(generator, [], Settings(), parts)
+    (metrics,) = reader.generate(sentences, lambda *values: done.append(values))
+    assert metrics.audio_seconds == pytest.approx(0.08 * frames)
+    assert (metrics.elapsed_seconds, metrics.first_audio_seconds) == (2 * len(takes), 2 * len(takes) - 1.5)
+    assert (metrics.retries, metrics.evictions) == (len(takes) - 1, 0)
+    assert reader.generate(sentences, lambda *_: None) == []
     (_, take, found), stored = done[0], parts.load(sentences[0].key)
     assert not found
     assert (take.rejections, take.kept, take.codes_TK.shape[0]) == (rejections, kept, frames)
@@ -554,6 +566,20 @@ def test_generate_by_suffix_and_speed(suffix):
     words = [word for cue in cues for word in cue["words"]]
     assert [word["text"] for word in words] == ["Hello.", "Bye."]
     assert all(cue["start"] <= cue["words"][0]["start"] <= cue["words"][-1]["end"] <= cue["end"] for cue in cues)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_format_is_read_back(suffix):
+    """A tone of 440 Hz, a second long: 440 cycles. Encoders may add silence."""
+    path = Path(f"tone{suffix}")
+    with open_writer(path) as writer:
+        writer.begin(RATE)
+        writer.write(torch.sin(torch.arange(RATE) * 2 * np.pi * 440 / RATE) / 2)
+    audio_CN, rate = csm.read_audio(path)
+    assert audio_CN.shape[0] == 1 and 1 <= audio_CN.shape[1] / rate < 1.1
+    middle = audio_CN[0, round(0.2 * rate) : round(0.8 * rate)]
+    rises = ((middle[:-1] < 0) & (middle[1:] >= 0)).sum()
+    assert abs(int(rises) - 0.6 * 440) <= 1 and 0.4 < middle.max() < 0.6
 
 
 # Bad inputs

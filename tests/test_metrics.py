@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from csm import Conversation, Guards, Meter
+from csm.book.recording import Attempt, measured
 from csm.metrics import GenerationMetrics, Listener, combined, gpu_bytes, resident_bytes
 from csm.runner import group_size
 from noise import NOISE
@@ -166,6 +167,32 @@ def test_a_conversation_counts_evictions_by_turn(noisy):
         evictions.append(talk.metrics.evictions)
     assert evictions == [0, 0, 1, 1]
     assert talk.stats.num_evicted == 2 and talk.stats.num_retries == 0
+
+
+def test_a_book_has_those_of_what_was_generated(tmp_path, monkeypatch, capsys):
+    """Its second sentence, 0.4 s for many letters, is rejected twice; a run that finds both has none."""
+    from csm.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.txt").write_text("Hi. A sentence of quite a number of letters, too many for so short a time.")
+    options = ["--model", NOISE, "--device", "cpu", "--quiet", "--max-seconds", "0.4", "--retries", "1"]
+    read = ["read", "b.txt", "--out", "b.wav", *options, "--metrics", "--keep-parts"]
+    assert main(read) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.startswith("metrics: RTF ") and " 1 retry, 0 evictions, memory " in line
+    assert main(read) == 0
+    assert "metrics: RTF none, first audio none, 0 underruns, 0 retries, 0" in capsys.readouterr().out
+
+
+def test_the_time_of_a_sentence_is_that_of_all_its_takes():
+    """Takes of 2, 3 and 4 s; the second one is kept, 1.6 s long."""
+    takes = [
+        Attempt(rejection, torch.zeros(frames, 8), GenerationMetrics(frames * 0.08, elapsed, 0.5, underruns=frames))
+        for rejection, frames, elapsed in (("short", 3, 2.0), ("silence", 20, 3.0), ("budget", 90, 4.0))
+    ]
+    metrics = measured(takes, 1.6, evictions=2)
+    assert (metrics.audio_seconds, metrics.elapsed_seconds, metrics.first_audio_seconds) == (1.6, 9.0, 5.5)
+    assert (metrics.retries, metrics.evictions, metrics.underruns) == (2, 2, 90)
 
 
 def test_the_command_line_prints_them(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Prompt rows of turns, and the Llama-3 vocabulary against tiktoken."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -91,6 +93,20 @@ def test_invalid_turns_are_rejected(noisy, speaker, text, message):
 def test_a_context_turn_needs_audio(noisy):
     with pytest.raises(PromptError, match="neither audio nor codes"):
         noisy.generate("Hi", 0, [Segment(0, "Hello")])
+
+
+def test_a_text_is_tokenised_once(noisy, monkeypatch):
+    """A conversation's turn has the texts of all earlier ones; the ids that a caller gets are its own."""
+    counted = []
+    inner = noisy._tokenizer._tokenizer
+    counting = SimpleNamespace(encode=lambda text, **options: counted.append(text) or inner.encode(text, **options))
+    monkeypatch.setattr(noisy._tokenizer, "_tokenizer", counting)
+    ids = noisy._tokenizer.encode(0, "Tokenised once.")
+    expected = [*ids]
+    ids.append(7)
+    assert noisy._tokenizer.encode(0, "Tokenised once.") == expected
+    assert noisy._tokenizer.encode(1, "Tokenised once.") != expected
+    assert counted == ["[0]Tokenised once.", "[1]Tokenised once."]
 
 
 def test_special_tokens_in_text_are_ordinary_text(noisy):

@@ -62,14 +62,27 @@ def short(monkeypatch, tiny):
     monkeypatch.setattr(csm.Generator, "_request", shortened)
 
 
-def test_python(short, tmp_path, monkeypatch):
-    """The blocks run one after another, with the same variables."""
+@pytest.fixture
+def with_anna(tmp_path, monkeypatch):
+    """A folder with a voice of random codes, a recording, a book and a dialogue."""
+    monkeypatch.setenv("CSM_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
+    config = open_checkpoint("tiny").config
+    codes = torch.randint(config.codebook_size, (5, config.num_codebooks))
+    save_voice(csm.Voice("anna", ("Hello.",), (codes,)), voices_folder() / "anna.safetensors")
+    sphn.write_wav("anna.wav", np.zeros(24_000, "float32"), 24_000)
+    write_epub(Path("book.epub"))
+    Path("talk.txt").write_text("[0] Hello.\n[anna] Good morning.")
+
+
+def test_python(short, with_anna):
+    """The blocks run one after another, with the same variables."""
     names = {}
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
     for code in blocks("python"):
         exec(HUB_NAME.sub("tiny", code), names)
     assert len(names["answers"]) == 2
+    assert [turn.speaker for turn in names["talk"].turns] == [0, 1]
 
 
 def shell_lines():
@@ -79,8 +92,7 @@ def shell_lines():
 
 
 @pytest.mark.parametrize("line", [line for line in shell_lines() if "generate.py" in line and "gguf" not in line])
-def test_generate_lines(line, short, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_generate_lines(line, short, with_anna, capsys):
     save_adapter(Lora(open_checkpoint("tiny").config, LoraConfig()), Path("run/adapter"))
     python, script, *args = shlex.split(HUB_NAME.sub("tiny", line))
     assert (python, script) == (".venv/bin/python", "generate.py")
@@ -154,15 +166,15 @@ def test_python_of_pages(page, short, tmp_path, monkeypatch):
     exec(HUB_NAME.sub("tiny", code), {})
 
 
-def test_reading_lines(short, tmp_path, monkeypatch, capsys):
-    """A book and a dialogue, in a voice of random codes."""
-    monkeypatch.setenv("CSM_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    config = open_checkpoint("tiny").config
-    codes = torch.randint(config.codebook_size, (5, config.num_codebooks))
-    save_voice(csm.Voice("anna", ("Hello.",), (codes,)), voices_folder() / "anna.safetensors")
-    write_epub(Path("book.epub"))
-    Path("talk.txt").write_text("[0] Hello.\n[anna] Good morning.")
+def test_voice_lines(short, with_anna, capsys):
+    (line,) = [line for line in shell_lines() if " -m csm voice " in line]
+    words = shlex.split(HUB_NAME.sub("tiny", line))[3:]
+    assert main([*words, "--replace", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("anna: 1 clip, 1.04 s, speaker 0, ")
+
+
+def test_reading_lines(short, with_anna, tmp_path, capsys):
+    """A book and a dialogue."""
     lines = [line for line in shell_lines() if " -m csm read " in line]
     assert len(lines) == 2
     for line in lines:

@@ -14,9 +14,9 @@ ROOT = Path(csm.__file__).parent.parent
 # A module may import modules of earlier lines only, and its own package.
 LAYERS = [
     {"csm.errors", "csm.metrics"},
-    {"csm.config"},
+    {"csm.config", "csm.formats"},
     {"csm.audio", "csm.graph", "csm.kernels", "csm.text", "csm.weights"},
-    {"csm.codec_ops", "csm.command_line", "csm.formats", "csm.pronounce", "csm.subtitles"},
+    {"csm.codec_ops", "csm.command_line", "csm.pronounce", "csm.subtitles"},
     {"csm.audio_file", "csm.codec", "csm.cache", "csm.joins", "csm.sampling", "csm.prompt", "csm.watermark"},
     {"csm.prefix_cache", "csm.voices"},
     {"csm.request"},
@@ -35,10 +35,9 @@ LAYERS = [
     {"csm.batch_ray"},
     {"csm.script", "csm.player"},
     {"csm.book"},
-    {"csm.voice_command"},
     {"csm.finetune"},
     {"csm.compare", "csm.evaluate"},
-    {"csm.bench"},
+    {"csm.bench", "csm.voice_command"},
     {"csm"},
     {"csm.serve"},
     {"csm.doctor", "csm.generate_command", "csm.watermark_command"},

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,58 @@ def test_the_life_of_a_voice(capsys, tmp_path):
     assert "no voices in" in capsys.readouterr().out
 
 
+def test_a_voice_is_said_into_a_file_of_any_format():
+    save_voice(some_voice(), voices_folder() / "anna.safetensors")
+    say = ["voice", "say", "anna", "--text", "Hi.", "--model", NOISE, "--device", "cpu", "--max-seconds", "0.4"]
+    assert main([*say, "--out", "hi.flac"]) == 0
+    assert Path("hi.flac").read_bytes()[:4] == b"fLaC"
+
+
+class Hears:
+    """A recogniser that hears the same in every recording."""
+
+    def __init__(self, text):
+        self._text = text
+
+    def __call__(self):
+        return self
+
+    def transcribe(self, audio, sample_rate):
+        return self._text
+
+
+ADD_ONE = ["voice", "add", "anna", "--ref", "one.wav", "--model", NOISE, "--device", "cpu"]
+
+
+def test_a_transcript_is_guessed_and_said_to_be(monkeypatch, capsys, tmp_path):
+    write_recording(tmp_path / "one.wav")
+    monkeypatch.setattr("csm.voice_command.Recogniser", Hears("La la."))
+    assert main([*ADD_ONE, "--ref", "one.wav"]) == 0
+    guess = "transcript guessed by a speech recogniser:\n  La la.\n  La la.\n"
+    assert capsys.readouterr().out.endswith(f"{guess}if it is wrong: --replace, with --ref-text\n")
+    assert main(["voice", "show", "anna"]) == 0
+    assert guess in capsys.readouterr().out
+    assert main(["voice", "export", "anna", "--out", "copy.safetensors"]) == 0
+    assert load_voice(Path("copy.safetensors")).guessed
+    assert main([*ADD_ONE, "--replace", "--ref-text", "La la la."]) == 0
+    assert main(["voice", "show", "anna"]) == 0
+    assert "guessed" not in capsys.readouterr().out.split("consent")[-1]
+
+
+def test_a_transcript_that_cannot_be_guessed(monkeypatch, capsys, tmp_path):
+    write_recording(tmp_path / "one.wav")
+    monkeypatch.setattr("csm.voice_command.Recogniser", Hears(" "))
+    assert main(ADD_ONE) == 2
+    assert "one.wav: no speech was recognised in it; give what is said in it with --ref-text" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "moonshine_voice", None)
+    monkeypatch.setenv("CSM_HOME", str(tmp_path / "home"))
+    assert main([*ADD_ONE[:3], "--ref", str(tmp_path / "one.wav"), *ADD_ONE[5:]]) == 2
+    printed = capsys.readouterr().err
+    assert "--ref-text is missing, and cannot be guessed" in printed and "pip install 'csm[eval]'" in printed
+    assert not (tmp_path / "home").exists()
+
+
 def voice_file(name, change=lambda tensors, metadata: None):
     """Writes a voice's file with something wrong in it."""
 
@@ -211,7 +264,7 @@ BAD = {
     "a name that is a number": (["add", "7", *REF], "at most 64 letters", TONE()),
     "an absolute path": (["export", "/etc/passwd", "--out", "x.safetensors"], "at most 64 letters", None),
     "no recording": (["add", "anna", "--model", NOISE], "0 --ref and 0 --ref-text", None),
-    "no transcript": (["add", "anna", "--ref", "a.wav", "--model", NOISE], "1 --ref and 0 --ref-text", TONE()),
+    "a missing transcript": ([*ADD, "--ref", "a.wav"], "2 --ref and 1 --ref-text", TONE()),
     "no model": (["add", "anna", *REF], "--model is missing", TONE()),
     "no such recording": (ADD, "a.wav: no such file", None),
     "a recording of 0 bytes": (ADD, "a.wav: cannot be decoded", raw("a.wav", b"")),

@@ -113,7 +113,7 @@ def test_a_live_stream_hands_out_what_is_complete(tone_mark):
 @pytest.fixture
 def stub(monkeypatch, tone_mark):
     """``load_watermark`` returns the test's mark, wherever it is called."""
-    for module in ("csm.watermark", "csm.batch_command", "csm.watermark_command", "csm.serve.command"):
+    for module in ("csm.watermark", "csm.watermark_command", "csm.serve.command"):
         monkeypatch.setattr(f"{module}.load_watermark", lambda name: tone_mark)
     return tone_mark
 
@@ -166,6 +166,28 @@ def test_batch_marks_each_line(stub, tmp_path, monkeypatch):
     assert np.abs(marked - np.clip(plain / 32767 + 0.25, -1, 1) * 32767).max() <= 1
     assert main(["batch", "in.jsonl", "plain", *options, "--watermark", "perth"]) == 0  # generated again
     assert audio_of(tmp_path / "plain") == audio_of(tmp_path / "out")
+
+
+def test_a_book_is_marked_whole(stub, tmp_path, monkeypatch, capsys):
+    """Each file whole, after speed and loudness; the mark changes no codes, so nothing is generated again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.md").write_text("# A\n\nHello. Bye.\n\n# B\n\nMore.\n")
+    read = ["read", "b.md", "--model", NOISE, "--device", "cpu", "--quiet", "--max-seconds", "0.4", "--srt"]
+    assert main([*read, "--out", "b.wav", "--keep-parts"]) == 0
+    plain, times = read_wav(tmp_path / "b.wav"), (tmp_path / "b.srt").read_bytes()
+    assert main([*read, "--out", "b.wav", "--keep-parts", "--watermark", "perth"]) == 0
+    assert "(5 were there already)" in capsys.readouterr().out
+    assert len(stub._method.lengths) == 1
+    expected = np.clip(plain / 32767 + 0.25, -1, 1) * 32767
+    assert np.abs(read_wav(tmp_path / "b.wav") - expected).max() <= 1
+    assert (tmp_path / "b.srt").read_bytes() == times
+    assert main([*read, "--out", "b/", "--watermark", "perth"]) == 0
+    assert len(stub._method.lengths) == 1 + 2
+    monkeypatch.setattr(Tone, "mark", lambda *_: 1 / 0)
+    before = (tmp_path / "b.wav").read_bytes()
+    with pytest.raises(ZeroDivisionError):
+        main([*read, "--out", "b.wav", "--watermark", "perth"])
+    assert (tmp_path / "b.wav").read_bytes() == before
 
 
 def test_the_command_finds_it(stub, tmp_path, capsys):

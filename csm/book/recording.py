@@ -9,8 +9,10 @@ Shapes: T frames, K codebooks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +22,16 @@ from csm.book.parts import Parts, Section, Sentence, Settings, Take
 from csm.generator import Generator
 from csm.guards import GuardEvent, Guards
 from csm.joins import Level, join
+from csm.metrics import GenerationMetrics
 from csm.prompt import Segment
 from csm.request import SpeechRequest
 from csm.script import Line
 from csm.subtitles import Cue, words_within
+from csm.watermark import AudioOutput, Watermark, marked
 
 RESERVE = 0.25  # share of the window that the next sentence gets before earlier ones leave
 WordShares = list[tuple[str, float, float]]
-PREFERENCE = ("silence", "short", "repeats", "budget")  # where all takes were rejected, the first of these is kept
+PREFERENCE = ("", "silence", "short", "repeats", "budget")  # of all takes, the one with the first of these is kept
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,30 @@ class Recording:
     seconds: float = 0.0
 
 
+class Attempt(NamedTuple):
+    """One take of a sentence: the guard that rejects it or "", its codes (T, K), and its metrics."""
+
+    rejection: str
+    codes_TK: Tensor
+    metrics: GenerationMetrics
+
+
+def measured(attempts: Sequence[Attempt], audio_seconds: float, evictions: int) -> GenerationMetrics:
+    """The metrics of a sentence: the time of all its takes, and ``audio_seconds`` of the one that was kept."""
+    last = attempts[-1].metrics
+    earlier = sum(attempt.metrics.elapsed_seconds for attempt in attempts[:-1])
+    first = None if last.first_audio_seconds is None else earlier + last.first_audio_seconds
+    elapsed, retries = earlier + last.elapsed_seconds, len(attempts) - 1
+    return replace(
+        last,
+        audio_seconds=audio_seconds,
+        elapsed_seconds=elapsed,
+        first_audio_seconds=first,
+        retries=retries,
+        evictions=evictions,
+    )
+
+
 class Reader:
     """Generates the sentences of a plan. ``references`` are the voices' clips, which begin every prompt."""
 
@@ -63,45 +91,56 @@ class Reader:
         """Raise what its request would raise, without earlier sentences. Generates nothing."""
         self._generator.stream_frames(self._request(sentence, []))
 
-    def generate(self, sentences: Sequence[Sentence], done: Callable[[Sentence, Take, bool], None]) -> None:
-        """Generate what is missing. ``done`` is told each sentence, and whether it was there already."""
+    def generate(
+        self, sentences: Sequence[Sentence], done: Callable[[Sentence, Take, bool], None]
+    ) -> list[GenerationMetrics]:
+        """Generate what is missing; the metrics of each generated sentence.
+
+        ``done`` is told each sentence, and whether it was there already.
+        """
         turns: dict[int, Segment] = {}
+        parts: list[GenerationMetrics] = []
         for index, sentence in enumerate(sentences):
             take = self._parts.load(sentence.key)
             found = take is not None
             if take is None:
-                take = self._speak(sentence, [turns[earlier] for earlier in sentence.context if earlier in turns])
+                context = [turns[earlier] for earlier in sentence.context if earlier in turns]
+                take, metrics = self._speak(sentence, context)
+                parts.append(metrics)
                 self._parts.save(sentence.key, take, sentence.line.text)
             turns.pop(index - self._settings.context_turns, None)
             if take.codes_TK.shape[0] and self._settings.context_turns:
                 turns[index] = Segment(sentence.speaker, sentence.line.text, codes=take.codes_TK)
             done(sentence, take, found)
+        return parts
 
-    def _speak(self, sentence: Sentence, turns: list[Segment]) -> Take:
+    def _speak(self, sentence: Sentence, turns: list[Segment]) -> tuple[Take, GenerationMetrics]:
         """Generate until no guard rejects a take, or the retries are used up; then keep the least bad one."""
         request = self._request(sentence, turns)
-        takes: list[tuple[str, Tensor]] = []
+        attempts: list[Attempt] = []
         retries = self._settings.retries if self._settings.temperature != 0 else 0  # greedy takes are all the same
-        for attempt in range(retries + 1):
-            rejection, codes_TK = self._take(replace(request, seed=sentence.seed + attempt))
-            earlier = tuple(reason for reason, _ in takes)
-            if not rejection:
-                return Take(codes_TK, earlier)
-            takes.append((rejection, codes_TK))
-        _, codes_TK = min(takes, key=lambda take: (PREFERENCE.index(take[0]), -take[1].shape[0]))
-        return Take(codes_TK, tuple(reason for reason, _ in takes), kept=True)
+        for number in range(retries + 1):
+            attempts.append(self._attempt(replace(request, seed=sentence.seed + number)))
+            if not attempts[-1].rejection:
+                break
+        kept = min(attempts, key=lambda attempt: (PREFERENCE.index(attempt.rejection), -attempt.codes_TK.shape[0]))
+        rejections = tuple(attempt.rejection for attempt in attempts if attempt.rejection)
+        seconds = kept.codes_TK.shape[0] * self._generator.frame_ms / 1000
+        evictions = len(self._references) + len(turns) - len(request.context)
+        return Take(kept.codes_TK, rejections, bool(kept.rejection)), measured(attempts, seconds, evictions)
 
-    def _take(self, request: SpeechRequest) -> tuple[str, Tensor]:
-        """(the guard that rejects it or "", codes (T, K)) of one take."""
+    def _attempt(self, request: SpeechRequest) -> Attempt:
         events: list[GuardEvent] = []
         guards = Guards(retries=0, report=events.append)
-        frames = [frame.codes_K for frame in self._generator.stream_frames(request, guards, hold=True)]
+        stream = self._generator.stream_frames(request, guards, hold=True)
+        frames = [frame.codes_K for frame in stream]
+        assert stream.metrics is not None
         num_codebooks = self._generator.config.num_codebooks
         codes_TK = torch.stack(frames) if frames else torch.zeros(0, num_codebooks, dtype=torch.int64)
-        if events:
-            return events[0].guard, codes_TK
         seconds = len(frames) * self._generator.frame_ms / 1000
-        return "short" if seconds < guards.min_seconds(request.text) else "", codes_TK
+        is_short = seconds < guards.min_seconds(request.text)
+        rejection = events[0].guard if events else "short" if is_short else ""
+        return Attempt(rejection, codes_TK, stream.metrics)
 
     def _request(self, sentence: Sentence, turns: list[Segment]) -> SpeechRequest:
         """The request of a sentence. The oldest turns leave while it would get less than its share of the window."""
@@ -125,41 +164,55 @@ class Reader:
 
 
 class Binder:
-    """Joins finished sentences into files."""
+    """Joins finished sentences into files, and marks each file whole if there is a watermark."""
 
-    def __init__(self, generator: Generator, sections: Sequence[Section], sentences: Sequence[Sentence], sound: Sound):
+    def __init__(
+        self,
+        generator: Generator,
+        sections: Sequence[Section],
+        sentences: Sequence[Sentence],
+        sound: Sound,
+        watermark: Watermark | None = None,
+    ):
         self._generator = generator
         self._sections = sections
         self._sentences = sentences
         self._sound = sound
         self._level = Level(generator.sample_rate, sound.loudness)
+        self._watermark = watermark
 
     def write(self, path: Path, numbers: Sequence[int], parts: Parts, tags: dict[str, str]) -> Recording:
         """Write some sections into one file, which appears under its name once it is whole."""
-        rate = self._generator.sample_rate
-        recording, num_samples = Recording(path), 0
-        starts: list[float] = []
+        recording = Recording(path)
         with open_writer(path) as writer:
-            writer.begin(rate)
-            for number in numbers:
-                if number != numbers[0]:  # the pause ends the chapter before
-                    pause = torch.zeros(round(self._sound.section_pause * rate))
-                    writer.write(pause)
-                    num_samples += pause.shape[0]
-                starts.append(num_samples / rate)
-                for line, audio, words in self._section(number, parts):
-                    writer.write(audio)
-                    times = num_samples / rate, (num_samples + audio.shape[0]) / rate
-                    if line is not None and audio.shape[0]:
-                        recording.cues.append(Cue(*times, line.speaker, line.written, words_within(words, *times)))
-                    num_samples += audio.shape[0]
-            recording.seconds = num_samples / rate
-            for number, start, end in zip(numbers, starts, [*starts[1:], recording.seconds], strict=True):
-                recording.marks.append(ChapterMark(self._sections[number].title, start, end))
+            with ExitStack() as stack:
+                (output,) = marked(stack, [writer], self._watermark)
+                output.begin(self._generator.sample_rate)
+                self._write_sections(output, numbers, parts, recording)
             if isinstance(writer, EncodedWriter):
                 with_marks = len(numbers) > 1 and path.suffix.lower() in WITH_CHAPTERS
                 writer.describe(recording.marks if with_marks else (), tags)
         return recording
+
+    def _write_sections(self, output: AudioOutput, numbers: Sequence[int], parts: Parts, recording: Recording) -> None:
+        """Write the audio of some sections, and note when sentences and sections begin and end."""
+        rate, num_samples = self._generator.sample_rate, 0
+        starts: list[float] = []
+        for number in numbers:
+            if number != numbers[0]:  # the pause ends the chapter before
+                pause = torch.zeros(round(self._sound.section_pause * rate))
+                output.write(pause)
+                num_samples += pause.shape[0]
+            starts.append(num_samples / rate)
+            for line, audio, words in self._section(number, parts):
+                output.write(audio)
+                times = num_samples / rate, (num_samples + audio.shape[0]) / rate
+                if line is not None and audio.shape[0]:
+                    recording.cues.append(Cue(*times, line.speaker, line.written, words_within(words, *times)))
+                num_samples += audio.shape[0]
+        recording.seconds = num_samples / rate
+        for number, start, end in zip(numbers, starts, [*starts[1:], recording.seconds], strict=True):
+            recording.marks.append(ChapterMark(self._sections[number].title, start, end))
 
     def _section(self, number: int, parts: Parts) -> Iterator[tuple[Line | None, Tensor, WordShares]]:
         """The audio of a section's items, each with its line or, for silence, None; and the times of its words."""
