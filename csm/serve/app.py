@@ -13,11 +13,10 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.websockets import WebSocket
 
 from csm import Segment
-from csm.formats import MEDIA_TYPES
 from csm.serve.errors import ApiError, AsciiJSON, add_handlers, documented
 from csm.serve.limits import Gate
 from csm.serve.pages import add_pages
-from csm.serve.schema import SpeechBody
+from csm.serve.schema import SPEECH_RESPONSE, VOICE_REQUEST, SpeechBody
 from csm.serve.service import Service
 from csm.serve.settings import MAX_INPUT, MAX_UPLOAD
 from csm.serve.socket import serve_socket
@@ -25,25 +24,6 @@ from csm.serve.speech import speak
 from csm.serve.voices import OPENAI_NAMES, read_recording
 
 FORM_FIELDS = ("name", "text", "consent", "speaker", "type")
-AUDIO = {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES.values()}
-SPEECH_RESPONSE = {
-    "description": "the audio in response_format, or server-sent events",
-    "content": {**AUDIO, "text/event-stream": {"schema": {"type": "string"}}},
-}
-VOICE_FORM = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "description": "the voice's id, of letters, digits, '_', '-' and '.'"},
-        "audio_sample": {"type": "string", "format": "binary", "description": "the recording"},
-        "text": {"type": "string", "maxLength": MAX_INPUT, "description": "what is said in the recording"},
-        "consent": {"type": "string", "maxLength": MAX_INPUT, "description": "who allowed its use, and how"},
-        "speaker": {"type": "string", "pattern": "^[0-9]{1,9}$", "default": "0"},
-        "type": {"type": "string", "const": "audio_sample"},
-    },
-    "required": ["name", "audio_sample", "text", "consent"],
-    "additionalProperties": False,
-}
-VOICE_BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": VOICE_FORM}}}}
 router = APIRouter()
 
 
@@ -54,7 +34,7 @@ def _service(request: Request) -> Service:
 @router.post(
     "/v1/audio/speech",
     response_class=Response,
-    responses={200: SPEECH_RESPONSE, **documented(401, 404, 408, 409, 413, 429, 500, 504)},
+    responses={200: SPEECH_RESPONSE, **documented(401, 404, 408, 409, 413, 429, 504)},
 )
 async def speech(body: SpeechBody, request: Request) -> Response:
     """Generate speech; the audio is streamed while it is generated."""
@@ -104,7 +84,7 @@ async def voices(request: Request) -> dict[str, Any]:
     return {"object": "list", "voices": listed, "data": listed, "writable": writable}
 
 
-@router.post("/v1/audio/voices", responses=documented(401, 408, 413), openapi_extra=VOICE_BODY)
+@router.post("/v1/audio/voices", responses=documented(401, 408, 413), openapi_extra=VOICE_REQUEST)
 async def add_voice(request: Request) -> Response:
     """Keep a voice: ``name``, ``audio_sample`` (a file), ``text`` (its transcript), ``consent``, ``speaker``."""
     service = _service(request)

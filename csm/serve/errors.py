@@ -26,7 +26,7 @@ REASONS = {
     409: "the session is in use",
     413: "the body is too large",
     429: "the queue is full",
-    500: "generation failed",
+    500: "the server failed; its log has the reason",
     503: "the server is not ready",
     504: "no audio in time",
 }
@@ -74,8 +74,9 @@ class ErrorBody(BaseModel):
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Errors of a route for ``/openapi.json``: these, and those that the checks before the route give."""
-    return {status: {"model": ErrorBody, "description": REASONS[status]} for status in sorted({400, 403, *statuses})}
+    """Errors of a route for ``/openapi.json``: these, and those that every route can give."""
+    given = sorted({400, 403, 500, *statuses})
+    return {status: {"model": ErrorBody, "description": REASONS[status]} for status in given}
 
 
 class AsciiJSON(Response):
@@ -133,7 +134,12 @@ def add_handlers(app: FastAPI) -> None:
     async def known(_: Request, error: Exception) -> Response:
         return response_of(api_error(error))
 
+    async def unexpected(_: Request, error: Exception) -> Response:
+        """uvicorn logs the exception."""
+        return response_of(ApiError(500, "the server failed; its log has the reason", code="internal_error"))
+
     app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]
     app.add_exception_handler(ApiError, known)
     app.add_exception_handler(CSMError, known)
+    app.add_exception_handler(Exception, unexpected)
