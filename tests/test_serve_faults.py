@@ -274,11 +274,35 @@ def upload(running, recording, **fields):
     return running.http.post("/v1/audio/voices", data=data, files={"audio_sample": ("a.wav", recording)})
 
 
-def bomb():
-    """Ten minutes of zeros: 28 MB in a FLAC file of a few KB."""
-    file = io.BytesIO()
-    soundfile.write(file, np.zeros(600 * 24_000, np.int16), 24_000, format="FLAC")
-    return file.getvalue()
+def crc(data, polynomial, bits):
+    value = 0
+    for byte in data:
+        value ^= byte << (bits - 8)
+        for _ in range(8):
+            value = (value << 1) ^ (polynomial if value >> (bits - 1) else 0)
+            value &= (1 << bits) - 1
+    return value.to_bytes(bits // 8, "big")
+
+
+def bomb(frames=2048, block=65_535, channels=8, rate=24_000):
+    """A FLAC file of 72 KB that unpacks to 2.1 GB of zeros, at 16 bits: each frame holds one constant a channel."""
+    length = frames * block
+    sizes = 2 * block.to_bytes(2, "big") + bytes(6)  # of blocks and of frames, least and most
+    rates = (rate << 44 | channels - 1 << 41 | 15 << 36 | length).to_bytes(8, "big")
+    info = sizes + rates + bytes(16)
+    parts = [b"fLaC\x80" + len(info).to_bytes(3, "big") + info]
+    for number in range(frames):
+        coded = chr(number).encode()  # FLAC numbers frames in UTF-8
+        head = b"\xff\xf8" + bytes([7 << 4 | 7, channels - 1 << 4 | 4 << 1]) + coded + (block - 1).to_bytes(2, "big")
+        frame = head + crc(head, 0x07, 8) + bytes(3 * channels)
+        parts.append(frame + crc(frame, 0x8005, 16))
+    return b"".join(parts)
+
+
+def test_the_bomb_is_one():
+    with soundfile.SoundFile(io.BytesIO(bomb())) as file:
+        assert 2 * len(file) * file.channels > 2e9
+        assert not file.read(2 * file.samplerate, dtype="int16").any()
 
 
 BAD_UPLOADS = {
@@ -305,6 +329,19 @@ def test_bad_uploads(running, name):
     assert response.status_code == status
     assert re.search(message, response.json()["error"]["message"])
     assert list(running.settings.voices.iterdir()) == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_multipart_is_answered(running, data):
+    """An upload with a piece replaced by other bytes, or without its end."""
+    whole = httpx.Request("POST", running.url, data={"name": "bob", "text": "Hello."}, files={"audio_sample": b"?" * 9})
+    body, kind = whole.read(), whole.headers["content-type"]
+    start, size = data.draw(st.integers(0, len(body))), data.draw(st.integers(0, len(body)))
+    body = body[:start] + data.draw(st.binary(max_size=9)) + body[start + size :]
+    response = running.http.post("/v1/audio/voices", content=body, headers={"content-type": kind})
+    assert response.status_code == 400
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
 @pytest.mark.parametrize("name", ["../x", "a\0b", "a" * 10_000, "/etc/passwd", "..%2fx", "anna.safetensors"])

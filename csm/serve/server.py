@@ -23,7 +23,6 @@ MAX_HEADERS = 16 << 10  # bytes of a request line and its headers
 SEND_BUFFER = 256 << 10  # bytes that the kernel may hold for a reader that lags: 5 s of PCM, not minutes
 SPARE_CONNECTIONS = 256  # beyond those of requests that run and wait, and WebSockets
 CLOSE_SECONDS = 5.0  # that a client has to read what it was sent, and the closing frame
-POLL_SECONDS = 0.1  # between looks for a second signal, as in uvicorn
 PING_SECONDS = 20.0  # a client that does not answer a ping for so long has gone
 
 
@@ -121,23 +120,27 @@ class Server(uvicorn.Server):
             )
         )
         self._service = service
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain; at the second signal, end."""
+        """Drain; at the second signal, cut all connections and end."""
         self.force_exit = self._service.draining
         self.should_exit = self._service.draining = True
+        if self.force_exit and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._cut)
+
+    def _cut(self) -> None:
+        """Requests end as those of clients that have gone. From Python 3.12 on, closing waits for all connections."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let WebSockets end after their current turn, then shut down."""
         for connection in list(self._service.sockets):
             connection.drain()
-        cutting = asyncio.create_task(self._cut_when_forced())
         await super().shutdown(sockets)
-        cutting.cancel()
-
-    async def _cut_when_forced(self) -> None:
-        """At the second signal, cut all connections: from Python 3.12 on, a closed server waits for them."""
-        while not self.force_exit:
-            await asyncio.sleep(POLL_SECONDS)
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
