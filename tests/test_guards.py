@@ -9,9 +9,11 @@ import torch
 
 import csm.runner
 from csm import CSMError, Guards
-from csm.engine import Frame, Request
+from csm.engine import Engine, Frame, Request
 from csm.guards import NO_GUARDS, GuardedTicket, Watch
+from csm.prefix_cache import PrefixCache
 from csm.prompt import Prompt
+from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
 
 RATE = 12.5
@@ -175,3 +177,42 @@ def test_in_the_generator_empty_speech_is_generated_again(noisy, monkeypatch):
     assert [event.seed for event in events] == [5, 6]
     assert torch.equal(again, noisy.generate("Hello.", seed=7, max_audio_length_ms=400))
     assert noisy.generate("Hello.", seed=4, max_audio_length_ms=400).shape == (0,)  # three takes, all empty
+
+
+class Stepped:
+    """A worker whose engine is stepped by hand."""
+
+    def __init__(self, generator):
+        self.engine = Engine(generator.model, lambda: generator.codec, 1920, 1, PrefixCache(0))
+        self.woken = True
+
+    def submit(self, *args):
+        return self.engine.submit(*args)
+
+    def wake(self):
+        self.woken = True
+
+    def run(self):
+        """Step while there is work."""
+        self.woken = False
+        while self.engine.step():
+            pass
+
+
+@pytest.mark.parametrize("max_unread", [1, 2, 4, 5, 25, 26])
+def test_a_reader_that_reads_on_wakes_a_paused_request(noisy, monkeypatch, max_unread):
+    """At the first frame that lets the engine go on, also while frames wait for the codec to decode them in a group."""
+    steps = []
+    monkeypatch.setattr(csm.runner, "decode_frame", lambda _, state, __: steps.append(state.codes_BK.fill_(1)))
+    monkeypatch.setattr(csm.runner.SlotDecoders, "decode", lambda *args: torch.zeros(len(args[2]), 1920))
+    worker, num_frames = Stepped(noisy), 60
+    request = noisy._request(SpeechRequest("Hi.", max_audio_length_ms=80 * num_frames), True)
+    ticket = GuardedTicket(worker, request, "Hi.", NO_GUARDS, RATE, max_unread=max_unread)
+    worker.run()
+    assert len(steps) == max_unread and not ticket.finished  # paused
+    for _ in range(num_frames):
+        assert ticket.take() is not None
+        if worker.woken:
+            worker.run()
+        assert not worker.engine.step()  # all that could be done was done
+    assert ticket.take() is None and ticket.finish_reason == "length"

@@ -378,7 +378,9 @@ def test_health_and_metrics(running):
     assert running.http.get("/health").json() == {"status": "ok"}
     assert running.http.get("/ready").json() == {"status": "ready"}
     running.speak("Hi.")
-    text = running.http.get("/metrics").text
+    response = running.http.get("/metrics")
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    text = response.text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(values['csm_requests_total{outcome="length"}']) >= 1
     assert float(values["csm_audio_seconds_total"]) >= SECONDS

@@ -25,13 +25,14 @@ SENTENCES = (
     "We will meet again at the station in an hour.",
     "He asked for a cup of coffee and a piece of bread.",
 )
+TURNS = len(SENTENCES)  # requests of a client, each with another sentence and seed
 
 
 @dataclass
 class Tally:
-    """What all clients of one run saw. Times are in seconds. ``verify`` judges a whole response, given its text."""
+    """What all clients of one run saw. Times are in seconds. ``verify`` judges a whole response, given its request."""
 
-    verify: Callable[[str, bytes], bool] | None = None
+    verify: Callable[[dict[str, Any], bytes], bool] | None = None
     first_audio: list[float] = field(default_factory=list)
     audio: float = 0.0
     rtf: list[float] = field(default_factory=list)
@@ -73,7 +74,7 @@ async def one_request(http: Any, body: dict[str, Any], pace: bool, tally: Tally)
     if first is None or not seconds:
         tally.fail("no audio")
         return
-    if tally.verify is not None and not tally.verify(body["input"], b"".join(parts)):
+    if tally.verify is not None and not tally.verify(body, b"".join(parts)):
         tally.fail("wrong audio")
     tally.first_audio.append(first)
     tally.rtf.append((finished - started) / seconds)
@@ -83,16 +84,20 @@ async def one_request(http: Any, body: dict[str, Any], pace: bool, tally: Tally)
         await asyncio.sleep(player.remaining(finished))
 
 
+def body_of(index: int, number: int) -> dict[str, Any]:
+    """A client's request: the sentences in turn, with seeds of its own. Both recur after ``TURNS`` requests."""
+    text, seed = SENTENCES[(index + number) % len(SENTENCES)], index * TURNS + number % TURNS
+    return {"model": "tts-1", "voice": "alloy", "response_format": "pcm", "input": text, "seed": seed}
+
+
 async def client(http: Any, index: int, ends: float, pace: bool, fields: dict[str, Any], tally: Tally) -> None:
     """Requests of one client until the time is over."""
     import httpx
 
     number = 0
     while time.perf_counter() < ends:
-        text = SENTENCES[(index + number) % len(SENTENCES)]
-        body = {"model": "tts-1", "voice": "alloy", "response_format": "pcm", "input": text, "seed": number, **fields}
         try:
-            await one_request(http, body, pace, tally)
+            await one_request(http, {**body_of(index, number), **fields}, pace, tally)
         except httpx.HTTPError as error:
             tally.fail(type(error).__name__)
             await asyncio.sleep(0.2)
@@ -106,7 +111,7 @@ async def run_clients(
     pace: bool,
     key: str | None = None,
     fields: dict[str, Any] | None = None,
-    verify: Callable[[str, bytes], bool] | None = None,
+    verify: Callable[[dict[str, Any], bytes], bool] | None = None,
 ) -> dict[str, Any]:
     """Load a server with so many clients for so long; the figures of the table."""
     import httpx

@@ -8,15 +8,15 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.websockets import WebSocket
 
 from csm import Segment
-from csm.serve.errors import ApiError, AsciiJSON, add_handlers
+from csm.serve.errors import ApiError, AsciiJSON, add_handlers, documented
 from csm.serve.limits import Gate
 from csm.serve.pages import add_pages
-from csm.serve.schema import SpeechBody
+from csm.serve.schema import SPEECH_RESPONSE, VOICE_REQUEST, SpeechBody
 from csm.serve.service import Service
 from csm.serve.settings import MAX_INPUT, MAX_UPLOAD
 from csm.serve.socket import serve_socket
@@ -31,7 +31,11 @@ def _service(request: Request) -> Service:
     return request.app.state.service
 
 
-@router.post("/v1/audio/speech", response_class=Response)
+@router.post(
+    "/v1/audio/speech",
+    response_class=Response,
+    responses={200: SPEECH_RESPONSE, **documented(401, 404, 408, 409, 413, 429, 504)},
+)
 async def speech(body: SpeechBody, request: Request) -> Response:
     """Generate speech; the audio is streamed while it is generated."""
     service = _service(request)
@@ -46,14 +50,14 @@ async def stream(websocket: WebSocket) -> None:
     await serve_socket(websocket.app.state.service, websocket, websocket.state.owner)
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=documented(401))
 async def models(request: Request) -> dict[str, Any]:
     """The loaded model, and OpenAI's names for it."""
     service = _service(request)
     return {"object": "list", "data": [_model(service, name) for name in service.models()]}
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", responses=documented(401, 404))
 async def model(model: str, request: Request) -> dict[str, Any]:
     """One model."""
     _service(request).check_model(model)
@@ -64,13 +68,13 @@ def _model(service: Service, name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": service.created, "owned_by": "csm"}
 
 
-@router.get("/v1/audio/models")
+@router.get("/v1/audio/models", responses=documented(401))
 async def audio_models(request: Request) -> dict[str, Any]:
     """The models, as Open WebUI asks for them."""
     return {"models": [{"id": name, "name": name} for name in _service(request).models()]}
 
 
-@router.get("/v1/audio/voices")
+@router.get("/v1/audio/voices", responses=documented(401))
 async def voices(request: Request) -> dict[str, Any]:
     """All voices. ``custom`` ones have a file and can be deleted. ``writable``: the server keeps uploads."""
     service = _service(request)
@@ -80,7 +84,7 @@ async def voices(request: Request) -> dict[str, Any]:
     return {"object": "list", "voices": listed, "data": listed, "writable": writable}
 
 
-@router.post("/v1/audio/voices")
+@router.post("/v1/audio/voices", responses=documented(401, 408, 413), openapi_extra=VOICE_REQUEST)
 async def add_voice(request: Request) -> Response:
     """Keep a voice: ``name``, ``audio_sample`` (a file), ``text`` (its transcript), ``consent``, ``speaker``."""
     service = _service(request)
@@ -144,7 +148,7 @@ async def _upload(form: FormData) -> bytes:
     return data
 
 
-@router.delete("/v1/audio/voices/{voice_id}")
+@router.delete("/v1/audio/voices/{voice_id}", responses=documented(401, 404))
 async def delete_voice(voice_id: str, request: Request) -> dict[str, Any]:
     """Delete a voice that has a file."""
     service = _service(request)
@@ -155,13 +159,13 @@ async def delete_voice(voice_id: str, request: Request) -> dict[str, Any]:
     return {"id": voice_id, "object": "audio.voice.deleted", "deleted": True}
 
 
-@router.get("/health")
+@router.get("/health", responses=documented())
 async def health() -> dict[str, str]:
     """The process answers."""
     return {"status": "ok"}
 
 
-@router.get("/ready")
+@router.get("/ready", responses=documented(503))
 async def ready(request: Request) -> dict[str, str]:
     """The model is loaded and the server is not shutting down; else 503. An unloaded model is loaded on demand."""
     if not _service(request).ready:
@@ -170,10 +174,22 @@ async def ready(request: Request) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=PlainTextResponse, responses=documented(401))
 async def metrics(request: Request) -> Response:
     """Figures for Prometheus."""
     return Response(_service(request).metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The schema without FastAPI's 422: a wrong body is 400 here."""
+        schema = super().openapi()
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        return schema
 
 
 def create_app(service: Service) -> FastAPI:
@@ -187,7 +203,7 @@ def create_app(service: Service) -> FastAPI:
         service.close()
 
     # The pages of /docs load scripts from another host: they are off. /openapi.json has the schema.
-    app = FastAPI(title="CSM", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = _App(title="CSM", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
     app.include_router(router)
     add_pages(app)

@@ -10,12 +10,26 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from csm.errors import CSMError, QueueFullError
 
 log = logging.getLogger("csm.serve")
 
+REASONS = {
+    400: "a field is missing or wrong",
+    401: "no or a wrong API key",
+    403: "another host or origin",
+    404: "not found",
+    408: "the body did not arrive in time",
+    409: "the session is in use",
+    413: "the body is too large",
+    429: "the queue is full",
+    500: "the server failed; its log has the reason",
+    503: "the server is not ready",
+    504: "no audio in time",
+}
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -42,6 +56,27 @@ class ApiError(Exception):
         """The body of the response."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class ErrorFields(BaseModel):
+    """What went wrong. ``param`` names the field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorFields
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Errors of a route for ``/openapi.json``: these, and those that every route can give."""
+    given = sorted({400, 403, 500, *statuses})
+    return {status: {"model": ErrorBody, "description": REASONS[status]} for status in given}
 
 
 class AsciiJSON(Response):
@@ -99,7 +134,12 @@ def add_handlers(app: FastAPI) -> None:
     async def known(_: Request, error: Exception) -> Response:
         return response_of(api_error(error))
 
+    async def unexpected(_: Request, error: Exception) -> Response:
+        """uvicorn logs the exception."""
+        return response_of(ApiError(500, "the server failed; its log has the reason", code="internal_error"))
+
     app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]
     app.add_exception_handler(ApiError, known)
     app.add_exception_handler(CSMError, known)
+    app.add_exception_handler(Exception, unexpected)

@@ -1,11 +1,15 @@
-"""Bodies of requests. Unknown fields are refused: a misspelt ``sed`` must not go unnoticed."""
+"""Bodies of requests and responses, for ``/openapi.json`` too.
+
+Unknown fields are refused: a misspelt ``sed`` must not go unnoticed.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from csm.formats import MEDIA_TYPES
 from csm.serve.settings import MAX_INPUT, MAX_JSON
 
 Format = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
@@ -67,3 +71,40 @@ class SpeechBody(BaseModel):
     def voice_id(self) -> str:
         """The voice's id, however it was given."""
         return self.voice if isinstance(self.voice, str) else self.voice.id
+
+
+# OpenAPI's description of what no model above describes. itemSchema is that of one event.
+_EVENT = {
+    "type": "object",
+    "properties": {
+        "type": {"enum": ["speech.audio.delta", "speech.audio.done", "error"]},
+        "audio": {"type": "string", "contentEncoding": "base64", "description": "of a delta"},
+        "usage": {"type": "object", "additionalProperties": {"type": "integer"}, "description": "tokens, of done"},
+        "error": {"type": "object", "description": "as in the body of an error"},
+    },
+    "required": ["type"],
+    "additionalProperties": False,
+}
+_EVENT_DATA = {"type": "string", "contentMediaType": "application/json", "contentSchema": _EVENT}
+_EVENTS = {"itemSchema": {"type": "object", "properties": {"data": _EVENT_DATA}, "required": ["data"]}}
+_AUDIO = {"schema": {"type": "string", "format": "binary"}}
+SPEECH_RESPONSE: dict[str, Any] = {
+    "description": "the audio in response_format, or server-sent events",
+    "content": {**dict.fromkeys(MEDIA_TYPES.values(), _AUDIO), "text/event-stream": _EVENTS},
+}
+_VOICE_FORM = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "description": "the voice's id, of letters, digits, '_', '-' and '.'"},
+        "audio_sample": {"type": "string", "format": "binary", "description": "the recording"},
+        "text": {"type": "string", "maxLength": MAX_INPUT, "description": "what is said in the recording"},
+        "consent": {"type": "string", "maxLength": MAX_INPUT, "description": "who allowed its use, and how"},
+        "speaker": {"type": "string", "pattern": "^[0-9]{1,9}$", "default": "0"},
+        "type": {"type": "string", "const": "audio_sample"},
+    },
+    "required": ["name", "audio_sample", "text", "consent"],
+    "additionalProperties": False,
+}
+VOICE_REQUEST: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _VOICE_FORM}}}
+}

@@ -120,11 +120,24 @@ class Server(uvicorn.Server):
             )
         )
         self._service = service
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain; at the second signal, end."""
+        """Drain; at the second signal, cut all connections and end."""
         self.force_exit = self._service.draining
         self.should_exit = self._service.draining = True
+        if self.force_exit and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._cut)
+
+    def _cut(self) -> None:
+        """Requests end as those of clients that have gone. From Python 3.12 on, closing waits for all connections."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let WebSockets end after their current turn, then shut down."""
