@@ -3,6 +3,7 @@
 The cluster tests take minutes: ``make ray``.
 """
 
+import asyncio
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -64,6 +66,38 @@ def test_the_deployment_has_one_gpu_and_scales_on_running_requests():
     assert deployment.ray_actor_options["num_gpus"] == 1
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 12)
     assert deployment.max_ongoing_requests > 16 + 64  # the app's own 429 comes first
+
+
+def replica(name):
+    return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name))
+
+
+def request(*headers):
+    return SimpleNamespace(args=[SimpleNamespace(asgi_scope={"headers": list(headers)})])
+
+
+def chosen(replicas, *headers):
+    """The names of the replicas that the router tries, by group."""
+    router = on_ray.SessionRouter.__new__(on_ray.SessionRouter)
+    groups = asyncio.run(router.choose_replicas(replicas, request(*headers)))
+    return [[each.replica_id.unique_id for each in group] for group in groups]
+
+
+def test_a_session_keeps_its_replica_when_others_come_and_go():
+    replicas = [replica(f"replica-{number}") for number in range(5)]
+    sessions = [(b"x-session-id", f"session {number}".encode()) for number in range(200)]
+    first = [chosen(replicas, session)[0] for session in sessions]
+    assert len({name for (name,) in first}) == 5
+    assert first == [chosen(replicas[::-1], session)[0] for session in sessions]
+    fewer = [chosen(replicas[1:], session)[0] for session in sessions]
+    moved = [before for before, after in zip(first, fewer, strict=True) if before != after]
+    assert moved == [["replica-0"]] * first.count(["replica-0"])
+
+
+def test_a_request_without_a_session_has_two_replicas_to_choose_from():
+    replicas = [replica(name) for name in "abc"]
+    assert [len(group) for group in chosen(replicas, (b"host", b"x"))] == [2]
+    assert chosen(replicas[:1]) == [["a"]] and chosen([]) == [[]]
 
 
 class Store(on_ray.SessionStore):

@@ -9,6 +9,7 @@ A session's requests go to one replica, which has its keys and values, if the cl
 from __future__ import annotations
 
 import argparse
+import hashlib
 import pickle
 import random
 import time
@@ -21,8 +22,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.serve.config import RequestRouterConfig
-from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
-from ray.serve.request_router import PendingRequest, RunningReplica
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from csm import CSMError, Segment
 from csm.serve import command
@@ -31,6 +31,7 @@ from csm.serve.errors import ApiError
 from csm.serve.service import MAX_SESSIONS, SESSION_SECONDS, Sessions
 
 NAMESPACE = "serve"  # of the store; Ray keeps its replicas there too
+SESSION_HEADER = b"x-session-id"
 STORE = "csm-sessions"
 STORE_SECONDS = 5.0  # that the store may take to answer
 SPARE_REQUESTS = 64  # of a replica, beyond those that run and wait: /health, /metrics, voices
@@ -110,17 +111,32 @@ class SharedSessions(Sessions):
         return num_evicted
 
 
-class SessionRouter(ConsistentHashRouter):
-    """Requests of a session go to one replica; others to the one of two that has fewer requests."""
+class SessionRouter(RequestRouter):
+    """Requests of a session go to one replica; others to the one of two that has fewer requests.
+
+    A session's replica is the one whose hash with the session is the largest (rendezvous hashing), so a replica that
+    comes or goes moves no other replica's sessions.
+    """
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Groups of replicas to try, one group after the other."""
-        if pending_request is None or pending_request.metadata.session_id or len(candidate_replicas) < 2:
-            return await super().choose_replicas(candidate_replicas, pending_request)
-        pending_request.routing_context.should_backoff = True
-        return [random.sample(candidate_replicas, 2)]
+        session = b"" if pending_request is None else session_of(pending_request)
+        if session:
+            return [[each] for each in sorted(candidate_replicas, key=lambda each: rank(session, each), reverse=True)]
+        return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
+
+
+def session_of(request: PendingRequest) -> bytes:
+    """The value of the header ``x-session-id``, empty without one. Ray's proxy sends the ASGI scope as an argument."""
+    scope = getattr(request.args[0], "asgi_scope", {}) if request.args else {}
+    return next((value for name, value in scope.get("headers", ()) if name == SESSION_HEADER), b"")
+
+
+def rank(session: bytes, replica: RunningReplica) -> bytes:
+    """The hash of a session and a replica."""
+    return hashlib.sha256(replica.replica_id.unique_id.encode() + b"\0" + session).digest()
 
 
 class _Parser(argparse.ArgumentParser):
