@@ -97,7 +97,7 @@ def test_a_session_keeps_its_replica_when_others_come_and_go():
 def test_a_request_without_a_session_has_two_replicas_to_choose_from():
     replicas = [replica(name) for name in "abc"]
     assert [len(group) for group in chosen(replicas, (b"host", b"x"))] == [2]
-    assert chosen(replicas[:1]) == [["a"]] and chosen([]) == [[]]
+    assert chosen(replicas[:1]) == [["a"]] and chosen([]) == []
 
 
 class Store(on_ray.SessionStore):

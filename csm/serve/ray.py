@@ -122,6 +122,8 @@ class SessionRouter(RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Groups of replicas to try, one group after the other."""
+        if not candidate_replicas:
+            return []
         session = b"" if pending_request is None else session_of(pending_request)
         if session:
             return [[each] for each in sorted(candidate_replicas, key=lambda each: rank(session, each), reverse=True)]
