@@ -23,6 +23,7 @@ from websockets.sync.client import connect
 
 ray = pytest.importorskip("ray")
 
+from ray.serve._private.common import StreamingHTTPRequest  # noqa: E402
 from test_socket import Client  # noqa: E402
 
 from csm import CSMError, Generator, Segment, batch_ray  # noqa: E402
@@ -36,6 +37,7 @@ TEXT = "Hello there."
 REPLICAS = 2
 STREAMS = 2
 SECONDS = 0.4  # of a response
+HOT = 1.5  # a temperature at which the first frames differ with the context
 TIMEOUT = 180.0
 # The workers get the processor as this process does: Ray's default is 15 steps nicer. No token is left in the home.
 ENVIRONMENT = {
@@ -73,7 +75,8 @@ def replica(name):
 
 
 def request(*headers):
-    return SimpleNamespace(args=[SimpleNamespace(asgi_scope={"headers": list(headers)})])
+    sent = StreamingHTTPRequest({"headers": list(headers)}, proxy_actor_name="proxy")
+    return SimpleNamespace(args=[pickle.dumps(sent)])
 
 
 def chosen(replicas, *headers):
@@ -371,15 +374,15 @@ def test_a_session_outlives_its_replica(url):
         time.sleep(0.5)
     with httpx.Client(base_url=url, timeout=TIMEOUT) as http:
         for name in ("calm", "lost"):
-            assert speech(http, 5, session=name).status_code == 200
-        calm = speech(http, 6, session="calm").content
+            assert speech(http, 5, temperature=HOT, session=name).status_code == 200
+        calm = speech(http, 6, temperature=HOT, session="calm").content
         for victim in replicas()[:1]:
             ray.kill(ray.get_actor(victim, namespace=on_ray.NAMESPACE))
-        lost = speech(http, 6, session="lost")
+        lost = speech(http, 6, temperature=HOT, session="lost")
         if lost.status_code != 200:
-            lost = speech(http, 6, session="lost")
+            lost = speech(http, 6, temperature=HOT, session="lost")
         assert lost.status_code == 200 and lost.content == calm
-        assert calm != speech(http, 6).content  # without the first turn
+        assert calm != speech(http, 6, temperature=HOT).content  # without the first turn
 
 
 NUM_LINES = 500

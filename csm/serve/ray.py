@@ -131,9 +131,10 @@ class SessionRouter(RequestRouter):
 
 
 def session_of(request: PendingRequest) -> bytes:
-    """The value of the header ``x-session-id``, empty without one. Ray's proxy sends the ASGI scope as an argument."""
-    scope = getattr(request.args[0], "asgi_scope", {}) if request.args else {}
-    return next((value for name, value in scope.get("headers", ()) if name == SESSION_HEADER), b"")
+    """The value of the header ``x-session-id``, empty without one. Ray's proxy sends a pickled ASGI scope."""
+    sent = pickle.loads(request.args[0]) if request.args and isinstance(request.args[0], bytes) else None
+    headers = getattr(sent, "asgi_scope", {}).get("headers", ())
+    return next((value for name, value in headers if name == SESSION_HEADER), b"")
 
 
 def rank(session: bytes, replica: RunningReplica) -> bytes:
