@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -163,9 +165,7 @@ class Service:
             idle = not self._in_use and time.monotonic() - self._last_used > limit
             if idle and self._generator is not None and not self._loading.locked():
                 self._generator = None
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                return_memory()
 
     def close(self) -> None:
         """End the threads."""
@@ -173,6 +173,16 @@ class Service:
 
     def _count_guard(self, event: GuardEvent) -> None:
         self.metrics.guards.labels(event.guard).inc()
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system. glibc keeps some for each thread, so that each reload would take more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def encode_turns(generator: Generator, turns: Sequence[Segment]) -> list[Segment]:
