@@ -98,7 +98,8 @@ def by_rule(op: str, n: int, k: int, size: int, m: int, quantized: bool = False)
     tiles, block_k = NUM_WEIGHT_TILES.get(op, 1), max(BLOCK, power_of_two(k))
     if m:
         block_n = 32 if n // tiles >= 32 * MIN_MATMUL_PROGRAMS else 16
-        return LaunchConfig(4, {"M": m, "BLOCK_N": block_n, "BLOCK_K": 32 if size == 4 else 128 if m < 64 else 64})
+        block_k = 32 if size == 4 else 128 if m < 64 and not quantized else 64  # unpacked tiles spill at 128 on sm_80
+        return LaunchConfig(4, {"M": m, "BLOCK_N": block_n, "BLOCK_K": block_k})
     row_bytes = tiles * block_k * size
     block_n = max(1, PROGRAM_WEIGHT_BYTES // row_bytes)
     while n // tiles < block_n * MIN_PROGRAMS and block_n * row_bytes > MIN_PROGRAM_WEIGHT_BYTES:
