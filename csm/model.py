@@ -220,7 +220,7 @@ class CSM(nn.Module):
         """Compute the depth decoder's first q, k and v of every code, into ``depth_qkv``, unless that has been done.
 
         The table is (K - 2, codebook size, E): the first pass reads codebook 0, and no pass reads the last one. There
-        is none where ``can_gather_qkv`` is false, such as on a CPU or with quantised weights.
+        is none where ``can_gather_qkv`` is false, such as on a CPU.
         """
         decoder, attention = self.depth_decoder, self.depth_decoder.first_attention
         if self.depth_qkv is not None or not can_gather_qkv(attention.qkv, batch=1):

@@ -136,7 +136,11 @@ def attention_linear_add_row(
     attended_MD = attend_all_heads(q_MD, k_ptr, v_ptr, position_ptr, head_stride, scale, G, CONTEXT, d, GROUPS, R, S)
     attended_MD = tl.where((m_M < GROUPS * R)[:, None], attended_MD, 0.0)
     attended_K = tl.sum(tl.reshape(attended_MD, (M // (GROUPS * R), GROUPS * R * D)), axis=0)  # drops the padded heads
-    attended_K = attended_K.to(q_ptr.dtype.element_ty).to(tl.float32)
+    attended_K = attended_K.to(q_ptr.dtype.element_ty)
+    if KIND == "int8":
+        # All elements in their order. Without it the compiler moves the unpacked weights into this row's layout.
+        attended_K = tl.gather(attended_K, tl.arange(0, GROUPS * R * D), axis=0)
+    attended_K = attended_K.to(tl.float32)
     out_N = residual_N + gemv_tile(weight_NK, weight_scale, attended_K, KIND)
     tl.store(out_ptr + n_N, out_N.to(q_ptr.dtype.element_ty), mask=n_N < N)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -45,6 +45,11 @@ INTERPRETED = triton and tl.constexpr(bool(triton.knobs.runtime.interpret))
 def constexpr(value: Any) -> Any:
     """A module's constant that kernels may use."""
     return value if triton is None else tl.constexpr(value)
+
+
+def constexpr_function(function: Callable[..., Any]) -> Any:
+    """A function of compile-time constants that kernels may call."""
+    return function if triton is None else triton.constexpr_function(function)
 
 
 class Launch(NamedTuple):

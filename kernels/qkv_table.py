@@ -41,9 +41,9 @@ class QKVGather(NamedTuple):
 def can_gather_qkv(qkv_ED: Weight, batch: int) -> bool:
     """Whether a table row has the bits of the product: where ``batch`` single rows run ``norm_rope_cache``'s kernel.
 
-    PyTorch's product, tensor cores (more than MAX_GEMV_ROWS rows) and quantised weights round differently.
+    PyTorch's product and tensor cores (more than MAX_GEMV_ROWS rows) round differently.
     """
-    if not isinstance(qkv_ED, Tensor) or not use_kernels(qkv_ED, batch) or batch > MAX_GEMV_ROWS:
+    if not use_kernels(qkv_ED, batch) or batch > MAX_GEMV_ROWS:
         return False
     return launch_config("norm_rope_cache", qkv_ED, batch) is not None
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from csm.kernels.quantized_rows import BLOCK, QuantizedRows, pack_rows, stack_rows
+from csm.kernels.quantized_rows import BLOCK, QuantizedRows, num_blocks, pack_rows, stack_rows
 
 TILE = 16  # outputs
 PAIR = 2 * BLOCK
@@ -69,7 +69,7 @@ class QuantizedWeight:
         if len(self.shape) == 3:
             return stack_rows([self[index].to_rows() for index in range(self.shape[0])])
         (N, K), (q_NK, scale_NJ) = self.shape, unpack(self.packed, self.bits)
-        return pack_rows(q_NK[:N, :K], scale_NJ[:N, : -(-K // BLOCK)], self.kind, self.dtype)
+        return pack_rows(q_NK[:N, :K], scale_NJ[:N, : num_blocks(K)], self.kind, self.dtype)
 
     def dequantize(self) -> Tensor:
         """The weight as a tensor of ``dtype``: what a reference multiplies."""

@@ -26,6 +26,16 @@ FP8 = torch.float8_e4m3fn
 KINDS = ("int8", "int4", "fp8")
 
 
+def num_blocks(k: int) -> int:
+    """Blocks of a row of ``k`` inputs."""
+    return -(-k // BLOCK)
+
+
+def row_width(k: int, kind: str) -> int:
+    """Elements that a row of ``k`` inputs takes in ``values``; ``dense`` is a weight that is not quantised."""
+    return k if kind == "dense" else -(-k // BLOCK) * (HALF if kind == "int4" else BLOCK)
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedRows:
     """(N, K), or (L, N, K): ``values`` uint8 or e4m3 (N, W) and ``scales`` float16 (N, J) or float32 (N,), L before.
@@ -116,11 +126,9 @@ def stack_rows(parts: Sequence[QuantizedRows]) -> QuantizedRows:
 def empty_rows(shape: Sequence[int], kind: str, dtype: torch.dtype, device: torch.device) -> QuantizedRows:
     """A weight with memory that is not filled."""
     *outputs, k = shape
-    num_blocks = -(-k // BLOCK)
-    width = num_blocks * (HALF if kind == "int4" else BLOCK)
-    values = torch.empty(*outputs, width, dtype=FP8 if kind == "fp8" else torch.uint8, device=device)
+    values = torch.empty(*outputs, row_width(k, kind), dtype=FP8 if kind == "fp8" else torch.uint8, device=device)
     if kind == "fp8":
         scales = torch.empty(*outputs, dtype=torch.float32, device=device)
     else:
-        scales = torch.empty(*outputs, num_blocks, dtype=torch.float16, device=device)
+        scales = torch.empty(*outputs, num_blocks(k), dtype=torch.float16, device=device)
     return QuantizedRows(values, scales, torch.Size(shape), kind, dtype)

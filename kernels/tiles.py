@@ -9,9 +9,10 @@ batch. *Matmul*: tensor cores, over blocks of K.
 from __future__ import annotations
 
 from csm.kernels import quantized_rows
-from csm.kernels.launch import INTERPRETED, constexpr, gdc_launch_dependents, gdc_wait, jit, tl
+from csm.kernels.launch import INTERPRETED, constexpr, constexpr_function, gdc_launch_dependents, gdc_wait, jit, tl
 
 QUANT_BLOCK = constexpr(quantized_rows.BLOCK)
+num_blocks, row_width = constexpr_function(quantized_rows.num_blocks), constexpr_function(quantized_rows.row_width)
 BYTE_ZERO, NIBBLE_ZERO = constexpr(quantized_rows.BYTE_ZERO), constexpr(quantized_rows.NIBBLE_ZERO)
 # Byte i of a word becomes the lowest of 0x4B000000, which is 2**23 as a float32.
 PERMUTE = "prmt.b32 ${out}, {word}, 0x4B000000, 0x744{byte};"
@@ -55,8 +56,7 @@ def weight_tile(
     Weights do not fit the L2 cache from one use to the next: they are evicted first, so that activations and the KV
     cache stay. Those that are kept in it are evicted last.
     """
-    BLOCKS: tl.constexpr = (K + QUANT_BLOCK - 1) // QUANT_BLOCK
-    WIDTH: tl.constexpr = K if KIND == "dense" else BLOCKS * (QUANT_BLOCK // 2 if KIND == "int4" else QUANT_BLOCK)
+    WIDTH: tl.constexpr = row_width(K, KIND)
     k_K = tl.arange(0, BLOCK_K // 2 if KIND == "int4" else BLOCK_K)
     mask_NK = (n_N < N)[:, None] & (k_K < WIDTH)[None, :]
     weight_ptr_NK = weight_ptr + n_N[:, None] * WIDTH + k_K[None, :]
@@ -82,7 +82,7 @@ def scale_tile(
     if KIND == "fp8":
         scale = tl.load(scale_ptr + n_N, mask=n_N < N, other=0.0)
     if KIND == "int8" or KIND == "int4":
-        BLOCKS: tl.constexpr = (K + QUANT_BLOCK - 1) // QUANT_BLOCK
+        BLOCKS: tl.constexpr = num_blocks(K)
         c_C = tl.arange(0, BLOCK_K // QUANT_BLOCK * (2 if KIND == "int8" else 1))
         j_C = c_C // 2 if KIND == "int8" else c_C * 2 // 2
         mask_CN = (j_C < BLOCKS)[:, None] & (n_N < N)[None, :]
@@ -208,8 +208,7 @@ def dense_tile(
 
     fp8 is not scaled yet: ``matmul_tile`` scales the products.
     """
-    BLOCKS: tl.constexpr = (K + QUANT_BLOCK - 1) // QUANT_BLOCK
-    WIDTH: tl.constexpr = K if KIND == "dense" else BLOCKS * (QUANT_BLOCK // 2 if KIND == "int4" else QUANT_BLOCK)
+    WIDTH: tl.constexpr = row_width(K, KIND)
     at_K = k_K // QUANT_BLOCK * 16 + k_K % 16 if KIND == "int4" else k_K
     mask_KN = (k_K < K)[:, None] & (n_N < N)[None, :]
     weight_ptr_KN = weight_ptr + n_N[None, :] * WIDTH + at_K[:, None]
@@ -220,7 +219,7 @@ def dense_tile(
             value_KN = unpack_bytes((weight_KN >> shift_K[:, None]) & 15, NIBBLE_ZERO)
         else:
             value_KN = unpack_bytes(weight_KN, BYTE_ZERO)
-        scale_ptr_KN = scale_ptr + n_N[None, :] * BLOCKS + (k_K // QUANT_BLOCK)[:, None]
+        scale_ptr_KN = scale_ptr + n_N[None, :] * num_blocks(K) + (k_K // QUANT_BLOCK)[:, None]
         scale_KN = tl.load(scale_ptr_KN, mask=mask_KN, other=0.0, eviction_policy=EVICT).to(tl.float32)
         dense_KN = (value_KN * scale_KN).to(DTYPE)
     else:

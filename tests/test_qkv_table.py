@@ -28,7 +28,7 @@ from noise import random_state
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SLOW_BATCH = pytest.param(8, torch.bfloat16, marks=pytest.mark.slow)
+SLOW_BATCH = pytest.param(8, torch.bfloat16, None, marks=pytest.mark.slow)
 SIZES = dict(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=32)
 CONFIG = CSMConfig(
     backbone=TransformerConfig(dim=32, max_positions=256, **{**SIZES, "num_layers": 1}),
@@ -127,13 +127,23 @@ def test_the_sampler_copies_the_row_of_its_code(monkeypatch, dtype, ops, heads):
 
 
 @pytest.mark.parametrize(
-    ("batch", "dtype"),
-    [(1, torch.float32), (1, torch.bfloat16), (4, torch.float16), SLOW_BATCH],
+    ("batch", "dtype", "scheme"),
+    [
+        (1, torch.float32, None),
+        (1, torch.bfloat16, None),
+        (4, torch.float16, None),
+        SLOW_BATCH,
+        (1, torch.bfloat16, "int8"),
+        (4, torch.float32, "int4"),
+        (1, torch.float32, "fp8"),
+    ],
     ids=str,
 )
-def test_a_frame_with_the_table_equals_one_without(batch, dtype):
+def test_a_frame_with_the_table_equals_one_without(batch, dtype, scheme):
     """Codes, and both caches, bit for bit; greedy and sampled slots."""
     model, states, counts = csm(dtype), [], []
+    if scheme is not None:
+        quantize_model(model, scheme, rows=True)
     for with_table in (False, True):
         if with_table:
             model.precompute_depth_qkv()
@@ -192,8 +202,8 @@ def test_without_kernels_there_is_no_table(monkeypatch):
         enable_kernels(DEVICE, True)
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="quantised weights are for CPUs")
-def test_a_quantised_model_has_no_table():
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="weights that are packed for a CPU")
+def test_weights_that_are_packed_for_a_cpu_have_no_table():
     model = csm()
     quantize_model(model, "depth=int8")
     if isinstance(model.depth_decoder.layers[0].attention.qkv, torch.Tensor):
