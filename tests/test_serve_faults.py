@@ -43,7 +43,8 @@ def running(generator, tmp_path_factory):  # noqa: F811
     options = dict(max_streams=2, max_queue=1, max_seconds=0.4, body_timeout=1.0, idle_timeout=1.0)
     with Running(generator, voices=folder, **options) as running:
         running.speak("Hi.")
-        yield running
+        with nothing_left(running):
+            yield running
 
 
 def counts(running):
@@ -51,15 +52,22 @@ def counts(running):
     return running.engine.num_active, running.engine.num_waiting, running.service._in_use, server_sockets
 
 
-@pytest.fixture
-def healed(running):
-    """After the test: the next request is right, and slots, places, sockets, files and threads are as they were."""
+@contextmanager
+def nothing_left(running):
+    """Afterwards the next request is right, and slots, places, sockets, files and threads are as they were."""
     wanted = running.speak("Hi.").content
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     yield
     assert running.speak("Hi.").content == wanted
     until(lambda: counts(running)[:3] == (0, 0, 0) and counts(running)[3] <= 1)
     until(lambda: threading.active_count() <= threads + 1 and len(os.listdir("/proc/self/fd")) <= files + 1)
+
+
+@pytest.fixture
+def healed(running):
+    """``nothing_left`` by this test alone; the fixture ``running`` looks for it after all of them."""
+    with nothing_left(running):
+        yield
 
 
 def use_fast_steps(monkeypatch):
