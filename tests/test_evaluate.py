@@ -168,9 +168,11 @@ def test_guards_are_counted(tmp_path, capsys):
 
 
 @needs_models
-def test_a_transcript_does_not_depend_on_earlier_recordings(synthesized):
+def test_a_transcript_does_not_depend_on_earlier_recordings(synthesized, monkeypatch):
+    """Nor on when the recogniser was renewed."""
     from csm.evaluate.listen import Recogniser
 
+    monkeypatch.setattr("csm.evaluate.listen.RENEW_AFTER", 2)
     recogniser = Recogniser()
     clips = [read_audio(synthesized / f"{index}.wav") for index in range(3)]
     first = [recogniser.transcribe(*clip) for clip in clips]

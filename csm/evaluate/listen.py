@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from csm.audio import to_mono
 from csm.errors import CSMError
 
 SAMPLE_RATE = 16_000  # of both models' input
+RENEW_AFTER = 100  # recordings: the transcriber keeps about 4 MB of each until it is closed
 NO_VAD = {"vad_threshold": "0.0"}
 SILENCE_SECONDS = 0.5  # added at both ends; speech that starts at once loses its first word or gains a "you"
 
@@ -38,7 +40,14 @@ class Recogniser:
     """
 
     def __init__(self) -> None:
+        self._transcriber: Any = None
+        self._num_transcribed = 0
+        self._renew()
+
+    def _renew(self) -> None:
         moonshine = _package("moonshine_voice")
+        if self._transcriber is not None:
+            self._transcriber.close()
         model = Path(moonshine.get_assets_path()) / "tiny-en"
         self._transcriber = moonshine.Transcriber(str(model), moonshine.ModelArch.TINY, options=NO_VAD)
 
@@ -46,6 +55,9 @@ class Recogniser:
         """The text of audio (samples,) or (channels, samples); empty for no samples."""
         if audio.numel() == 0:
             return ""
+        if self._num_transcribed and self._num_transcribed % RENEW_AFTER == 0:
+            self._renew()
+        self._num_transcribed += 1
         silence = torch.zeros(int(SILENCE_SECONDS * SAMPLE_RATE))
         samples = torch.cat((silence, to_mono(audio, sample_rate, SAMPLE_RATE), silence))
         found = self._transcriber.transcribe_without_streaming(samples.tolist(), SAMPLE_RATE)
