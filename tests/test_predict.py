@@ -93,9 +93,12 @@ def test_kept_weights_stay_in_the_cache():
     assert cache.read((1, 0), 60, keep=True) and not cache.read((2, 0), 30)
 
 
-@pytest.mark.parametrize(("scheme", "gigabytes"), [("int8", 4.77), ("fp8", 4.50), ("int4-depth", 3.05)])
+@pytest.mark.parametrize(("scheme", "gigabytes"), [("int8", 4.72), ("fp8", 4.45), ("int4-depth", 3.02)])
 def test_bytes_of_quantised_weights_and_their_scales(scheme, gigabytes):
-    """8.5 bits a weight in int8, 4.5 in int4. The cache of a 4090 keeps the depth decoder's MLPs in int4, no other."""
+    """8.5 bits a weight in int8, 4.5 in int4; 30 depth passes take their first q, k and v from the table.
+
+    The cache of a 4090 keeps the depth decoder's MLPs in int4, no other.
+    """
     fake = Compiled("", "", 89, 1, 4, 64, 10.0, 0, 0, 128, 0, 0, 0, 300, 300)
     gpu = GPUS["4090"]
     budget = int(gpu.l2_mb * 1e6 * predict.L2_SHARE)
@@ -114,7 +117,7 @@ def test_a_frame_is_kernels_and_a_few_plain_ops():
 
 
 # The aim for the H200 is 2.0: it is not reached (docs/quantization.md).
-QUANTISED_MS = {("h200", "int8"): 2.6, ("5090", "int8"): 3.3, ("4090", "int4-depth"): 4.0}
+QUANTISED_MS = {("h200", "int8"): 2.35, ("5090", "int8"): 3.3, ("4090", "int4-depth"): 4.0}
 
 
 def predicted(gpu, *options):
