@@ -29,6 +29,7 @@ from csm.script import Line
 from csm.subtitles import Cue, words_within
 from csm.watermark import AudioOutput, Watermark, marked
 
+DECODED_FRAMES = 8
 RESERVE = 0.25  # share of the window that the next sentence gets before earlier ones leave
 WordShares = list[tuple[str, float, float]]
 PREFERENCE = ("", "silence", "short", "repeats", "budget")  # of all takes, the one with the first of these is kept
@@ -180,6 +181,7 @@ class Binder:
         self._sound = sound
         self._level = Level(generator.sample_rate, sound.loudness)
         self._watermark = watermark
+        self._decoder = generator.codec.stream_decoder(max_frames=DECODED_FRAMES)
 
     def write(self, path: Path, numbers: Sequence[int], parts: Parts, tags: dict[str, str]) -> Recording:
         """Write some sections into one file, which appears under its name once it is whole."""
@@ -228,5 +230,11 @@ class Binder:
             if take.codes_TK.shape[0]:
                 turn = Segment(sentence.speaker, item.text, codes=take.codes_TK)
                 words = generator.word_times(turn) if self._sound.words else []
-                chunks = [generator.decode(take.codes_TK)]
+                chunks = self._decoded(take.codes_TK)
                 yield item, torch.cat(list(join(chunks, rate, self._sound.speed, self._level))), words
+
+    def _decoded(self, codes_TK: Tensor) -> Iterator[Tensor]:
+        """The samples of a sentence, a few frames at a time: memory does not depend on its length."""
+        self._decoder.reset()
+        for block_TK in codes_TK.to(self._generator.codec.device).split(DECODED_FRAMES):
+            yield self._decoder.decode(block_TK.T[None]).flatten().cpu()
