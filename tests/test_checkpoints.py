@@ -481,7 +481,12 @@ print(size, memory("VmHWM") - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("file", ["model.safetensors", "ckpt.pt"])
 @pytest.mark.parametrize(
-    ("stored", "wanted"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+    ("stored", "wanted"),
+    [
+        ("float32", "bfloat16"),
+        pytest.param("bfloat16", "float32", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_peak_memory_of_loading(tmp_path, file, stored, wanted):
     """At most 1.15 times the size of the loaded model (60 M parameters), for every dtype of the file."""

@@ -84,7 +84,7 @@ def test_stream_equals_whole(loud, frames):
     assert whole.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_long_stream_equals_whole(loud, batch):
     """300 frames: the key ring of 10 s wraps around more than twice. moshi's own ring would give 1.5e-2."""
     codes = torch.stack([random_codes(300, loud, seed) for seed in range(batch)])
@@ -208,6 +208,7 @@ def test_a_moved_slot_continues_its_stream(loud, one_thread):
         assert torch.equal(audio[0], expected[2])
 
 
+@pytest.mark.slow
 def test_an_inactive_slot_keeps_its_state(loud):
     """Paused for 7 frames of a full ring, while the others go on."""
     decoder, other = (loud.stream_decoder(batch=3) for _ in range(2))

@@ -207,6 +207,7 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_continue(data, config, tmp_p
     assert (out / f"checkpoint-{steps:08d}.pt").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(data, config, tmp_path):
     """torchrun with gloo splits each batch over two processes. Batch sizes are odd, so the parts differ in size."""
     options = [

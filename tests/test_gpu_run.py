@@ -75,6 +75,7 @@ def setup(dtype=torch.float32):
 
 
 @needs_interpreter
+@pytest.mark.slow
 def test_kernels_are_as_accurate_as_pytorchs_ops():
     rows = {(row["ops"], row["dtype"]): row for row in compare(setup(torch.bfloat16), 1)}
     assert rows["triton", "float32"]["largest_logit_error"] < 1e-4

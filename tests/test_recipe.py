@@ -430,6 +430,7 @@ def test_workers_learn_as_one_and_go_on_as_if_they_had_not_stopped(manifest, tmp
     assert [int(row.split(",")[0]) for row in rows[1:]] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_workers_end_with_who_began_them(manifest, tmp_path):
     """A killed parent, which cannot tell them: the log of the steps grows no more."""
     program = f"""

@@ -303,7 +303,7 @@ def test_dependent_launch_needs_hopper_and_a_driver_of_cuda_12_3(monkeypatch, ca
     assert not launch_module.supports_pdl(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_frame_with_kernels_equals_the_reference(noisy, monkeypatch, batch):
     """One frame of the random checkpoint, float32, at several temperatures."""
     model = noisy.model.to(DEVICE)

@@ -57,7 +57,7 @@ def test_neighbours_are_one_step_away():
     ]
 
 
-@pytest.mark.parametrize("batch", [1, 12])
+@pytest.mark.parametrize("batch", [1, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_segments_products_run_with_the_entries_of_the_table(noisy, batch):
     """The timed step runs in the interpreter, with the configuration that won."""
     for step in segments(noisy.config, batch, CPU, torch.float32).values():
