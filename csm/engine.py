@@ -13,6 +13,7 @@ Shapes: B slots, T rows, C columns of a row, K codebooks, N samples of a frame.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -35,6 +36,8 @@ from csm.prompt import Prompt, audio_rows
 from csm.runner import AudioDecoder, BatchDecoder, BatchRunner, Output, SlotDecoders, audio_decoder, group_size
 from csm.sampling import SamplingParams
 from csm.selfcheck import choose_rung, fall_back
+
+log = logging.getLogger("csm.engine")
 
 
 @dataclass(frozen=True, eq=False)
@@ -448,11 +451,14 @@ class Engine:
 
     def _release(self, active: _Active, reason: str, error: BaseException | None = None) -> None:
         """Free the slot of a request that has ended, and keep its keys and values for a prompt that continues it."""
-        if reason != "error" and active.job is None and active.ticket.request.keep:
-            self._store_prefix(active)
+        self._slots[active.slot] = None  # whatever fails below
         if active.job is not None:
             active.job.cancel()
-        self._slots[active.slot] = None
+        elif reason != "error" and active.ticket.request.keep:
+            try:
+                self._store_prefix(active)
+            except Exception:  # the request has its frames; a later prompt is prefilled
+                log.exception("keys and values of a request were not kept")
         active.ticket._finish(reason, error)
 
     def _store_prefix(self, active: _Active) -> None:

@@ -28,6 +28,7 @@ from csm.prompt import Segment
 FORMAT = "csm-voice-1"
 SUFFIX = ".safetensors"
 NAME = re.compile(r"\w[\w.-]{0,63}")
+MAX_NAME_BYTES = 200  # file systems allow 255, and a suffix follows
 # The recordings in the folder prompts of sesame/csm-1b. Transcripts: SesameAILabs/csm, run_csm.py, and the app of the
 # model's page on the hub.
 SESAME_PROMPTS = {
@@ -91,11 +92,12 @@ class Voice:
 
 
 def check_name(name: str) -> str:
-    """The name itself. Raises VoiceError if it could be a path, a speaker id, or is longer than 64 characters."""
-    if not isinstance(name, str) or not NAME.fullmatch(name) or name.isdigit():
+    """The name itself. Raises VoiceError if it could be a path, a speaker id, or is too long for a file's name."""
+    valid = isinstance(name, str) and NAME.fullmatch(name) and not name.isdigit()
+    if not valid or len(name.encode()) > MAX_NAME_BYTES:
         raise VoiceError(
-            f"a voice's name has at most 64 letters, digits, '_', '-' and '.', begins with a letter and is no number; "
-            f"not {name!r}"
+            f"a voice's name has at most 64 letters, digits, '_', '-' and '.' ({MAX_NAME_BYTES} bytes), begins "
+            f"with a letter and is no number; not {name!r}"
         )
     return name
 

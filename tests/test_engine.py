@@ -237,6 +237,17 @@ def test_an_exception_in_a_prefill_ends_that_request_alone(generator, monkeypatc
     assert torch.equal(torch.stack(run(engine, fine)), codes_alone(generator, 0)[:6])
 
 
+def test_a_prefix_that_cannot_be_kept_costs_nobody_a_slot(generator, monkeypatch):
+    engine = engine_of(generator, max_slots=2)
+    fine, cancelled = (engine.submit(request_of(generator, index, 6)) for index in range(2))
+    for _ in range(3):
+        engine.step()
+    monkeypatch.setattr(engine._prefix_cache, "store", lambda *_: 1 / 0)
+    engine.cancel(cancelled)
+    assert torch.equal(torch.stack(run(engine, fine)), codes_alone(generator, 0)[:6])
+    assert engine.num_active == 0 and cancelled.finished
+
+
 def test_a_finished_request_is_a_known_prefix(generator, monkeypatch):
     """The next turn of a conversation prefills its own text only, and the last frame, which no step has read."""
     engine = engine_of(generator)

@@ -168,9 +168,7 @@ def same(samples, pcm):
 
 
 def by_http(running, text, **fields):
-    return running.speak(
-        text, **{"model": "tiny", "voice": "speaker_0", "seed": 5, "temperature": 0.9, **fields}
-    ).content
+    return running.speak(text, **{"model": "tiny", "voice": "speaker_0", "seed": 5, **fields}).content
 
 
 def settings(page):

@@ -26,6 +26,8 @@ import csm.serve.socket
 import csm.serve.speech
 from csm import Segment
 from csm.guards import NO_GUARDS
+from csm.serve.messages import Start
+from csm.serve.turns import Turn
 
 FRAMES = 4  # of a clause: noise does not end by itself
 FRAME_BYTES = 3840
@@ -93,6 +95,16 @@ class Client:
         self.send("text", text=text)
         self.send("end")
         return self.until("done", "error")
+
+
+def test_the_oldest_turns_leave_a_sockets_history():
+    """The window of the embedded voice's shape; nothing leaves before the model is loaded."""
+    turn = Turn(None, Start(type="start", voice="alloy", seed=1), "", [], None)
+    spoken = [Segment(0, str(number), codes=torch.zeros(100, 8, dtype=torch.int64)) for number in range(30)]
+    assert turn.followed_by(spoken) == spoken
+    turn._max_positions = 2048
+    kept = turn.followed_by(spoken)
+    assert kept == spoken[-len(kept) :] and 5 < len(kept) < 20
 
 
 @pytest.fixture

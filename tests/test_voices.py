@@ -55,7 +55,22 @@ def test_a_renamed_file_is_another_voice():
 
 
 @pytest.mark.parametrize(
-    "name", ["", "../x", "a/b", "a\\b", "a\0b", "x" * 65, ".hidden", "-x", "a b", "7", "a\n", None]
+    "name",
+    [
+        "",
+        "../x",
+        "a/b",
+        "a\\b",
+        "a\0b",
+        "x" * 65,
+        ".hidden",
+        "-x",
+        "a b",
+        "7",
+        "a\n",
+        None,
+        "\N{GOTHIC LETTER AHSA}" * 51,
+    ],
 )
 def test_bad_names(name):
     with pytest.raises(VoiceError, match="at most 64 letters"):

@@ -56,9 +56,9 @@ class Socket:
     async def run(self) -> None:
         """Serve the connection to its end. Whatever ends it, its slot is free when this returns."""
         offered = self._websocket.scope.get("subprotocols", ())
-        await self._websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-        self._service.sockets.add(self)
+        self._service.sockets.add(self)  # before the first wait: handshakes at the same time are all counted
         try:
+            await self._websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
             await self._announce()
             await self._serve()
         except Closed as error:
@@ -158,7 +158,7 @@ class Socket:
         except Exception as error:  # noqa: BLE001 - every failure of a turn is reported, and the socket stays
             self._failed = True
             event = {"type": "error", "turn": number, **_turn_error(error).body}
-        self._history = turn.history + turn.heard().segments
+        self._history = turn.followed_by(turn.heard().segments)
         await self._send(event)
 
     async def _cancel(self, message: Cancel) -> None:
@@ -169,7 +169,7 @@ class Socket:
         await self._stop()
         turn.ended = True
         heard = turn.heard(message.played)
-        self._history = turn.history + heard.segments
+        self._history = turn.followed_by(heard.segments)
         event = {"type": "cancelled", "turn": self._num_turns, "seconds": heard.seconds, "text": heard.text}
         await self._send(event)
 

@@ -177,8 +177,12 @@ class Turn:
     @property
     def context(self) -> list[Segment]:
         """The turns that the next clause continues."""
-        done = [clause.segment() for clause in self.clauses if clause.complete and clause.codes]
-        return recent_turns([*self.history, *done], self._max_positions)
+        return self.followed_by([clause.segment() for clause in self.clauses if clause.complete and clause.codes])
+
+    def followed_by(self, spoken: Sequence[Segment]) -> list[Segment]:
+        """The turns before this one and then ``spoken``, without the oldest that no longer fit."""
+        turns = [*self.history, *spoken]
+        return recent_turns(turns, self._max_positions) if self._max_positions else turns  # 0: before the model loads
 
     def _seconds(self, samples: int) -> float:
         return round(samples / self._sample_rate, 3)

@@ -83,7 +83,8 @@ function talk() {
 
 function settings(index) {
   const seed = $("seed").value.trim();
-  const fields = { temperature: Number($("temperature").value), speed: Number($("speed").value) };
+  const fields = { speed: Number($("speed").value) };
+  if ($("temperature").dataset.moved) fields.temperature = Number($("temperature").value); // else the model's own
   if (seed) fields.seed = Number(seed) + 1000 * index; // sentences of a turn take the seeds that follow
   return fields;
 }
@@ -221,7 +222,10 @@ for (const tab of [$("tab-text"), $("tab-talk")]) {
 }
 
 for (const name of ["temperature", "speed"]) {
-  $(name).addEventListener("input", () => ($(`${name}-value`).textContent = Number($(name).value).toFixed(2)));
+  $(name).addEventListener("input", () => {
+    $(name).dataset.moved = "yes";
+    $(`${name}-value`).textContent = Number($(name).value).toFixed(2);
+  });
 }
 
 $("speak").addEventListener("click", speak);
