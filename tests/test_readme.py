@@ -21,6 +21,7 @@ from test_structure import LAYERS
 import csm
 import generate
 from csm.__main__ import main, parse_arguments
+from csm.bench.command import main as bench_main
 from csm.lora import Lora, LoraConfig, save_adapter
 from csm.voices import save_voice, voices_folder
 from csm.watermark import Watermark
@@ -415,8 +416,9 @@ def test_help_names_every_option(capsys, monkeypatch):
         with pytest.raises(SystemExit):
             main([command, "--help"])
     monkeypatch.setattr(sys, "argv", ["recordings", "--help"])
-    with pytest.raises(SystemExit):
-        recordings.main()
+    for main_of in (recordings.main, lambda: bench_main(["--help"])):
+        with pytest.raises(SystemExit):
+            main_of()
     known = run.stdout + capsys.readouterr().out
     for document in (README, TEXT["docs/finetune.md"]):
         for option in re.findall(r"--[a-z][a-z-]+", document):
