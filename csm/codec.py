@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,8 +22,39 @@ from csm.codec_ops import use_matmuls
 from csm.config import CodecConfig
 from csm.errors import AudioError, CheckpointError
 
-# moshi keeps streaming state on its modules, and its compile switch in a global: all codecs share one lock.
+# moshi keeps streaming state on its modules: all codecs share one lock for them.
 _MOSHI_LOCK = threading.RLock()
+
+
+class PlainMoshi:
+    """moshi without torch.compile and CUDA graphs, in all threads that are inside.
+
+    moshi's own switches are globals that each thread would set back to what it found: the first thread in turns them
+    off, and the last one out turns them on again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._switches = ExitStack()
+
+    def __enter__(self) -> None:
+        from moshi.utils.compile import no_compile, no_cuda_graph
+
+        with self._lock:
+            if self._num_inside == 0:
+                self._switches.enter_context(no_compile())
+                self._switches.enter_context(no_cuda_graph())
+            self._num_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if self._num_inside == 0:
+                self._switches.close()
+
+
+_PLAIN_MOSHI = PlainMoshi()
 
 
 class SkipInit(TorchFunctionMode):
@@ -36,7 +68,7 @@ class SkipInit(TorchFunctionMode):
 
 
 class Codec:
-    """Mimi in float32 on one device. Thread-safe: calls are serialised."""
+    """Mimi in float32 on one device. Thread-safe: calls are serialised (on a CPU, those that encode on their own)."""
 
     def __init__(self, config: CodecConfig, num_codebooks: int, state: dict[str, Tensor], device: torch.device):
         """``state`` is a state dict with moshi's names. Only the first ``num_codebooks`` codebooks are used.
@@ -61,6 +93,7 @@ class Codec:
         if device.type == "cpu":
             with SkipInit():
                 use_matmuls(self._mimi.decoder)
+        self._encoder_lock = threading.Lock()
         for module in self._mimi.modules():  # moshi computes embedding tables lazily: compute them on one stream now
             getattr(module, "embedding", None)
 
@@ -80,9 +113,18 @@ class Codec:
         The last frame is padded with silence. ``sample_rate`` None means the codec's. Raises AudioError.
         """
         mono = to_mono(audio, self.sample_rate if sample_rate is None else sample_rate, self.sample_rate)
-        with self._exclusive():
-            codes_BKT = self._mimi.encode(mono.to(self.device).view(1, 1, -1))
-        return codes_BKT[0].T.cpu()
+        audio_B1N = mono.to(self.device).view(1, 1, -1)
+        if self.device.type != "cpu":
+            with self._exclusive():
+                return self._mimi.encode(audio_B1N)[0].T.cpu()
+        with self._encoder_lock, _PLAIN_MOSHI:
+            return self._encoder.encode(audio_B1N)[0].T
+
+    @cached_property
+    def _encoder(self) -> Any:
+        """The same modules once more, with the same tensors: on a CPU a long recording holds up no running stream."""
+        with _MOSHI_LOCK:
+            return copy.deepcopy(self._mimi, {id(tensor): tensor for tensor in self.buffers().values()})
 
     @torch.no_grad()
     def decode(self, codes_TK: Tensor) -> Tensor:
@@ -106,9 +148,7 @@ class Codec:
     @contextmanager
     def _exclusive(self, state: dict[str, Any] | None = None) -> Iterator[None]:
         """Lock moshi's modules and, if ``state`` is given, set it as their streaming state for the duration."""
-        from moshi.utils.compile import no_compile, no_cuda_graph
-
-        with _MOSHI_LOCK, no_compile(), no_cuda_graph():
+        with _MOSHI_LOCK, _PLAIN_MOSHI:
             if state is None:
                 yield
                 return

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -222,6 +224,27 @@ def test_an_inactive_slot_keeps_its_state(loud):
     frames_of(uninterrupted, range(130), loud)
     resumed, continued = (frames_of(one, range(200, 208), loud) for one in (decoder, uninterrupted))
     assert torch.equal(resumed[1], continued[1])
+
+
+def test_a_long_recording_holds_up_no_stream(loud, monkeypatch):
+    """A stream steps while another thread encodes; and the encoder is the same codec, with the same tensors."""
+    audio = torch.randn(24_000, generator=torch.Generator().manual_seed(0)) / 9
+    expected = loud.encode(audio)
+    assert torch.equal(expected, loud._mimi.encode(audio.view(1, 1, -1))[0].T)
+    own, shared = ({t.data_ptr() for t in module.parameters()} for module in (loud._encoder, loud._mimi))
+    assert own == shared
+    inside, go_on = threading.Event(), threading.Event()
+    encode = loud._encoder.encode
+    monkeypatch.setattr(loud._encoder, "encode", lambda *args: (inside.set(), go_on.wait(30), encode(*args))[2])
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(loud.encode, audio)
+        assert inside.wait(30)
+        decoder = loud.stream_decoder()
+        for seed in range(3):
+            decoder.step(random_codes(1, loud, seed))
+        assert not pending.done()
+        go_on.set()
+        assert torch.equal(pending.result(30), expected)
 
 
 def test_buffers_name_weights_and_state(loud):

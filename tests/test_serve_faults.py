@@ -1,10 +1,12 @@
 """The server and what goes wrong: after each fault a normal request succeeds, and nothing is left in use."""
 
 import asyncio
+import contextlib
 import io
 import json
 import os
 import re
+import select
 import signal
 import socket
 import struct
@@ -356,6 +358,31 @@ def test_any_multipart_is_answered(running, data):
 def test_bad_voice_names(running, name, tmp_path):
     assert running.speak("Hi.", voice=name).status_code == 400
     assert running.http.delete(f"/v1/audio/voices/{quote(name, safe='')}").status_code == 404
+
+
+def test_a_body_that_trickles_in_has_a_limit_too(running, healed):
+    """A byte is never long in coming, and the body is never complete."""
+    host, port = running.url[7:].split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(request_bytes(SPEECH)[:-60])
+        started = time.monotonic()
+        for _ in range(50):
+            with contextlib.suppress(ConnectionError):  # answered and closed meanwhile
+                connection.sendall(b" ")
+            if select.select([connection], [], [], 0.2)[0]:
+                break
+        assert connection.recv(65_536).split(b"\r\n")[0] == b"HTTP/1.1 408 Request Timeout"
+        assert 0.9 < time.monotonic() - started < 5
+
+
+def test_recordings_longer_than_the_window_are_refused_before_any_is_encoded(running, healed, monkeypatch):
+    encoded = []
+    monkeypatch.setattr("csm.serve.speech.encode_turns", lambda *arguments: encoded.append(arguments) or [])
+    codes = torch.zeros(1500, running.engine._state.codes_BK.shape[1], dtype=torch.int64).tolist()
+    turns = [{"speaker": 0, "text": "Hi.", "codes": codes}] * 2
+    response = running.speak("Hi.", context=turns)
+    assert response.status_code == 400 and "longer than the model's window" in response.json()["error"]["message"]
+    assert len(encoded) == 1
 
 
 def test_slow_bodies_and_idle_sockets_are_closed(running, healed):

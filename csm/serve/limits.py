@@ -20,6 +20,7 @@ OPEN_PATHS = ("/health", "/ready", "/")  # for load balancers, which have no key
 OPEN_FOLDER = "/static/"
 SUBPROTOCOL = "csm.v1"
 KEY_SUBPROTOCOL = "csm.key."  # followed by the key in Base64 (URL alphabet, no padding)
+MIN_BODY_RATE = 16 << 10  # bytes a second, once a body has taken the time that it may take in any case
 DRAIN_BYTES, DRAIN_SECONDS = 64 << 20, 5.0  # of a body that is too large: a client that still sends reads no answer
 
 
@@ -80,15 +81,18 @@ class Gate:
             raise ApiError(413, f"the body has {length} bytes, the limit is {limit}", code="body_too_large")
 
     def _limited(self, receive: Receive, limit: int) -> Receive:
-        """``receive`` with a limit for the body's bytes, and for the time until the next of them."""
+        """``receive`` with a limit for the body's bytes and for their time: ``body_timeout``, and more as they come."""
         read, complete = 0, False
+        started: float | None = None
 
         async def limited() -> Message:
-            nonlocal read, complete
+            nonlocal read, complete, started
             if complete:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), self._settings.body_timeout)
+                started = time.monotonic() if started is None else started
+                until = started + self._settings.body_timeout + read / MIN_BODY_RATE
+                message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
             except asyncio.TimeoutError as error:
                 raise HTTPException(408, "the body did not arrive in time") from error
             read += len(message.get("body", b""))

@@ -12,6 +12,7 @@ import asyncio
 import base64
 import binascii
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import ExitStack
@@ -187,10 +188,15 @@ def choose_voice(service: Service, body: SpeechBody) -> Chosen:
 
 def encode_context(generator: Generator, turns: Sequence[Turn]) -> list[Segment]:
     """The turns of ``context``, with codes. Raises ApiError."""
-    segments = []
+    segments: list[Segment] = []
+    room = generator.config.backbone.max_positions
     for index, turn in enumerate(turns):
         try:
-            segments += encode_turns(generator, [_segment(turn, generator)])
+            segment = _segment(turn, generator)
+            room -= _num_frames(segment, generator)
+            if room < 0:  # known before anything is encoded in vain
+                raise CSMError("the recordings up to this one are longer than the model's window")
+            segments += encode_turns(generator, [segment])
         except (CSMError, binascii.Error, OverflowError, ValueError, RuntimeError) as error:
             raise ApiError(400, f"context.{index}: {error}", f"context.{index}") from error
     return segments
@@ -205,6 +211,14 @@ def _segment(turn: Turn, generator: Generator) -> Segment:
         return Segment(turn.speaker, turn.text, codes=codes_TK)
     audio_CN, sample_rate = read_recording(base64.b64decode(turn.audio or "", validate=True))
     return Segment(turn.speaker, turn.text, audio_CN, sample_rate=sample_rate)
+
+
+def _num_frames(turn: Segment, generator: Generator) -> int:
+    if turn.codes is not None:
+        return len(turn.codes)
+    assert turn.audio is not None and turn.sample_rate is not None
+    samples = turn.audio.shape[-1] * generator.sample_rate / turn.sample_rate
+    return math.ceil(samples / generator.codec.frame_size)
 
 
 def wants_sse(body: SpeechBody, accept: str) -> bool:
@@ -338,7 +352,7 @@ async def speak(service: Service, body: SpeechBody, owner: str, accept: str, rec
     """The response to ``POST /v1/audio/speech``. Raises ApiError and CSMError."""
     job = Job(service, body, owner)
     try:
-        await job.start()
+        await while_connected(receive, job.start(), job.deadline)
         response = AudioResponse(job, wants_sse(body, accept))
         await response.begin(receive)
     except Disconnected:
