@@ -34,6 +34,7 @@ from csm.voices import Voice, check_name
 from csm.watermark import Watermark
 
 MANIFEST, ERRORS = "manifest.jsonl", "errors.jsonl"
+ENTRY_START = b'{"id": '  # of a manifest's line
 ID = re.compile(r"\w(?:[\w.-]{0,98}\w)?")  # a file name on every system, and no path
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows
 SPARE = 2  # requests that wait while all slots are in use, so that a free slot is filled at once
@@ -249,19 +250,25 @@ class Output:
         return self
 
     def _read_manifest(self) -> None:
-        """Read the entries. A last line without an end was being written when the run was killed: it is cut off."""
+        """Read the entries. A last line without an end was being written when the run was killed: it is cut off.
+
+        Nothing is cut off a file that is no manifest.
+        """
         self._file.seek(0)
         data = self._file.read()
         whole = data[: data.rfind(b"\n") + 1]
-        self._file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 entry = json.loads(line)
+                _ = entry["key"], entry["file"], entry["bytes"]
                 self.entries[entry["id"]] = entry
             except (ValueError, TypeError, KeyError) as error:
                 raise CSMError(
                     f"{self.folder / MANIFEST}: line {number} is no entry of a batch: {error}; choose another folder"
                 ) from error
+        if len(whole) < len(data) and not self.entries and not data.startswith(ENTRY_START):
+            raise CSMError(f"{self.folder / MANIFEST}: is no manifest of a batch; choose another folder")
+        self._file.truncate(len(whole))
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

@@ -19,6 +19,7 @@ from csm import CSMError, GenerationMetrics, Generator, SamplingParams, Watermar
 from csm.batch import (
     ERRORS,
     FIELDS,
+    MANIFEST,
     BatchLine,
     BatchOptions,
     Job,
@@ -65,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Printed:
     """Generate what is not there yet; return the closing line."""
+    if args.lines.resolve() in [(args.out / name).resolve() for name in (MANIFEST, ERRORS)]:
+        raise CSMError(f"{args.lines}: would be overwritten; choose another folder than {args.out}")
     lines, problems = read_lines(args.lines)
     check_options(args)
     if args.ray:
@@ -81,7 +84,8 @@ def run(args: argparse.Namespace) -> Printed:
         parts, failed = generate_all(generator, open_jobs, output, args, watermark)
         metrics = combined(parts, time.perf_counter() - started)
         problems = sort([*problems, *failed])
-        output.finish([job.id for job in jobs], problems)
+        left_out = {problem.id for problem in failed}
+        output.finish([job.id for job in jobs if job.id not in left_out], problems)
     return printed(args, metrics, len(parts), len(jobs) - len(open_jobs), problems)
 
 

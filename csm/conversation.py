@@ -169,8 +169,11 @@ class Conversation:
             yield from self.say(speaker, clause)
 
     def _request(self, speaker: int, text: str) -> SpeechRequest:
-        """The request of a turn, after the turns that do not fit have left."""
-        self._make_room(self.generator.num_positions(Segment(speaker, text)))
+        """The request of a turn, after the turns that do not fit have left. A text that is too long moves none."""
+        num_positions = self.generator.num_positions(Segment(speaker, text))
+        if num_positions >= self._window:
+            self.check(speaker, text)  # raises
+        self._make_room(num_positions)
         seed = None if self.seed is None else self.seed + self.stats.num_turns
         request = SpeechRequest(text, speaker, self.context, self.max_turn_ms, self.temperature, self.topk, seed)
         room_ms = self.generator.room_ms(request)

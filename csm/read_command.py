@@ -163,7 +163,7 @@ def chapter_items(text: str, normalized: bool, pause: float) -> list[Item]:
     """The sentences of a chapter, with a pause between paragraphs."""
     items: list[Item] = []
     for paragraph in re.split(r"\n\s*\n", text):
-        found = text_items(paragraph, 0, normalized)
+        found = text_items(paragraph, 0, normalized, wrapped=True)
         if items and found and pause and not isinstance(found[0], Pause) and not isinstance(items[-1], Pause):
             items.append(Pause(pause))
         items += found
@@ -214,6 +214,8 @@ def check_options(args: argparse.Namespace, book: Book) -> Target:
 def find_target(args: argparse.Namespace, book: Book) -> Target:
     """The files to write. Raises CSMError for a suffix or a folder that cannot be."""
     out = Path(args.out)
+    if not out.name:
+        raise CSMError(f"{args.out}: has no name; give a file, or a folder by its name")
     if args.split or args.out.endswith(("/", "\\")) or out.is_dir():
         check_suffix(Path(f"x.{args.format}"))
         if out.exists() and not out.is_dir():

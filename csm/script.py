@@ -41,17 +41,21 @@ Item = Line | Pause
 Watch = Callable[[Line, Iterator[Tensor]], Iterator[Tensor]]
 
 
-def text_items(text: str, speaker: int | str = 0, normalized: bool = True, sentences: bool = True) -> list[Item]:
+def text_items(
+    text: str, speaker: int | str = 0, normalized: bool = True, sentences: bool = True, wrapped: bool = False
+) -> list[Item]:
     """The turns and pauses of a plain text: its lines, and by default their sentences, as they are spoken.
 
-    ``normalized`` spells out numbers and removes markup; ``sentences`` splits lines. Raises PromptError.
+    ``normalized`` spells out numbers and removes markup; ``sentences`` splits lines. In ``wrapped`` text a sentence
+    may go on in the next line, as in a book. Raises PromptError.
     """
     items: list[Item] = []
     for part in parse_pauses(text):
         if isinstance(part, Pause):
             items.append(part)
             continue
-        for line in (strip_markup(part) if normalized else part).splitlines():
+        plain = strip_markup(part) if normalized else part
+        for line in [plain] if wrapped else plain.splitlines():
             for written in split(line) if sentences else [line.strip()]:
                 spoken = normalize(written) if normalized else written
                 if spoken.strip():
@@ -65,10 +69,11 @@ def parse_script(text: str, normalized: bool = True, sentences: bool = True) -> 
     speaker: int | str | None = None
     entry = -1
     for number, line in enumerate(text.splitlines(), start=1):
+        comment = line.lstrip().startswith("#")
         match = SPEAKER.match(line)
         if match and not re.match(r"pause\b", match[1].strip(), re.IGNORECASE):
             speaker, line, entry = _speaker(match[1].strip()), match[2], entry + 1
-        if not line.strip() or line.lstrip().startswith("#"):
+        if comment or not line.strip():
             continue
         try:
             parts = text_items(line, 0 if speaker is None else speaker, normalized, sentences)

@@ -163,8 +163,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".csm-") as folder:
             save_file(tensors, Path(folder) / path.name, metadata)
             os.replace(Path(folder) / path.name, path)
-    except OSError as error:
-        raise VoiceError(f"{path}: cannot be written: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise VoiceError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def load_voice(path: Path) -> Voice:

@@ -70,6 +70,14 @@ def test_the_next_turn_reads_the_earlier_ones_from_the_cache(noisy, monkeypatch)
             assert found[-1] >= before - 2  # all but the last frame's row and the end of the turn
 
 
+def test_a_text_that_is_too_long_moves_no_turn(noisy):
+    talk = Conversation(noisy, VOICES, **GREEDY)
+    talk.add(Segment(1, "Somebody says this.", codes=codes(200)))
+    with pytest.raises(PromptError):
+        talk.say(0, "word " * 5000)
+    assert len(talk.turns) == 1 and talk.stats.num_evicted == 0
+
+
 def test_a_low_water_mark(noisy):
     talk = Conversation(noisy, low_water=0.5, **GREEDY)
     for _ in range(9):

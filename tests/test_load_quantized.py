@@ -10,6 +10,7 @@ import torch
 
 from csm import CSMError, Generator
 from csm.__main__ import main
+from csm.book.parts import fingerprint
 from noise import NOISE
 
 REQUEST = dict(text="Hello.", max_audio_length_ms=800, seed=1, temperature=0)
@@ -62,3 +63,12 @@ def test_a_quantised_folder_has_the_defaults_and_phones_of_the_checkpoint(tmp_pa
 def test_wrong_options(options, message):
     with pytest.raises(CSMError, match=message):
         Generator.from_pretrained(NOISE, device="cpu", **options)
+
+
+def test_a_book_knows_models_of_other_types_apart():
+    """A state dict lacks quantised weights: the fingerprint of a book's model has them."""
+    prints = [
+        fingerprint(Generator.from_pretrained("tiny", "cpu", progress=False, quantize=scheme), [])
+        for scheme in (None, "int8", "int4", "int8")
+    ]
+    assert prints[1] == prints[3] and len(set(prints)) == 3

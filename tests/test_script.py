@@ -394,3 +394,15 @@ def test_the_guides_table_of_spoken_text():
     assert len(rows) == 3
     for written, spoken in rows:
         assert normalize(written) == spoken
+
+
+def test_the_lines_of_wrapped_text_are_joined():
+    text = "The train to the coast\nleaves at nine. It is\nnever late."
+    wrapped = [item.text for item in text_items(text, wrapped=True)]
+    assert wrapped == ["The train to the coast leaves at nine.", "It is never late."]
+    assert len(text_items(text)) == 4
+
+
+def test_a_number_sign_that_is_spoken_is_no_comment():
+    items = parse_script("# nobody hears this\n[anna] #1 is tea.\n# nor this")
+    assert [item.written for item in items] == ["#1 is tea."]
