@@ -225,7 +225,7 @@ class Conversation:
             tensors[f"turn_{index}"] = segment.codes.to(torch.int32).contiguous()
             turns.append([segment.speaker, segment.text])
         for speaker, voice in self.voices.items():
-            voices.append([speaker, voice.name, list(voice.texts), voice.speaker, voice.consent])
+            voices.append([speaker, voice.name, list(voice.texts), voice.speaker, voice.consent, voice.guessed])
             for index, codes_TK in enumerate(voice.codes):
                 tensors[f"voice_{speaker}_{index}"] = codes_TK.to(torch.int32).contiguous()
         settings = {key: getattr(self, key) for key in SETTINGS}
@@ -248,9 +248,9 @@ class Conversation:
     @classmethod
     def _restore(cls, generator: Generator, state: dict[str, Any], tensors: dict[str, Tensor]) -> Conversation:
         voices = {}
-        for speaker, name, texts, own_id, consent in state["voices"]:
+        for speaker, name, texts, own_id, consent, *guessed in state["voices"]:  # older files lack the last
             codes = tuple(tensors[f"voice_{speaker}_{index}"] for index in range(len(texts)))
-            voices[speaker] = Voice(name, tuple(texts), codes, own_id, consent)
+            voices[speaker] = Voice(name, tuple(texts), codes, own_id, consent, guessed == [True])
         conversation = cls(generator, voices, **state["settings"])
         for index, (speaker, text) in enumerate(state["turns"]):
             turn = generator.prepare(Segment(speaker, text, codes=tensors[f"turn_{index}"]))
