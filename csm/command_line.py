@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from csm.errors import CSMError
+from csm.errors import CSMError, ListError
 from csm.kernels.native import cache_folder
 
 
@@ -45,11 +46,9 @@ def execute(program: str, parse: Callable[[], argparse.Namespace]) -> int:
         args = parse()
         program = getattr(args, "program", program)
         output = args.run(args)
-    except UsageError as error:
-        print(f"{error.program}: error: {error}", file=sys.stderr)
-        return 2
     except (CSMError, OSError) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        program = error.program if isinstance(error, UsageError) else program
+        print(f"{program}: error: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -58,6 +57,27 @@ def execute(program: str, parse: Callable[[], argparse.Namespace]) -> int:
     if output.text:
         print(output.text)
     return output.exit_code
+
+
+def printable(error: Exception) -> str:
+    """An error's message on one line, or one a line if it lists several. It may repeat any argument or file name.
+
+    Control characters are escaped: a terminal would obey them.
+    """
+    lines = str(error).splitlines() if isinstance(error, ListError) else [str(error)]
+    return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(x.split())) for x in lines)
+
+
+def check_overwrites(inputs: Mapping[str, str | Path | None], outputs: Iterable[tuple[str, str | Path | None]]) -> None:
+    """Raise CSMError where an output is a file that is read, or is another output. ``inputs``: by what reads them."""
+    taken = {os.path.realpath(path): f"is read ({name})" for name, path in inputs.items() if path is not None}
+    for name, path in outputs:
+        if path is None or (Path(path).exists() and not Path(path).is_file()):  # a pipe or a device
+            continue
+        place = os.path.realpath(path)
+        if place in taken:
+            raise CSMError(f"{name} {path}: would overwrite a file that {taken[place]}; give another name")
+        taken[place] = f"is written ({name})"
 
 
 def add_tokenizer_option(parser: argparse._ActionsContainer) -> None:

@@ -137,6 +137,8 @@ def tokenizer_of(args: argparse.Namespace, name: str) -> Path | None:
 
 def load(args: argparse.Namespace, name: str, scheme: str | None = None) -> Generator:
     """One of the models, on the CPU."""
+    if args.tokenizer is not None and not any(each.endswith(".gguf") for each in (args.a, args.b or args.a)):
+        raise CSMError("--tokenizer is that of a GGUF file, and neither model is one")
     return Generator.from_pretrained(
         name,
         "cpu",

@@ -5,6 +5,10 @@ class CSMError(ValueError):
     """Base class of all errors caused by a user's input."""
 
 
+class ListError(CSMError):
+    """Several faults of one file, one on each line of the message after the first."""
+
+
 class CheckpointError(CSMError):
     """A checkpoint cannot be found, downloaded or read. The message names the file and, if known, the tensor."""
 

@@ -30,6 +30,7 @@ from csm.kernels.quantized import QuantizedWeight, huge_page_buffer, packed_shap
 from csm.kernels.quantized_rows import QuantizedRows, empty_rows
 from csm.kernels.row_file import RowFile
 from csm.model import CSM
+from csm.prompt import TextTokenizer
 from csm.quantize import (
     ALIGNMENT,
     BITS,
@@ -113,6 +114,7 @@ def save_quantized(
         raise CSMError(f"{folder}: a file of this name exists; name a folder")
     if folder.resolve() == checkpoint.config_folder.resolve():
         raise CSMError(f"{folder}: is the folder of the model that is read; name another one to write to")
+    TextTokenizer(checkpoint.tokenizer_path, checkpoint.config.text_vocab_size)  # a bad one is an error now
     if not is_available():
         raise CSMError("a quantised model is for the native ops, which need a C++ compiler: install g++")
     model = read_quantized(checkpoint, scheme, dtype, progress)

@@ -11,11 +11,12 @@ import pytest
 import sphn
 import torch
 
-from csm import CSMError, read_audio
+from csm import CSMError, Voice, read_audio
 from csm.__main__ import main
 from csm.evaluate.measure import Utterance
 from csm.evaluate.report import summary, table
 from csm.evaluate.words import normalise, word_errors
+from csm.voices import save_voice, voices_folder
 from noise import NOISE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -271,3 +272,25 @@ def test_error_messages(arguments, message, tmp_path, monkeypatch, capsys):
     assert evaluate(*arguments) == 2
     assert message in capsys.readouterr().err
     assert not Path("eval").exists()
+
+
+@needs_words
+def test_a_voice_is_the_context(tmp_path, monkeypatch):
+    """Speech continues the clips of --voice, as it does a --ref with its text."""
+    seen = []
+
+    def evaluate(evaluator, generator, sentences, settings, keep, progress):
+        seen.append(settings.context)
+        return [Utterance("Good morning.", "good morning", 0, 2, 1.0, 0, True)]
+
+    monkeypatch.setattr("csm.evaluate.command.Evaluator", lambda *_: None)
+    monkeypatch.setattr("csm.evaluate.command.evaluate_speech", evaluate)
+    monkeypatch.setenv("CSM_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    voice = Voice("anna", ("One.", "Two."), (torch.zeros(4, 8, dtype=torch.int64), torch.ones(5, 8, dtype=torch.int64)))
+    save_voice(voice, voices_folder() / "anna.safetensors")
+    Path("s.txt").write_text("Good morning.\n")
+    options = ["--model", NOISE, "--device", "cpu", "--quiet", "--voice", "anna", "--speaker", "3"]
+    assert main(["eval", "--sentences", "s.txt", *options]) == 0
+    assert [(turn.speaker, turn.text) for turn in seen[0]] == [(3, "One."), (3, "Two.")]
+    assert all(torch.equal(turn.codes, codes) for turn, codes in zip(seen[0], voice.codes, strict=True))

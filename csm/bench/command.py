@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,13 +23,13 @@ from csm.bench.cpu import cpu_report
 from csm.bench.launches import count_report, profile
 from csm.bench.load import load_report
 from csm.bench.model_setup import DTYPES, Setup, load
-from csm.bench.rows import SKIPPED_FRAMES, NotTimed, Row, copy_bandwidth, measured_rows
+from csm.bench.rows import SKIPPED_FRAMES, NotTimed, Row, check_rows, copy_bandwidth, measured_rows
 from csm.bench.stepping import MAX_FRAMES
-from csm.command_line import add_tokenizer_option
+from csm.command_line import Output, Parser, add_tokenizer_option, execute
 from csm.config import CSM_1B
 from csm.errors import CSMError
-from csm.generator import DEFAULT_MODEL, Generator
-from csm.quantize import PRESETS
+from csm.generator import DEFAULT_MODEL, Generator, find_device
+from csm.quantize import PRESETS, parse_scheme
 from csm.weights import open_checkpoint
 
 
@@ -82,9 +82,10 @@ def benchmark(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 SERVE_SECONDS, TUNE_SECONDS = 30.0, 120.0
+MODES = ("count", "kernels", "predict", "accuracy", "tune", "cpu", "serve")
 
 
-def _add_cpu_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_cpu_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--cpu",
         action="store_true",
@@ -96,7 +97,7 @@ def _add_cpu_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of ``bench.py``."""
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="bench.py", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--model", help=f"tiny, a folder, a GGUF file or a hub name ({DEFAULT_MODEL}); default: random weights"
     )
@@ -129,18 +130,42 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--api-key", help="the server's API key")
     parser.add_argument("--out", type=Path, help="a folder for bench.md, bench.json and bench.png")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=report_results)
     args = parser.parse_args(argv)
     _check(parser, args)
+    _check_values(parser, args)
     return args
 
 
-def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _check(parser: Parser, args: argparse.Namespace) -> None:
     if not 1 <= args.frames <= MAX_FRAMES - SKIPPED_FRAMES or min(args.batch) < 1:
         parser.error(f"--frames must be within 1 and {MAX_FRAMES - SKIPPED_FRAMES}, --batch at least 1")
     if args.quantize and not (args.kernels or args.predict):
         parser.error("--quantize goes with --kernels or --predict")
     if (args.threads or args.busy) and (not args.cpu or min(args.threads or [1]) < 1 or args.busy < 0):
         parser.error("--threads and --busy go with --cpu; threads are at least 1, busy loops at least 0")
+
+
+def _check_values(parser: Parser, args: argparse.Namespace) -> None:
+    """Raise what can be known before a model is loaded or anything is measured."""
+    if not 0.08 <= args.max_seconds < math.inf:
+        parser.error(f"--max-seconds must be at least 0.08, not {args.max_seconds:g}")
+    if args.seconds is not None and not (args.tune or args.serve):
+        parser.error("--seconds goes with --tune or --serve")
+    if args.seconds is not None and not 0 < args.seconds < math.inf:
+        parser.error(f"--seconds must be positive, not {args.seconds:g}")
+    if args.api_key is not None and not args.serve:
+        parser.error("--api-key goes with --serve")
+    modes = [name for name in MODES if getattr(args, name)]
+    if len(modes) > 1:
+        parser.error(f"--{modes[1]} is not allowed with --{modes[0]}: each is all that is done")
+    if args.rows and not args.cpu:
+        check_rows(args.rows)
+    find_device(args.device)
+    if args.quantize is not None:
+        parse_scheme(args.quantize)
+    if args.out is not None and any(part.exists() and not part.is_dir() for part in (args.out, *args.out.parents)):
+        raise CSMError(f"{args.out}: --out is a folder, and there is a file in its place")
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
@@ -168,17 +193,16 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
     return text, result, 1 if result["spilled"] else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0; 1 if a kernel spills registers; 2 with a message on stderr for what the user can mend."""
-    args = parse_arguments(argv)
-    try:
-        text, result, code = run(args)
-    except (CSMError, OSError) as error:
-        print(f"bench.py: error: {error}", file=sys.stderr)
-        return 2
+def report_results(args: argparse.Namespace) -> Output:
+    """Run, and write ``--out``. The exit code is 1 if a kernel spills registers."""
+    text, result, code = run(args)
     line = json.dumps(result)
-    print(text, line, sep="\n")
     if args.out:
         report.write(args.out, "bench.md", text)
         report.write(args.out, "bench.json", line)
-    return code
+    return Output(f"{text}\n{line}", code)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0; 1 if a kernel spills registers; 2 with a message on stderr for what the user can mend."""
+    return execute("bench.py", lambda: parse_arguments(argv))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from csm.bench import report
 from csm.errors import CSMError
@@ -141,6 +142,17 @@ def figures(tally: Tally, clients: int, pace: bool, wall: float) -> dict[str, An
     }
 
 
+def check_url(url: str) -> None:
+    """Raise CSMError for an address that no server can have."""
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise CSMError(f"--serve takes the address of a server, such as http://localhost:8000, not {url!r}")
+
+
 def load_report(url: str, clients: Sequence[int], seconds: float, key: str | None = None) -> tuple[str, dict[str, Any]]:
     """The table for every number of clients, in pace and flat out: Markdown, and the same for JSON."""
     try:
@@ -149,6 +161,7 @@ def load_report(url: str, clients: Sequence[int], seconds: float, key: str | Non
         raise CSMError("bench.py --serve needs the package httpx: pip install 'csm[serve]'") from error
     if not 1 <= min(clients) <= max(clients) <= MAX_CLIENTS or not 0 < seconds <= MAX_SECONDS:
         raise CSMError(f"load takes 1 to {MAX_CLIENTS} clients and up to {MAX_SECONDS:g} s")
+    check_url(url)
     rows = [asyncio.run(run_clients(url, count, seconds, pace, key)) for count in clients for pace in (True, False)]
     title = f"{url}, {seconds:g} s for each row:"
     return "\n".join([title, "", report.table(rows), ""]), {"url": url, "seconds": seconds, "load": rows}

@@ -81,11 +81,16 @@ CONFIGURATIONS = {
 }
 
 
-def configurations(names: Sequence[str], device: torch.device) -> dict[str, Configuration]:
-    """The configurations of these names, or those that this machine can run. Raises CSMError for an unknown name."""
+def check_rows(names: Sequence[str]) -> None:
+    """Raise CSMError for a name that no configuration has."""
     unknown = [name for name in names if name not in CONFIGURATIONS]
     if unknown:
         raise CSMError(f"there is no row {unknown[0]!r}; choose from: {'; '.join(CONFIGURATIONS)}")
+
+
+def configurations(names: Sequence[str], device: torch.device) -> dict[str, Configuration]:
+    """The configurations of these names, or those that this machine can run. Raises CSMError for an unknown name."""
+    check_rows(names)
     if names:
         return {name: CONFIGURATIONS[name] for name in names}
     captured = {"eager, kernels", "graph, PyTorch ops", "graph, kernels"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from csm.finetune.manifest import check_clips, check_recording, read_manifest
 from csm.generator import Generator
 from csm.guards import GuardEvent
 from csm.prompt import Segment
+from csm.sampling import SamplingParams
+from csm.voices import check_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec-weights", type=Path, help="Mimi weights in Kyutai's layout (default: the model's own)")
     parser.add_argument("--ref", type=Path, help="a recording of the voice to compare with")
     parser.add_argument("--ref-text", help="transcript of --ref, which is then used as context")
+    parser.add_argument("--voice", help="name of a voice, whose clips are then used as context")
     parser.add_argument("--speaker", type=int, default=0, help="speaker of --sentences (default: 0)")
     parser.add_argument(
         "--seeds", type=int, default=1, help="generations per sentence, with seeds 0, 1, ... (default: 1)"
@@ -67,32 +71,34 @@ def run(args: argparse.Namespace) -> str:
     """Evaluate the requested sources; return the report's table."""
     _check(args)
     sentences = read_sentences(args)
-    evaluator = Evaluator(args.ref, sentences)
+    generator = None if args.model is None else _load(args)
+    guard_events: list[GuardEvent] | None = [] if args.guards else None
+    settings = None if generator is None else replace(_generation_settings(args, generator), guard_events=guard_events)
+    evaluator = Evaluator(args.ref, sentences)  # slow to load: last
     progress = not args.quiet
     sources: dict[str, list[Utterance]] = {}
-    guard_events: list[GuardEvent] | None = [] if args.guards else None
     if args.recordings:
         sources["recordings"] = evaluate_recordings(evaluator, sentences, progress)
-    if args.model is not None:
-        device = None if args.device == "auto" else args.device
-        generator = Generator.from_pretrained(
-            args.model,
-            device,
-            codec=args.codec_weights,
-            progress=progress,
-            lora=args.lora,
-            quantize=args.quantize,
-            tokenizer=args.tokenizer,
-        )
-        if args.codec:
-            sources["codec"] = evaluate_codec(evaluator, generator, sentences, progress)
-        if not args.no_speech:
-            keep = args.out / "speech" if args.keep_audio else None
-            settings = replace(_generation_settings(args, generator), guard_events=guard_events)
-            sources["speech"] = evaluate_speech(evaluator, generator, sentences, settings, keep, progress)
+    if generator is not None and args.codec:
+        sources["codec"] = evaluate_codec(evaluator, generator, sentences, progress)
+    if generator is not None and settings is not None and not args.no_speech:
+        keep = args.out / "speech" if args.keep_audio else None
+        sources["speech"] = evaluate_speech(evaluator, generator, sentences, settings, keep, progress)
     options = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, float, type(None)))}
     options |= {name: str(value) for name, value in vars(args).items() if isinstance(value, Path)}
     return report.write(args.out, options, sources, guard_events)
+
+
+def _load(args: argparse.Namespace) -> Generator:
+    return Generator.from_pretrained(
+        args.model,
+        None if args.device == "auto" else args.device,
+        codec=args.codec_weights,
+        progress=not args.quiet,
+        lora=args.lora,
+        quantize=args.quantize,
+        tokenizer=args.tokenizer,
+    )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -108,6 +114,25 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise CSMError(f"--{name} must be at least 1, not {value}")
+    given = {"temperature": args.temperature, "top_k": args.top_k}
+    SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    if not 0.08 <= args.max_seconds < math.inf:
+        raise CSMError(f"--max-seconds must be at least 0.08, not {args.max_seconds:g}")
+    if args.out.exists() and not args.out.is_dir():
+        raise CSMError(f"{args.out} is not a folder: give the name of one")
+    if args.ref is not None:
+        read_audio(args.ref)  # a bad file is an error before anything is loaded
+    _check_voice(args)
+
+
+def _check_voice(args: argparse.Namespace) -> None:
+    if args.voice is None:
+        return
+    if args.ref_text is not None:
+        raise CSMError("--voice and --ref-text exclude each other: each is what the speech continues")
+    if args.model is None:
+        raise CSMError("--voice is for the speech of a model: give --model too")
+    check_name(args.voice)
 
 
 def read_sentences(args: argparse.Namespace) -> list[Sentence]:
@@ -144,6 +169,8 @@ def _check_words(text: str, where: str = "") -> None:
 
 def _generation_settings(args: argparse.Namespace, generator: Generator) -> GenerationSettings:
     context: tuple[Segment, ...] = ()
+    if args.voice is not None:
+        context = tuple(generator.voice(args.voice).segments(args.speaker))
     if args.ref_text is not None:
         audio, rate = read_audio(args.ref)
         context = (generator.prepare(Segment(args.speaker, args.ref_text, audio, sample_rate=rate)),)

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from csm.audio import read_audio, to_mono
-from csm.errors import AudioError, CSMError
+from csm.errors import AudioError, CSMError, ListError
 
 KEYS = frozenset({"audio", "text", "speaker", "conversation", "order"})
 MIN_SECONDS, MAX_SECONDS = 0.1, 120.0
@@ -29,7 +29,7 @@ CHECK_THREADS = 4
 MAX_REPORTED = 200
 
 
-class DataError(CSMError):
+class DataError(ListError):
     """Invalid training data. The message names every bad line."""
 
 
