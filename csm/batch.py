@@ -14,15 +14,17 @@ import os
 import re
 import threading
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from csm.audio import WavWriter
-from csm.errors import CSMError
+from csm.errors import CSMError, RoomWarning
+from csm.fingerprint import codec_fingerprint, fingerprint
 from csm.generator import Generator
 from csm.guards import GuardedTicket
 from csm.metrics import GenerationMetrics
@@ -156,12 +158,18 @@ class Job:
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """What holds for all lines. ``identity`` names model, weights and their types, for ``Job.key``."""
+    """What holds for all lines. ``identity`` is what else ``Job.key`` depends on."""
 
     seed: int = 0
     normalized: bool = True
     max_seconds: float | None = None
     identity: str = ""
+
+
+def identified(options: BatchOptions, generator: Generator) -> BatchOptions:
+    """The options with hashes of model and codec: keys depend on the weights, whatever these are called."""
+    weights = f"{fingerprint(generator, ())} {codec_fingerprint(generator)}"
+    return replace(options, identity=f"{options.identity} {weights}")
 
 
 def make_job(generator: Generator, number: int, line: BatchLine, options: BatchOptions) -> Job:
@@ -178,6 +186,9 @@ def make_job(generator: Generator, number: int, line: BatchLine, options: BatchO
         seed=seed_of(options.seed, line.id) if line.seed is None else line.seed,
         voice=voice,
     )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RoomWarning)  # the request will warn
+        generator.stream_frames(speech)  # raises what the request would; generates nothing
     values = [speech.text, speech.speaker, seconds, line.temperature, line.top_k, speech.seed, options.identity]
     digest = hashlib.sha256(json.dumps([*values, _voice_digest(voice)]).encode())
     return Job(number, line.id, speech, digest.hexdigest()[:32])

@@ -26,6 +26,7 @@ from csm.batch import (
     Output,
     Problem,
     generate_jobs,
+    identified,
     make_jobs,
     problem_of,
     read_lines,
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> Printed:
         return run_on_ray(args, lines, problems)
     watermark = open_watermark(args)
     generator = load(args, max_streams=args.slots)
-    jobs, more = make_jobs(generator, lines.items(), options_of(args))
+    jobs, more = make_jobs(generator, lines.items(), identified(options_of(args), generator))
     if not jobs:
         raise CSMError(f"no line can be spoken: line {more[0].line}: {more[0].error}")
     problems += more
@@ -129,9 +130,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 def options_of(args: argparse.Namespace) -> BatchOptions:
     """What holds for all lines."""
-    parts = (args.model, args.lora, args.codec, args.device, args.dtype, args.quantize, args.watermark)
-    identity = " ".join(str(part) for part in parts)
-    return BatchOptions(args.seed, not args.no_normalize, args.max_seconds, identity)
+    return BatchOptions(args.seed, not args.no_normalize, args.max_seconds, identity=f"watermark {args.watermark}")
 
 
 def generate_all(

@@ -25,6 +25,7 @@ from csm.batch import (
     Output,
     Problem,
     generate_jobs,
+    identified,
     is_finished,
     make_jobs,
     problem_of,
@@ -90,6 +91,7 @@ class Worker:
     def __init__(self, plan: Plan):
         self._plan = plan
         self._generator = plan.load()
+        self._options = identified(plan.options, self._generator)
         self._watermark = None if plan.watermark is None else load_watermark(plan.watermark)
 
     def __call__(self, block: Mapping[str, Any]) -> dict[str, list[bytes]]:
@@ -101,7 +103,7 @@ class Worker:
         """What became of each line."""
         plan = self._plan
         entries = {task.number: task.entry for task in tasks}
-        jobs, problems = make_jobs(self._generator, [(task.number, task.line) for task in tasks], plan.options)
+        jobs, problems = make_jobs(self._generator, [(task.number, task.line) for task in tasks], self._options)
         yield from (Result(problem=problem) for problem in problems)
         open_jobs = [job for job in jobs if not is_finished(plan.folder, job, entries[job.line])]
         yield from (Result() for _ in range(len(jobs) - len(open_jobs)))

@@ -97,6 +97,10 @@ class Codec:
         for module in self._mimi.modules():  # moshi computes embedding tables lazily: compute them on one stream now
             getattr(module, "embedding", None)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors, by moshi's names."""
+        return self._mimi.state_dict()
+
     @property
     def sample_rate(self) -> int:
         return self.config.sample_rate

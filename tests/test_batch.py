@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from conftest import tensors_of
 from csm import SpeechRequest
 from csm.__main__ import main
 from csm.batch import LineError, Output, check_id, read_lines, seed_of
@@ -103,6 +107,31 @@ def test_the_number_of_slots_and_the_other_lines_change_nothing(folder, unbroken
     write([*LINES[::-1], {"id": "seven", "text": "One more."}])
     assert batch(folder / "out", "--slots", "1") == 0
     assert {name: data for name, data in audio_of(folder / "out").items() if name != "seven.wav"} == unbroken
+
+
+def test_a_model_is_known_by_its_weights(folder, capsys):
+    """Not by its name: moved, nothing is generated again; after training, or with another codec, everything is."""
+    write(LINES[:2])
+    tensors = tensors_of(Path(NOISE) / "model.safetensors")
+
+    def copied(name, change=None):
+        shutil.copytree(NOISE, name)
+        if change is not None:
+            changed = tensors | {change: tensors[change] + 1e-3}
+            save_file(changed, folder / name / "model.safetensors", {"format": "pt"})
+        return ["--model", name]
+
+    codec = next(name for name in tensors if name.startswith("codec_model.decoder."))
+    for model, generated in (
+        ([], 2),
+        (copied("moved"), 0),
+        (copied("trained", "lm_head.weight"), 2),
+        (copied("another_codec", codec), 2),
+        (["--model", "another_codec"], 0),
+    ):
+        capsys.readouterr()
+        assert batch(folder / "out", *model) == 0
+        assert f"{generated} lines generated, {2 - generated} were there" in capsys.readouterr().out, model
 
 
 class Killed(BaseException):

@@ -10,7 +10,7 @@ import torch
 
 from csm import CSMError, Generator
 from csm.__main__ import main
-from csm.book.parts import fingerprint
+from csm.fingerprint import fingerprint
 from noise import NOISE
 
 REQUEST = dict(text="Hello.", max_audio_length_ms=800, seed=1, temperature=0)

@@ -31,6 +31,7 @@ LAYERS = [
     {"csm.guards"},
     {"csm.stream"},
     {"csm.generator"},
+    {"csm.fingerprint"},
     {"csm.batch", "csm.conversation"},
     {"csm.batch_ray"},
     {"csm.script", "csm.player"},

@@ -1,7 +1,7 @@
 """Books: ``chapters`` and ``epub`` read them, ``parts`` plans and keeps sentences, ``recording`` speaks and joins."""
 
 from csm.book.chapters import parse_text, read_book
-from csm.book.parts import Parts, Section, Sentence, Settings, Take, fingerprint, plan
+from csm.book.parts import Parts, Section, Sentence, Settings, Take, plan
 from csm.book.recording import Binder, Reader, Recording, Sound
 from csm.book.types import Book, BookError, Chapter
 
@@ -18,7 +18,6 @@ __all__ = [
     "Settings",
     "Sound",
     "Take",
-    "fingerprint",
     "parse_text",
     "plan",
     "read_book",

@@ -20,17 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from csm.book.types import BookError
-from csm.generator import Generator
-from csm.kernels.row_file import RowFile
-from csm.model import CSM
-from csm.prompt import Segment
-from csm.quantize import quantized_weights
 from csm.script import Item, Line
 from csm.voices import SUFFIX, save_tensors
 
 FORMAT = "csm-book-1"
 LOCK, MANIFEST = "lock", "manifest.json"
-SAMPLED = 4096  # values of each tensor that the model's fingerprint reads
 
 
 @dataclass(frozen=True)
@@ -77,34 +71,6 @@ class Take:
     codes_TK: Tensor
     rejections: tuple[str, ...] = ()
     kept: bool = False
-
-
-def fingerprint(generator: Generator, references: Sequence[Segment]) -> str:
-    """A hash of the model (configuration, type, device, values of every tensor) and of the voices' codes."""
-    digest = hashlib.sha256(f"{FORMAT} {generator.config} {generator.model.dtype} {generator.device.type}".encode())
-    tensors = [*sorted(generator.model.state_dict().items()), *quantised_tensors(generator.model)]
-    for name, tensor in tensors:
-        flat = tensor.detach().flatten()
-        sampled = flat[:: max(1, flat.shape[0] // SAMPLED)][:SAMPLED]
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(sampled.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    for segment in references:
-        assert segment.codes is not None
-        digest.update(f"{segment.speaker} {segment.text!r}".encode())
-        digest.update(segment.codes.to(torch.int32).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def quantised_tensors(model: CSM) -> Iterator[tuple[str, Tensor]]:
-    """What a state dict lacks: the tensors of quantised weights, and rows of tables that are in a file."""
-    for weight in quantized_weights(model):
-        if not isinstance(weight.value, Tensor):
-            for name, part in vars(weight.value).items():
-                if isinstance(part, Tensor):
-                    yield f"{weight.name}.{name} {weight.value.kind}", part
-    for name, table in (("text_embedding", model.text_embedding), ("audio_embedding", model.audio_embedding)):
-        if isinstance(table, RowFile):
-            yield name, table.gather(torch.arange(0, table.shape[0], max(1, table.shape[0] // 64)))
 
 
 def plan(sections: Sequence[Section], ids: dict[int | str, int], settings: Settings, model: str) -> list[Sentence]:
