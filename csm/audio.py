@@ -153,6 +153,13 @@ class AtomicWriter:
         """Append (samples,) floats, clipped to -1..1."""
         raise NotImplementedError
 
+    def write_bytes(self, data: bytes) -> None:
+        """Append bytes as they are."""
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise AudioError(f"{self.path}: cannot be written: {error.strerror}") from error
+
     def _close(self, complete: bool) -> None:
         """Write what is left; ``complete`` is false after an exception."""
 

@@ -63,6 +63,22 @@ def open_writer(path: str | Path) -> AtomicWriter:
     return WavWriter(path) if check_suffix(path) == ".wav" else EncodedWriter(path)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file (UTF-8) that appears under its name only once it is whole, or into a pipe or a device.
+
+    Raises AudioError.
+    """
+    path = Path(path)
+    if not path.exists() or path.is_file() or path.is_dir():
+        with AtomicWriter(path) as writer:
+            writer.write_bytes(text.encode())
+        return
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise AudioError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 class EncodedWriter(AtomicWriter):
     """Writes a file of any format but WAV atomically. A context manager: ``begin``, then ``write``."""
 

@@ -37,7 +37,7 @@ from csm import (
     subtitles,
     watermark,
 )
-from csm.command_line import Parser, add_tokenizer_option, execute, suggest_once
+from csm.command_line import Parser, add_tokenizer_option, check_overwrites, execute, suggest_once
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TINY_NOTE = "the tiny checkpoint is a small demonstration voice for plain English, speakers 0 to 3"
@@ -278,6 +278,13 @@ Sink = audio_file.AtomicWriter | player.StreamWriter | player.Player
 def check_outputs(args: argparse.Namespace) -> None:
     """Raise CSMError for an output that cannot be, before anything is loaded."""
     joins.check_speed(args.speed)
+    stream = None if args.stream_to == "-" else args.stream_to
+    written = [
+        ("--out", None if args.split else args.out),
+        ("--stream-to", stream),
+        *((f"--{k}", getattr(args, k)) for k in subtitles.SUBTITLES),
+    ]
+    check_overwrites({"--file": args.file, "--script": args.script, "--ref": args.ref}, written)
     for kind in subtitles.SUBTITLES:
         path = getattr(args, kind)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
@@ -362,9 +369,10 @@ def generate(args: argparse.Namespace) -> str:
         for output in sinks:
             output.begin(generator.sample_rate)
         num_samples = write_audio(narration, sinks, args, progress, mark)
+        seconds = num_samples / generator.sample_rate
         for kind, convert in subtitles.SUBTITLES.items():
             if getattr(args, kind) is not None:
-                getattr(args, kind).write_text(convert(narration.cues), encoding="utf-8")
+                audio_file.write_text(getattr(args, kind), convert(subtitles.until(narration.cues, seconds)))
     if args.model == "tiny":
         print(f"note: {TINY_NOTE}", file=sys.stderr)
     closing = summary(args, generator, num_samples, progress.first_audio, time.perf_counter() - progress.started)

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from csm import CSMError, GenerationMetrics, Generator, SamplingParams, Segment, Voice, Watermark
-from csm.audio_file import SUFFIXES, check_suffix
+from csm.audio_file import SUFFIXES, check_suffix, write_text
 from csm.book import (
     Binder,
     Book,
@@ -30,11 +30,12 @@ from csm.book import (
     Settings,
     Sound,
     Take,
-    fingerprint,
     parse_text,
     plan,
     read_book,
 )
+from csm.command_line import check_overwrites
+from csm.fingerprint import fingerprint
 from csm.formats import import_av
 from csm.generate_command import (
     add_model_options,
@@ -208,6 +209,14 @@ def check_options(args: argparse.Namespace, book: Book) -> Target:
                 raise CSMError(f"--{kind} takes no file where --out is a folder: the times are beside each file")
             if asked.is_dir() or not asked.parent.is_dir():
                 raise CSMError(f"{asked}: cannot be written: it is a folder, or is in none")
+    written = [("--out", file) for file in target.files] + [
+        (f"--{kind}", target.subtitles(getattr(args, kind), file, kind))
+        for kind in SUBTITLES
+        for file in target.files
+        if getattr(args, kind) is not None
+    ]
+    read = {"the book": None if args.book == "-" else args.book, "--script": args.script, "--ref": args.ref}
+    check_overwrites(read, written)
     return target
 
 
@@ -367,7 +376,7 @@ class Job:
                     "sentences": [cue_values(cue) for cue in recording.cues],
                 }
                 text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-            self.target.subtitles(asked, recording.path, kind).write_text(text, encoding="utf-8")
+            write_text(self.target.subtitles(asked, recording.path, kind), text)
 
 
 def rejection_line(sections: Sequence[Section], sentence: Sentence, take: Take) -> str:

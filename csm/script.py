@@ -42,15 +42,20 @@ Watch = Callable[[Line, Iterator[Tensor]], Iterator[Tensor]]
 
 
 def text_items(
-    text: str, speaker: int | str = 0, normalized: bool = True, sentences: bool = True, wrapped: bool = False
+    text: str,
+    speaker: int | str = 0,
+    normalized: bool = True,
+    sentences: bool = True,
+    wrapped: bool = False,
+    strict: bool = False,
 ) -> list[Item]:
     """The turns and pauses of a plain text: its lines, and by default their sentences, as they are spoken.
 
     ``normalized`` spells out numbers and removes markup; ``sentences`` splits lines. In ``wrapped`` text a sentence
-    may go on in the next line, as in a book. Raises PromptError.
+    may go on in the next line, as in a book. ``strict`` as for ``parse_pauses``. Raises PromptError.
     """
     items: list[Item] = []
-    for part in parse_pauses(text):
+    for part in parse_pauses(text, strict):
         if isinstance(part, Pause):
             items.append(part)
             continue
@@ -76,7 +81,7 @@ def parse_script(text: str, normalized: bool = True, sentences: bool = True) -> 
         if comment or not line.strip():
             continue
         try:
-            parts = text_items(line, 0 if speaker is None else speaker, normalized, sentences)
+            parts = text_items(line, 0 if speaker is None else speaker, normalized, sentences, strict=True)
         except PromptError as error:
             raise PromptError(f"line {number}: {error}") from error
         if speaker is None and any(isinstance(part, Line) for part in parts):

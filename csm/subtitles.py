@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Cue:
     speaker: int | str
     text: str
     words: tuple[Word, ...] = ()
+
+
+def until(cues: Sequence[Cue], seconds: float) -> list[Cue]:
+    """The same cues, the last one until the audio ends: a pause may follow it. Times of words stay."""
+    return [*cues[:-1], *(replace(cue, end=max(cue.end, seconds)) for cue in cues[-1:])]
 
 
 def to_srt(cues: Sequence[Cue]) -> str:

@@ -30,6 +30,7 @@ from csm.voices import (
     voice_files,
     voices_folder,
 )
+from csm.watermark import WATERMARKS, load_watermark
 from csm.weights import open_checkpoint
 
 MIN_ROOM_MS = 20_000  # audio that a new voice must leave room for
@@ -61,11 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     say.add_argument("--out", type=Path, default=Path("out.wav"), help="the audio file to write (default: out.wav)")
     say.add_argument("--seed", type=int, default=0, help="(default: 0)")
     say.add_argument("--max-seconds", type=float, default=20.0, help="maximum length of the audio (default: 20)")
+    say.add_argument("--watermark", choices=WATERMARKS, help="mark the audio as generated (docs/watermark.md)")
     remove = actions.add_parser("remove", help="delete one of your voices")
     remove.add_argument("name")
     export = actions.add_parser("export", help="write a voice to a file for another machine")
     export.add_argument("name")
     export.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    export.add_argument("--replace", action="store_true", help="replace a file of this name")
     for action in (add, say, export):
         action.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     for action in actions.choices.values():
@@ -109,6 +112,10 @@ def _record(args: argparse.Namespace) -> Voice:
     clips = [read_audio(path) for path in args.ref]
     texts = args.ref_text or _guess(args.ref, clips)
     generator = _load(args)
+    positions = round(sum(audio.shape[-1] / rate for audio, rate in clips) * 1000 / generator.frame_ms)
+    limit = generator.config.backbone.max_positions
+    if positions >= limit:  # known before the codec has encoded them
+        raise VoiceError(f"the voice takes {positions} positions, but the model has {limit}: use shorter recordings")
     turns = [
         generator.prepare(Segment(args.speaker, text, audio, sample_rate=rate))
         for text, (audio, rate) in zip(texts, clips, strict=True)
@@ -171,6 +178,7 @@ def _show(args: argparse.Namespace) -> str:
 
 def _say(args: argparse.Namespace) -> str:
     find_voice(args.name, _folder(args))
+    mark = None if args.watermark is None else load_watermark(args.watermark)
     with open_writer(args.out) as writer:
         generator = _load(args)
         voice = generator.voice(args.name)
@@ -178,11 +186,13 @@ def _say(args: argparse.Namespace) -> str:
         text = normalize(args.text)
         audio = generator.generate(text, voice.speaker, max_audio_length_ms=limit_ms, seed=args.seed, voice=voice)
         writer.begin(generator.sample_rate)
-        writer.write(audio)
+        writer.write(audio if mark is None else mark.apply(audio, generator.sample_rate))
     return f"{args.out}: {audio.shape[0] / generator.sample_rate:.2f} s of audio in the voice {args.name}"
 
 
 def _remove(args: argparse.Namespace) -> str:
+    check_name(args.name)
+    _folder(args)  # a model that cannot be is an error, although a checkpoint's own voices are not removed
     return f"{remove_voice(args.name)}: removed"
 
 
@@ -190,6 +200,8 @@ def _export(args: argparse.Namespace) -> str:
     if args.out.suffix != SUFFIX:
         raise VoiceError(f"{args.out}: a voice's file ends in {SUFFIX}")
     check_name(args.out.stem)
+    if args.out.exists() and (args.out.is_dir() or not args.replace):
+        raise VoiceError(f"{args.out}: exists; give another name, or --replace to replace a file")
     path = find_voice(args.name, _folder(args))
     voice = load_voice(path) if path.suffix == SUFFIX else _load(args).voice(args.name)
     save_voice(dataclasses.replace(voice, name=args.out.stem), args.out)

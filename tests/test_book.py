@@ -611,7 +611,7 @@ BAD = {
     ),
     "no text": (["b.txt", "--out", "x.wav"], "no text", write("b.txt", b"\n***\n")),
     "another encoding": (["b.txt", "--out", "x.wav"], "cannot be read as UTF-8", write("b.txt", b"caf\xe9")),
-    "a bad pause": (["b.txt", "--out", "x.wav"], "b.txt: 'b': .pause x", write("b.txt", b"Hi. [pause x]")),
+    "a bad pause": (["b.txt", "--out", "x.wav"], "b.txt: 'b': .pause 99", write("b.txt", b"Hi. [pause 99]")),
     "a wrong suffix": (["b.txt", "--out", "x.avi"], "no audio format is called '.avi'", write("b.txt", b"Hi.")),
     "no such folder": (["b.txt", "--out", "no/x.wav"], "there is no folder", write("b.txt", b"Hi.")),
     "a file for a folder": (["b.txt", "--out", "b.txt", "--split"], "is a file", write("b.txt", b"Hi.")),

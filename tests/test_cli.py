@@ -1,5 +1,6 @@
 """generate.py: what it writes, what it prints, and how it fails."""
 
+import argparse
 import contextlib
 import fcntl
 import os
@@ -196,6 +197,21 @@ def test_help_has_groups_and_two_examples(capsys):
         for example in examples:
             assert example.startswith(f"{program} --")
             assert generate.parse_arguments(shlex.split(example.removeprefix(program)))
+
+
+# Options that scripts of others rely on. A new one is added here; none is ever removed.
+OPTIONS = """
+--codec --context-turns --device --dtype --file --help --json --lora --max-seconds --metrics --model --no-normalize
+--no-split --out --play --quantize --quiet --ref --ref-text --script --seed --speaker --speed --split --srt
+--stream-format --stream-to --temperature --text --threads --tokenizer --top-k --voice --vtt --watermark
+"""
+
+
+def test_generate_keeps_every_option():
+    parser = argparse.ArgumentParser(prog="generate.py")
+    generate_command.add_arguments(parser)
+    found = {option for action in parser._actions for option in action.option_strings}
+    assert set(OPTIONS.split()) <= found, "options were removed"
 
 
 def test_csm_generate_is_generate(tmp_path, capsys):

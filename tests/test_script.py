@@ -20,6 +20,7 @@ import torch
 import csm.__main__
 import generate
 from csm import PromptError, Voice, VoiceError
+from csm.errors import AudioError
 from csm.joins import fade
 from csm.player import Player, StreamWriter
 from csm.script import Line, Narration, parse_script, speaker_ids, text_items
@@ -176,6 +177,43 @@ def test_a_dialogue_with_subtitles(capsys):
     assert Path("talk.vtt").read_text().startswith("WEBVTT\n\n00:00:00.000 --> 00:00:00.400\nHello there.\n")
 
 
+def test_subtitles_end_where_the_audio_ends():
+    """Also where a pause ends it. Words keep their times."""
+    files = [word for kind in ("srt", "vtt", "json") for word in (f"--{kind}", f"t.{kind}")]
+    for command in (["generate"], ["read", "--out", "out.wav"]):
+        text = ["--script", "talk.txt"]
+        Path("talk.txt").write_text("[0] One.\n[pause 0.5]\n[0] Two.\n[pause 1.5]\n")
+        assert csm.__main__.main([*command, *text, *SHORT, *files]) == 0
+        seconds = samples_of("out.wav").shape[0] / 24_000
+        assert seconds == pytest.approx(2.8)
+        cues = json.loads(Path("t.json").read_text())
+        cues = cues["sentences"] if isinstance(cues, dict) else cues
+        assert [(cue["start"], cue["end"]) for cue in cues] == [(0, 0.4), (0.9, pytest.approx(seconds))]
+        assert "00:00:00,900 --> 00:00:02,800\n" in Path("t.srt").read_text()
+        assert "00:00:00.900 --> 00:00:02.800\n" in Path("t.vtt").read_text()
+
+
+def test_subtitles_into_devices():
+    devices = ["--srt", "/dev/null", "--vtt", "/dev/null", "--json", "/dev/null"]
+    assert generate.main(["--text", "One.", *SHORT, *devices]) == 0
+
+
+@pytest.mark.parametrize("command", [["generate", "--out", "o.wav"], ["read", "--out", "o.wav"]])
+def test_subtitles_appear_as_a_whole(command, monkeypatch):
+    """A disk that is full leaves the file that was there, and nothing beside it."""
+
+    def full(writer, data):
+        writer._file.write(data[:5])
+        raise AudioError("no space left")
+
+    Path("talk.txt").write_text("[0] One.\n")
+    Path("t.srt").write_text("yesterday's")
+    monkeypatch.setattr("csm.audio.AtomicWriter.write_bytes", full)
+    assert csm.__main__.main([*command, "--script", "talk.txt", *SHORT, "--srt", "t.srt"]) == 2
+    assert Path("t.srt").read_text() == "yesterday's"
+    assert not [path.name for path in Path().iterdir() if path.name.startswith(".csm-")]
+
+
 def test_a_long_text_is_one_file():
     """No sentence is too long, and positions never run out."""
     text = "This sentence is said again and again. " * 30 + "word " * 600
@@ -319,7 +357,7 @@ BAD = {
     "an unknown voice": (["--script", "s.txt"], "no voice is called 'zoe'", write_script(b"[0] Hi.\n[zoe] Hi.")),
     "a voice that is a path": (["--script", "s.txt"], "at most 64 letters", write_script(b"[../zoe] Hi.")),
     "a bad pause": (["--script", "s.txt"], "line 1.*pause 0.5", write_script(b"[0] Hi. [pause two]")),
-    "a bad pause in a text": (["--text", "Hi. [pause]"], "pause 0.5", None),
+    "a bad pause in a text": (["--text", "Hi. [pause 99]"], "pause 0.5", None),
     "script and text": (["--script", "s.txt", "--text", "Hi."], "not allowed", None),
     "no such voice": (["--text", "Hi.", "--voice", "zoe"], "no voice is called 'zoe'", None),
     "a voice with ../": (["--text", "Hi.", "--voice", "../zoe"], "at most 64 letters", None),

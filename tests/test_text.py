@@ -214,6 +214,14 @@ It is so[^3]. => It is so.
 *** =>
 <b>Bold</b> text. => Bold text.
 Line<br>break. => Line break.
+a <b and c> d => A b and c d
+Dear <name>, hello. => Dear name, hello.
+A <div class="x" hidden>box</div> and <input disabled>. => A box and.
+<p lang=en>Yes</p> <speak>no<break time='1s'/></speak> => Yes no
+Write &lt;div&gt; here. => Write div here.
+The tag &lt;img src="a.png"&gt; ends. => The tag img src "a dot png" ends.
+2 &lt; 3 &amp; 4 &gt; 1 => Two is less than three and four is greater than one
+See <https://example.com> or <joe@example.com>. => See example dot com or joe at example dot com.
 Salt &amp; pepper. => Salt and pepper.
 Escaped \\*star\\*. => Escaped star.
 He (my uncle) left. => He, my uncle, left.
@@ -337,12 +345,20 @@ def test_pauses():
     assert parse_pauses(" \n") == []
 
 
-@pytest.mark.parametrize(
-    "markup", ["[pause]", "[pause -1]", "[pause long]", "[pause 61]", "[pause 1e9]", "[pause nan]"]
-)
+@pytest.mark.parametrize("markup", ["[pause -1]", "[pause 61]", "[pause 1e9]", "[pause 2 minutes]", "[pause 0,5]"])
 def test_bad_pauses(markup):
     with pytest.raises(PromptError, match=r"pause 0\.5"):
         parse_pauses(f"One {markup} two.")
+
+
+def test_a_pause_without_a_length_is_text():
+    """As other brackets are, but not in a script."""
+    for words in ("[Pause]", "[pause]", "[pause long]", "[Pause for applause]", "[paused]"):
+        assert parse_pauses(f"He waited. {words} Then he spoke.") == [f"He waited. {words} Then he spoke."]
+    assert normalize("He waited. [Pause] Then he spoke.") == "He waited. Pause, Then he spoke."
+    for words in ("[Pause]", "[pause long]"):
+        with pytest.raises(PromptError, match=r"pause 0\.5"):
+            parse_pauses(f"One {words} two.", strict=True)
 
 
 TALK = "Well, I think so. Dr. Smith said [that is, yesterday] that it works, more or less, and we agreed! The end"

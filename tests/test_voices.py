@@ -181,7 +181,12 @@ def test_the_life_of_a_voice(capsys, tmp_path):
     generator = Generator.from_pretrained(NOISE, device="cpu")
     spoken = generator.generate("I am three.", voice="anna", max_audio_length_ms=400, seed=0)
     assert np.abs(samples[0] - spoken.numpy().clip(-1, 1)).max() < 1e-3
-    assert main(["voice", "export", "anna", "--out", "copy.safetensors"]) == 0
+    export = ["voice", "export", "anna", "--out", "copy.safetensors"]
+    assert main(export) == 0
+    Path("copy.safetensors").write_text("something else")
+    assert main(export) == 2
+    assert Path("copy.safetensors").read_text() == "something else"
+    assert main([*export, "--replace"]) == 0
     assert main(["voice", "remove", "anna"]) == 0
     assert voice_files() == {}
     assert main(["voice", "add", "bea", "--file", "copy.safetensors"]) == 0

@@ -23,9 +23,10 @@ from test_batch import audio_of
 from test_cli import read_wav, write_wav
 
 import generate
-from csm import CSMError, UnavailableError, load_watermark
+from csm import CSMError, UnavailableError, Voice, load_watermark
 from csm.__main__ import main
 from csm.evaluate.words import normalise
+from csm.voices import save_voice, voices_folder
 from csm.watermark import CSM_1B_KEY, StreamMarker, Watermark
 from csm.weights import recipe
 from noise import NOISE
@@ -116,7 +117,7 @@ def test_a_live_stream_hands_out_what_is_complete(tone_mark):
 @pytest.fixture
 def stub(monkeypatch, tone_mark):
     """``load_watermark`` returns the test's mark, wherever it is called."""
-    for module in ("csm.watermark", "csm.watermark_command", "csm.serve.command"):
+    for module in ("csm.watermark", "csm.watermark_command", "csm.serve.command", "csm.voice_command"):
         monkeypatch.setattr(f"{module}.load_watermark", lambda name: tone_mark)
     return tone_mark
 
@@ -134,6 +135,31 @@ SHORT = [
     "--text",
     "Hello. There.",
 ]
+
+
+def test_voice_say_marks_its_file(stub, tmp_path, monkeypatch):
+    monkeypatch.setenv("CSM_HOME", str(tmp_path / "home"))
+    codes = torch.randint(256, (6, 8), generator=torch.Generator().manual_seed(0))
+    save_voice(Voice("anna", ("Hi.",), (codes,)), voices_folder() / "anna.safetensors")
+    say = [
+        "voice",
+        "say",
+        "anna",
+        "--text",
+        "Hi.",
+        "--model",
+        NOISE,
+        "--device",
+        "cpu",
+        "--max-seconds",
+        "0.4",
+        "--out",
+    ]
+    plain, marked = tmp_path / "plain.wav", tmp_path / "marked.wav"
+    assert main([*say, str(plain)]) == 0
+    assert main([*say, str(marked), "--watermark", "perth"]) == 0
+    expected = np.clip(read_wav(plain) / 32767 + 0.25, -1, 1) * 32767
+    assert np.abs(read_wav(marked) - expected).max() <= 1
 
 
 def test_generate_marks_files_and_streams(stub, tmp_path, capsys):

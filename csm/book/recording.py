@@ -26,7 +26,7 @@ from csm.metrics import GenerationMetrics
 from csm.prompt import Segment
 from csm.request import SpeechRequest
 from csm.script import Line
-from csm.subtitles import Cue, words_within
+from csm.subtitles import Cue, until, words_within
 from csm.watermark import AudioOutput, Watermark, marked
 
 DECODED_FRAMES = 8
@@ -213,6 +213,7 @@ class Binder:
                     recording.cues.append(Cue(*times, line.speaker, line.written, words_within(words, *times)))
                 num_samples += audio.shape[0]
         recording.seconds = num_samples / rate
+        recording.cues = until(recording.cues, recording.seconds)
         for number, start, end in zip(numbers, starts, [*starts[1:], recording.seconds], strict=True):
             recording.marks.append(ChapterMark(self._sections[number].title, start, end))
 

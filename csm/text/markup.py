@@ -46,7 +46,7 @@ def spell_address(text: str) -> str:
 
 
 def _url(match: re.Match[str]) -> str:
-    address = match[0]
+    address = match[0].strip("<>")
     rest = re.search(r"[.,;:!?)]*$", address)
     tail = rest[0] if rest else ""
     address = address[: len(address) - len(tail)]
@@ -74,14 +74,29 @@ def _aside(match: re.Match[str]) -> str:
     return f", {match[1].strip()}, "
 
 
+# An HTML attribute has a value, but for a few. So "a <b and c> d" has no tag.
+ATTRIBUTE = (
+    r"(?:[\w:@.-]+\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>]+)"
+    r"|async|checked|controls|defer|disabled|hidden|loop|muted|open|readonly|required|reversed|selected)"
+)
+# Elements of HTML and of SSML. Other words in angle brackets, as in "Dear <name>", are text.
+ELEMENTS = (
+    "a|abbr|address|article|aside|b|bdi|bdo|big|blockquote|body|button|caption|center|cite|code|col|dd|del|details|dfn|"
+    "div|dl|dt|em|figcaption|figure|font|footer|form|h[1-6]|head|header|hr|html|i|img|input|ins|kbd|label|legend|li|"
+    "main|mark|nav|nobr|ol|option|p|pre|q|rp|rt|ruby|s|samp|script|section|select|small|span|strike|strong|style|sub|"
+    "summary|sup|svg|table|tbody|td|textarea|tfoot|th|thead|time|title|tr|tt|u|ul|var|video|wbr|break|emphasis|prosody|"
+    "say-as|speak|voice"
+)
 M, IGNORE_CASE = re.MULTILINE, re.IGNORECASE
 MARKUP_RULES: list[Rule] = [
+    (re.compile(r"&lt;(/?[a-zA-Z!?][^&<>\n]*)&gt;"), r" \1 "),  # a tag that the text shows
     (re.compile(r"&(?:#\d+|#x[0-9a-fA-F]+|[a-zA-Z]\w+);"), lambda match: html.unescape(match[0])),
     (re.compile(r"(?s).+"), lambda match: match[0].translate(TYPOGRAPHY)),
     (re.compile(r"^\s*(?:```|~~~).*$", M), ""),
     (re.compile(r"<!--.*?-->", re.DOTALL), ""),
     (re.compile(r"<br\s*/?>", IGNORE_CASE), " "),
-    (re.compile(r"</?[a-zA-Z][^<>\n]*>"), ""),
+    (re.compile(rf"</[a-zA-Z][\w:-]*\s*>|<(?:{ELEMENTS})\s*/?>", IGNORE_CASE), ""),
+    (re.compile(rf"<[a-zA-Z][\w:-]*(?:(?:\s+{ATTRIBUTE})+\s*/?|\s*/)>"), ""),
     (re.compile(r"^\s*(?:[-*_]\s*){3,}$", M), ""),
     (re.compile(r"^\s*\|?\s*:?-{2,}:?\s*(?:\|\s*:?-{2,}:?\s*)+\|?\s*$\n?", M), ""),
     (re.compile(r"^\s*\|.*\|\s*$", M), _table_row),

@@ -9,6 +9,7 @@ from csm.errors import PromptError
 
 MAX_PAUSE = 60.0  # seconds
 MARKUP = re.compile(r"\[pause\b([^\]\n]*)\]", re.IGNORECASE)
+LENGTH = re.compile(r"\s*[-+]?[.,]?\d")  # begins a length, right or wrong
 SECONDS = re.compile(r"\s+(\d+(?:\.\d*)?|\.\d+)\s*s?\s*")
 
 
@@ -19,14 +20,17 @@ class Pause:
     seconds: float
 
 
-def parse_pauses(text: str) -> list[str | Pause]:
+def parse_pauses(text: str, strict: bool = False) -> list[str | Pause]:
     """The parts of a text, in order. Parts without a visible character are left out.
 
-    Raises PromptError for a pause without a length, or longer than ``MAX_PAUSE`` seconds.
+    ``[Pause]`` and ``[pause for applause]`` are words of the text, unless it is ``strict``, as scripts are.
+    Raises PromptError for a length that is no number of seconds, or more than ``MAX_PAUSE``.
     """
     parts: list[str | Pause] = []
     done = 0
     for match in MARKUP.finditer(text):
+        if not strict and not LENGTH.match(match[1]):
+            continue
         parts += [text[done : match.start()], _pause(match)]
         done = match.end()
     parts.append(text[done:])
