@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from csm.bench.end_to_end import FRAME_MS, TEXT
 from csm.bench.model_setup import forced_ops, milliseconds, prompt_rows
 from csm.bench.peers import Clock, load_transformers
 from csm.bench.stepping import bench_bucket
-from csm.compare import teacher_forced_logits
+from csm.compare import teacher_forced_logits, with_codes
 from csm.frame import FrameState, decode_frame
 from csm.generator import Generator
 from csm.model import CSM
@@ -80,8 +79,7 @@ def worst_choice(model: CSM, frames: int) -> float:
         decode_frame(model, state, bench_bucket(state))
         frames_TK.append(state.codes_BK[0].clone())
     code_TK = torch.stack(frames_TK)
-    code_mask_TC = F.pad(torch.ones_like(code_TK, dtype=torch.bool), (0, 1))
-    row_NC, mask_NC = torch.cat((row_NC, F.pad(code_TK, (0, 1)))), torch.cat((mask_NC, code_mask_TC))
+    row_NC, mask_NC = with_codes(row_NC, mask_NC, code_TK)
     with forced_ops("reference"):
         logits_TKV = teacher_forced_logits(model, row_NC, mask_NC, frames)
     chosen_TK = logits_TKV.gather(2, code_TK.unsqueeze(2)).squeeze(2)
