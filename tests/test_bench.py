@@ -5,14 +5,16 @@ import math
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
 import csm.model
 from csm import Generator
-from csm.bench import cpu, cpu_worker, rows
+from csm.bench import cpu, cpu_worker, llama_cpp_row, rows
 from csm.bench.command import main
 from csm.bench.machine_code import (
     GPU_ARCHS,
@@ -249,7 +251,7 @@ def test_bad_inputs(capsys, args):
 def test_weights_on_a_cpu_beside_transformers(capsys):
     rows = ["transformers", "bfloat16", "int8", "int4"]
     options = ["--model", "tiny", "--threads", "1", "--busy", "0", "1", "--frames", "4", "--quiet"]
-    _, result = run(capsys, "--cpu", *options)
+    _, result = run(capsys, "--cpu", *options, "--rows", *rows)
     assert [(row["weights"], row["busy_loops"]) for row in result["cpu"]] == [(w, b) for b in (0, 1) for w in rows]
     for row in result["cpu"]:
         assert 0 < row["best_ms"] <= row["frame_ms"] < row["first_frame_ms"]
@@ -292,6 +294,34 @@ def test_the_check_of_a_cpu_row_sees_an_op_that_is_wrong_on_single_rows(dtype, m
     assert cpu_worker.logit_error(model, 4) < 0.02
 
 
+def test_llama_cpp_gets_matrices_of_the_same_shapes(tmp_path):
+    config = load("tiny", "cpu", None).config
+    llama_cpp_row.write_models(config, tmp_path)
+    for name, transformer in zip(llama_cpp_row.NAMES, (config.backbone, config.depth_decoder), strict=True):
+        reader = gguf.GGUFReader(tmp_path / name)
+        matrices = [t for t in reader.tensors if len(t.shape) == 2 and t.name != "token_embd.weight"]
+        layer = transformer.qkv_dim + 3 * transformer.hidden_dim  # outputs of inputs D, down counted by its transpose
+        attention = transformer.num_heads * transformer.head_dim
+        per_layer = transformer.dim * (layer + attention)
+        head = config.audio_vocab_size * transformer.dim
+        assert sum(int(t.n_elements) for t in matrices) == transformer.num_layers * per_layer + head
+        num_bytes = transformer.num_layers * (per_layer * 18 // 32 + 8 * transformer.dim) + 4 * transformer.dim
+        assert reader.fields["csm.weight_bytes"].contents() == num_bytes + head * 34 // 32
+        values = gguf.quants.dequantize(matrices[0].data, matrices[0].tensor_type)
+        assert 0.5 < values.std() * transformer.dim**0.5 < 2  # so that activations stay numbers
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="no llama-cpp-python")
+def test_the_row_of_llama_cpp(capsys):
+    rows = ["int4", "llama.cpp"]
+    _, result = run(capsys, "--cpu", "--model", "tiny", "--threads", "1", "--frames", "4", "--quiet", "--rows", *rows)
+    ours, theirs = result["cpu"]
+    assert 0 < theirs["best_ms"] <= theirs["frame_ms"] < theirs["first_frame_ms"] < 500
+    assert theirs["rtf_with_codec"] is None
+    assert theirs["gb_s"] * theirs["frame_ms"] == pytest.approx(ours["gb_s"] * ours["frame_ms"], rel=0.1)
+
+
 @pytest.mark.parametrize(
     "options", [["--threads", "2"], ["--cpu", "--threads", "0"], ["--cpu", "--busy", "-1"], ["--busy", "1"]]
 )
@@ -302,4 +332,4 @@ def test_options_of_a_cpu_alone(options):
 
 def test_an_unknown_row_on_a_cpu(capsys):
     assert main(["--cpu", "--rows", "int3"]) == 2
-    assert "no row 'int3'; choose from: transformers, bfloat16, int8, int4" in capsys.readouterr().err
+    assert "no row 'int3'; choose from: transformers, bfloat16, int8, int4, llama.cpp" in capsys.readouterr().err

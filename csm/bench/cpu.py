@@ -3,7 +3,8 @@
 Each row is a process of its own (``csm.bench.cpu_worker``). The rows take turns, so that all see the same machine, and
 a row is timed only after two checks: logits of several rows near those of PyTorch's ops on the same weights, and greedy
 codes of the step that is timed near the best ones by PyTorch's logits. HF Transformers must have the eager step's
-greedy codes on a small model. Without ``--model`` the weights are random, of CSM-1B's shapes: only time
+greedy codes on a small model. llama.cpp's row reads matrices of the same shapes and generates nothing
+(``csm.bench.llama_cpp_row``). Without ``--model`` the weights are random, of CSM-1B's shapes: only time
 and memory are measured.
 """
 
@@ -30,6 +31,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from csm.bench import report
+from csm.bench.llama_cpp_row import write_models
 from csm.bench.model_setup import load, random_weights
 from csm.bench.rows import CONFIGURATIONS, FRAME_SECONDS, differing_frame
 from csm.config import CSM_1B, MIMI
@@ -40,7 +42,8 @@ from csm.weights import open_checkpoint
 from csm.weights.config_json import write_hf_config
 from csm.weights.layouts import export, hf_table, mimi_table, target_shapes
 
-ROWS = ("transformers", "bfloat16", "int8", "int4")
+ROWS = ("transformers", "bfloat16", "int8", "int4", "llama.cpp")
+NEEDS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}  # packages of rows that are measured where they are
 ROUNDS, AUDIO_ROUNDS = 5, 2
 CHECKED_ROWS = 4  # and frames
 AUDIO_FRAMES = 60  # 4.8 s
@@ -67,7 +70,7 @@ class Worker:
 
     @classmethod
     def start(cls, name: str, folder: Path, threads: int) -> Worker:
-        kind = "transformers" if name == "transformers" else "ours"
+        kind = name if name in NEEDS else "ours"
         command = [sys.executable, "-m", "csm.bench.cpu_worker", kind, str(folder), str(threads)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         pipe = subprocess.PIPE
@@ -109,20 +112,20 @@ class Worker:
         result: dict[str, Any] = {"weights": self.name, "threads": self.threads, "busy_loops": busy}
         if self.reason:
             return result | {"not_timed_because": self.reason}
-        codes, audio = self.results["codes", busy], self.results["audio", busy]
+        codes, audio = self.results["codes", busy], self.results.get(("audio", busy))
         ms = statistics.median(ms for turn in codes for ms in turn["ms"])
-        with_codec = statistics.median(turn["ms"][0] for turn in audio)
+        with_codec = statistics.median(turn["ms"][0] for turn in audio) if audio else None
         multiplied, once = (codes[0].get(name) for name in ("frame_bytes", "weight_bytes"))
         return result | {
             "frame_ms": ms,
             "best_ms": min(ms for turn in codes for ms in turn["ms"]),
             "with_codec_ms": with_codec,
-            "rtf_with_codec": with_codec / 1000 / FRAME_SECONDS,
+            "rtf_with_codec": with_codec and with_codec / 1000 / FRAME_SECONDS,
             "first_frame_ms": statistics.median(turn["first_ms"] for turn in codes),
             "gb_s": multiplied and multiplied / ms / 1e6,
             "percent_of_read": once and 100 * once / (ms / 1000) / read_bandwidth,
             "peak_gb": self.lm_peak_bytes / 1e9,
-            "peak_gb_with_codec": self.peak_bytes / 1e9,
+            "peak_gb_with_codec": self.peak_bytes / 1e9 if audio else None,
         }
 
 
@@ -181,7 +184,11 @@ def folders(model: str | None, names: Sequence[str], where: Path, quiet: bool) -
     found = {}
     for name in names:
         found[name] = original
-        if name in PRESETS:
+        if name == "llama.cpp":
+            found[name] = where / name
+            found[name].mkdir()
+            write_models(open_checkpoint(str(original)).config, found[name])
+        elif name in PRESETS:
             found[name] = where / name
             save_quantized(open_checkpoint(str(original)), name, found[name], progress=not quiet)
     return found
@@ -192,6 +199,8 @@ def reason_not_to_time(name: str, folder: Path) -> str:
     if name == "transformers":
         frame = differing_frame(CONFIGURATIONS["transformers"].make, load("tiny", "cpu", None), 1)
         return "" if frame is None else f"its greedy codes differ from the eager step's from frame {frame} on"
+    if name == "llama.cpp":
+        return ""
     worker = Worker.start(name, folder, torch.get_num_threads())
     try:
         result = worker.ask("check", CHECKED_ROWS)
@@ -216,7 +225,7 @@ def cpu_report(
     unknown = [name for name in names if name not in ROWS and name not in PRESETS]
     if unknown:
         raise CSMError(f"there is no row {unknown[0]!r}; choose from: {', '.join((*ROWS, *PRESETS))}")
-    names = list(names) or [name for name in ROWS if name != "transformers" or find_spec("transformers")]
+    names = list(names) or [name for name in ROWS if name not in NEEDS or find_spec(NEEDS[name])]
     bandwidth = {number: read_bandwidth(number) for number in threads}
     with tempfile.TemporaryDirectory() as where:
         found = folders(model, names, Path(where), quiet)
@@ -240,13 +249,14 @@ def cpu_report(
 def measure(workers: Sequence[Worker], frames: int, busy: Sequence[int], quiet: bool) -> None:
     """Let the workers take turns. The first turn of each is not counted: it loads the codec and touches pages."""
     for rounds, command in ((ROUNDS, "codes"), (AUDIO_ROUNDS, "audio")):
-        for worker in workers:
+        timed = [worker for worker in workers if command == "codes" or worker.name != "llama.cpp"]
+        for worker in timed:
             worker.take_turn(command, 2, 0)
             worker.results.pop((command, 0), None)
         for _ in tqdm(range(rounds), desc=command, unit="round", disable=quiet, leave=False):
             for number in busy:
                 with busy_loops(number):
-                    for worker in workers:
+                    for worker in timed:
                         long = command == "audio" and worker.name != "transformers"  # which is slow, at any length
                         worker.take_turn(command, AUDIO_FRAMES if long else frames, number)
         for worker in workers:

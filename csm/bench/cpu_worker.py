@@ -1,7 +1,7 @@
 """One row of ``bench.py --cpu``, in a process of its own: ``python -m csm.bench.cpu_worker KIND FOLDER THREADS``.
 
-KIND is ``ours`` or ``transformers``. A process per row keeps their memory apart. It answers each line of standard
-input, ``codes 8``, ``audio 60`` or ``check 4``, with one line of JSON.
+KIND is ``ours``, ``transformers`` or ``llama.cpp``. A process per row keeps their memory apart. It answers each line
+of standard input, ``codes 8``, ``audio 60`` or ``check 4``, with one line of JSON.
 
 Shapes: B slots, N rows, C columns, T frames, K codebooks, V ids.
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from csm.bench import llama_cpp_row
 from csm.bench.end_to_end import FRAME_MS, TEXT
 from csm.bench.model_setup import forced_ops, milliseconds, prompt_rows
 from csm.bench.peers import Clock, load_transformers
@@ -151,7 +152,9 @@ def transformers(folder: str, threads: int) -> dict[str, Command]:
 
 def main(kind: str, folder: str, threads: str) -> None:
     """Load the model and answer commands until standard input ends."""
-    commands = {"ours": ours, "transformers": transformers}[kind](folder, int(threads))
+    commands = {"ours": ours, "transformers": transformers, "llama.cpp": llama_cpp_row.commands}[kind](
+        folder, int(threads)
+    )
     for line in sys.stdin:
         name, number = line.split()
         result = commands[name](int(number))
