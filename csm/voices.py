@@ -216,7 +216,8 @@ def remove_voice(name: str) -> Path:
 def describe(files: dict[str, Path]) -> Iterator[str]:
     """A line for each voice: name, clips, seconds and file.
 
-    A file that cannot be read is left out, with a warning in the log (on stderr, where nothing else handles it).
+    Of several files, one that cannot be read is left out, with a warning in the log (on stderr, where no handler is
+    set). Raises VoiceFileError if the only file cannot be read.
     """
     for name, path in files.items():
         if path.suffix == ".wav":
@@ -225,6 +226,8 @@ def describe(files: dict[str, Path]) -> Iterator[str]:
         try:
             voice = load_voice(path)
         except VoiceFileError as error:
+            if len(files) == 1:
+                raise
             log.warning("skipped: %s", error)
             continue
         clips = f"{len(voice.texts)} clip{'s' if len(voice.texts) > 1 else ''}"
