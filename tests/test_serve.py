@@ -330,7 +330,7 @@ def test_lists_as_open_webui_asks_for_them(running, client):
     assert {"alloy", "nova", "speaker_0", "speaker_3"} <= set(voices)
 
 
-# What the plugins send and read was looked up in their sources: livekit/agents, livekit-plugins-openai, tts.py at commit
+# What the plugins send and read was looked up in their sources: livekit/agents, livekit-plugins-openai's tts.py at
 # da6af86; pipecat-ai/pipecat, services/openai/tts.py at acead05 (both of August 2026). OpenAI's client adds the header
 # Accept: application/octet-stream.
 
@@ -374,10 +374,10 @@ def test_a_client_like_livekits(running, fast, model):
 async def pipecat(url, **settings):
     """It reads raw PCM by half seconds. ``instructions`` and ``speed`` are left out unless they are set."""
     fields = {"input": TEXT, "model": "gpt-4o-mini-tts", "voice": "alloy", "response_format": "pcm", **settings}
-    async with openai.AsyncOpenAI(api_key="none", base_url=f"{url}/v1") as client:
-        async with client.audio.speech.with_streaming_response.create(**fields) as response:
-            assert response.status_code == 200
-            return [chunk async for chunk in response.iter_bytes(24_000)]
+    client = openai.AsyncOpenAI(api_key="none", base_url=f"{url}/v1")
+    async with client, client.audio.speech.with_streaming_response.create(**fields) as response:
+        assert response.status_code == 200
+        return [chunk async for chunk in response.iter_bytes(24_000)]
 
 
 def test_a_client_like_pipecats(running, expected):

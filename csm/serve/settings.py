@@ -76,7 +76,7 @@ class Settings:
                 raise CSMError(f"{name} must be positive and finite, not {getattr(self, name)}")
         for name in self.allowed_hosts:
             if not HOST_NAME.fullmatch(name):
-                raise CSMError(f"an allowed host is a name without scheme and port, as in tts.example.com; not {name!r}")
+                raise CSMError(f"an allowed host is a name without scheme and port, as tts.example.com; not {name!r}")
         if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in self.api_keys):
             raise CSMError("an API key must be printable ASCII without spaces around it, and not empty")
 

@@ -146,7 +146,6 @@ class VoiceStore:
         return True
 
 
-
 def all_ids(files: Iterable[str]) -> list[str]:
     """Ids of voices with a file, then of the built-in voices, then OpenAI's."""
     return list(dict.fromkeys([*files, *BUILT_IN, *OPENAI_NAMES]))
