@@ -36,7 +36,9 @@ from websockets.sync.client import connect
 
 import csm.runner
 from csm import CSMError, Generator
+from csm.__main__ import parse_arguments
 from csm.guards import NO_GUARDS
+from csm.serve.command import read_settings
 from csm.serve.messages import ProtocolError, parse
 from csm.serve.schema import SpeechBody
 from csm.serve.settings import MAX_VALUES, Settings, read_keys
@@ -558,8 +560,11 @@ def test_behind_a_proxy(generator):  # noqa: F811
     with Running(generator, host="0.0.0.0", max_streams=2, allowed_hosts=("tts.example.com",)) as running:
         assert statuses(running, FORWARDED | PAGE) == (200, 101)
         assert statuses(running, {"Host": "evil.example"}) == (403, 403)
-    with pytest.raises(CSMError, match="without scheme and port"):
-        Settings(allowed_hosts=("https://tts.example.com",))
+    options = parse_arguments(["serve", "--allowed-host", "tts.example.com", "--allowed-host", "localhost2"])
+    assert read_settings(options).allowed_hosts == ("tts.example.com", "localhost2")
+    for name in ("https://tts.example.com", "tts.example.com:8443"):
+        with pytest.raises(CSMError, match="without scheme and port"):
+            Settings(allowed_hosts=(name,))
 
 
 def test_where_keys_come_from(tmp_path):

@@ -29,7 +29,7 @@ TIMES = ("max_seconds", "request_timeout", "body_timeout", "idle_timeout", "sock
 # All speech; speech in added voices or after a context, which can hold any voice; or only where a request asks for it.
 WATERMARK_FOR = ("all", "added-voices", "requests")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+|[0-9a-f:]+")
+HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class VoiceStore:
 
     def _check(self, path: Path) -> tuple[Version, bool]:
         """Whether a file holds a voice; unchanged files are not read again."""
-        version: Version = (0, 0)
+        version: Version = (0, 0)  # of a file that has gone
         known = self._listed.get(path)
         try:
             version = _version(path)
