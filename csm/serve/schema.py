@@ -32,11 +32,12 @@ Speaker = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class _FailFast(FailFast):
-    __hash__ = object.__hash__  # of a union's members
+    __hash__ = object.__hash__  # a union hashes its members
 
 
-FIRST = _FailFast()  # error only: a list of a million wrong values would take seconds
-Codes = Annotated[list[Annotated[list[int], FIRST]], FIRST]
+# pydantic makes an error for each wrong value, which takes seconds for a million: the first one ends the validation.
+_FAIL_FAST = _FailFast()
+Codes = Annotated[list[Annotated[list[int], _FAIL_FAST]], _FAIL_FAST]
 
 
 class StrictModel(BaseModel):

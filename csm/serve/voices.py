@@ -30,6 +30,8 @@ MIN_SECONDS, MAX_SECONDS = 0.5, 60.0
 MIN_RATE, MAX_RATE = 8_000, 96_000  # Hz
 MAX_CHANNELS = 2
 
+Version = tuple[int, int]  # of a file: when it was written, in ns, and its size
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -37,9 +39,6 @@ class Chosen:
 
     speaker: int
     context: tuple[Segment, ...] = ()
-
-
-Version = tuple[int, int]  # of a file: when it was written, in ns, and its size
 
 
 class VoiceStore:
