@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--voices", type=Path, help="folder of voices; uploads are kept there")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    parser.add_argument(
+        "--allowed-host", action="append", default=[], help="a name that a proxy before this server is reached by"
+    )
     parser.add_argument("--max-streams", type=int, default=8, help="requests generated at a time (default: 8)")
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait; then 429 (default: 64)")
     parser.add_argument("--max-seconds", type=float, default=90.0, help="most audio of a request (default: 90)")
@@ -67,6 +70,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         voices=args.voices,
         host=args.host,
         port=args.port,
+        allowed_hosts=tuple(args.allowed_host),
         max_streams=args.max_streams,
         max_queue=args.max_queue,
         max_seconds=args.max_seconds,
