@@ -55,8 +55,7 @@ def audio_alone(generator, index):
     """The samples of ``codes_alone``, one frame a row."""
     engine = engine_of(generator, max_slots=1)
     ticket = engine.submit(request_of(generator, index, 12, audio=True))
-    while not ticket.finished:
-        engine.step()
+    step_until(engine, lambda: ticket.finished)
     audio_TN = torch.stack([ticket.take().audio_N for _ in range(ticket.num_frames)])
     assert audio_TN.std() > 1000 * AUDIO_TOLERANCE
     return audio_TN
@@ -64,11 +63,20 @@ def audio_alone(generator, index):
 
 def run(engine, ticket):
     codes = []
-    while engine.step() or not ticket.finished:
+    step_until(engine, lambda: ticket.finished)
+    while engine.step():
         pass
     while (frame := ticket.take()) is not None:
         codes.append(frame.codes_K)
     return codes
+
+
+def step_until(engine, condition):
+    for _ in range(200):
+        if condition():
+            return
+        engine.step()
+    raise AssertionError("it did not happen within 200 steps")
 
 
 class Watched(Engine):
@@ -99,8 +107,8 @@ class Watched(Engine):
         self.events.append(active.ticket)
         super()._run_chunk(active)
 
-    def _launch(self, running):
-        launched = super()._launch(running)
+    def _launch(self, *args):
+        launched = super()._launch(*args)
         if launched:
             self.events.append("frame")
         return launched
@@ -378,11 +386,6 @@ def test_a_paused_request_neither_runs_nor_holds_up_others(generator):
     assert torch.equal(torch.stack(codes), codes_alone(generator, 0))
 
 
-def until_running(engine, tickets):
-    while not all(ticket.num_frames for ticket in tickets):
-        engine.step()
-
-
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_an_exception_in_a_step_ends_the_requests_in_it_and_the_engine_lives(generator, monkeypatch, ahead):
     """A paused request is not in the step, though the batch covers its slot; nor is one that waits."""
@@ -391,7 +394,7 @@ def test_an_exception_in_a_step_ends_the_requests_in_it_and_the_engine_lives(gen
     while engine.step():
         pass
     running = [engine.submit(request_of(generator, index, 9)) for index in range(2)]
-    until_running(engine, running)
+    step_until(engine, lambda: all(ticket.num_frames for ticket in running))
     waiting = [engine.submit(request_of(generator, 2, 4)) for _ in range(2)]
     with monkeypatch.context() as patch:
         patch.setattr(csm.runner, "decode_frame", lambda *_: 1 / 0)
@@ -401,7 +404,7 @@ def test_an_exception_in_a_step_ends_the_requests_in_it_and_the_engine_lives(gen
     for ticket in waiting:
         assert torch.equal(torch.stack(run(engine, ticket)), codes_alone(generator, 2)[:4])
     codes = []
-    while not paused.finished or paused.num_unread:
+    for _ in range(30):
         engine.step()
         codes += [] if (frame := paused.take()) is None else [frame.codes_K]
     assert torch.equal(torch.stack(codes), codes_alone(generator, 3)[:9])
@@ -414,8 +417,7 @@ def test_an_exception_while_a_frame_is_awaited_ends_the_requests_in_it(generator
     engine = watched(generator, 2, ahead=ahead)
     tickets = [engine.submit(request_of(generator, 0, frames)) for frames in (1, 9)]
     monkeypatch.setattr(csm.runner.Output, "wait", lambda _: 1 / 0)
-    while not all(ticket.finished for ticket in tickets):
-        engine.step()
+    step_until(engine, lambda: all(ticket.finished for ticket in tickets))
     monkeypatch.undo()
     assert all(isinstance(ticket.error, ZeroDivisionError) for ticket in tickets) and engine.idle
     again = engine.submit(request_of(generator, 0, 9))
@@ -427,7 +429,7 @@ def test_an_exception_in_one_slots_codec_ends_that_request_alone(generator, monk
     engine = watched(generator, 3)
     requests = [(0, 12), (1, 12), (2, 12)]
     tickets = [engine.submit(request_of(generator, *each, audio=True)) for each in requests]
-    until_running(engine, tickets)
+    step_until(engine, lambda: all(ticket.num_frames for ticket in tickets))
     decode = csm.runner.SlotDecoders.decode
     broken = engine._slots[1].ticket
 
@@ -436,8 +438,7 @@ def test_an_exception_in_one_slots_codec_ends_that_request_alone(generator, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(csm.runner.SlotDecoders, "decode", fail_in_slot_1)
-        while not broken.finished:
-            engine.step()
+        step_until(engine, lambda: broken.finished)
     assert broken is tickets[1] and isinstance(broken.error, ZeroDivisionError)
     assert broken.finish_reason == "error" and engine._slots[1] is None
     after = engine.submit(request_of(generator, 1, 12, audio=True))
