@@ -26,13 +26,11 @@ from csm.worker import Worker
 
 log = logging.getLogger("csm.guards")
 
+GUARDS = ("budget", "silence", "repeats", "retry")
 SPEECH_LEVEL = 0.01  # RMS from which a frame counts as speech; full scale is 1
 QUIET_SHARE = 0.02  # of the loudest frame's RMS (-34 dB): below it a frame counts as silent
 MAX_PERIOD = 4  # longest cycle of repeating frames that is looked for
 FLOOR_SECONDS = 0.08  # speech of at most one frame is too short for any text
-
-
-GUARDS = ("budget", "silence", "repeats", "retry")
 
 
 class GuardEvent(NamedTuple):
