@@ -211,7 +211,11 @@ def end_index_4_after_6_frames(model, state, context_bucket):
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.lists(ACTIONS, min_size=8, max_size=24), st.sampled_from([0, 2]), st.sampled_from([0, 40 * POSITION_BYTES, 1 << 24]))
+@given(
+    st.lists(ACTIONS, min_size=8, max_size=24),
+    st.sampled_from([0, 2]),
+    st.sampled_from([0, 40 * POSITION_BYTES, 1 << 24]),
+)
 def test_any_order_of_arrivals_pauses_and_cancellations(generator, actions, ahead, prefix_bytes):
     engine = watched(generator, 3, prefix_bytes, ahead)
     buffers = {name: buffer.data_ptr() for name, buffer in engine._state.buffers().items()}
