@@ -9,10 +9,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csm import WATERMARKS, CSMError, Generator, RoomWarning, load_watermark
-from csm.command_line import add_tokenizer_option
+from csm import WATERMARKS, CSMError, Generator, Guards, RoomWarning, load_watermark
+from csm.command_line import add_guard_options, add_tokenizer_option
 from csm.generator import DEFAULT_MODEL
-from csm.guards import DEFAULT_GUARDS, NO_GUARDS
 
 if TYPE_CHECKING:
     from csm.serve.service import Service
@@ -49,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="which speech: all of it; that in added voices or after a context; or where a request asks (default: all)",
     )
-    parser.add_argument("--no-guards", action="store_true", help="neither stop runaways nor generate again")
+    add_guard_options(parser)
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
@@ -79,7 +78,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         api_keys=read_keys(args.api_key, args.api_key_file, os.environ.get(KEYS_VARIABLE)),
         watermark=args.watermark,
         watermark_for=args.watermark_for,
-        guards=NO_GUARDS if args.no_guards else DEFAULT_GUARDS,
+        guards=Guards.without(*args.no_guards),
     )
 
 
