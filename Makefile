@@ -53,32 +53,41 @@ gpu: $(if $(GPU_PYTHON),,.venv/installed-bench)
 # Trains the embedded voice from nothing: recordings by four voices of flite, a codec, a model, and their word error
 # rates. Needs Debian's flite, wordnet-base and wamerican. Takes hours on two cores and resumes where it stopped. It has
 # not been run from start to end in one go; weights/tiny/README.md says how the weights there were made.
+# A rehearsal of all its commands takes about half an hour, and its voice babbles: make tiny RECORDINGS=400 CODEC_STEPS=600
+# TURN_STEPS=60 TALK_STEPS=60 DECODER_STEPS=60 SENTENCES=5 SEEDS=1
 TINY ?= tiny
+RECORDINGS ?= 60000
+CODEC_STEPS ?= 16000
+TURN_STEPS ?= 3000
+TALK_STEPS ?= 15000
+DECODER_STEPS ?= 4000
+SENTENCES ?= 150
+SEEDS ?= 3
 RECIPE := $(BIN)/python -m csm.weights.recipe
 FINETUNE := $(BIN)/python -m csm finetune --resume --device cpu --codes $(TINY)/codes --jobs 2 --valid $(TINY)/valid.jsonl \
 	--depth-share 0.5 --precision bfloat16 --weight-decay 0.05 --ema 0.999
 tiny: .venv/installed-eval
-	$(RECIPE).recordings $(TINY) --text open --split train --count 60000
+	$(RECIPE).recordings $(TINY) --text open --split train --count $(RECORDINGS)
 	$(RECIPE).recordings $(TINY) --text open --split valid --count 100
-	$(RECIPE).recordings $(TINY)/templates --text templates --split test --count 150
-	$(RECIPE).recordings $(TINY)/everyday --text everyday --split test --count 150
+	$(RECIPE).recordings $(TINY)/templates --text templates --split test --count $(SENTENCES)
+	$(RECIPE).recordings $(TINY)/everyday --text everyday --split test --count $(SENTENCES)
 	$(RECIPE).pronunciation $(TINY)/pronunciation.json.gz
 	$(RECIPE).conversations $(TINY)/train.jsonl $(TINY)/talks.jsonl
-	$(RECIPE).codec $(TINY)/train.jsonl $(TINY)/codec
+	$(RECIPE).codec $(TINY)/train.jsonl $(TINY)/codec --steps $(CODEC_STEPS)
 	$(RECIPE).export codec $(TINY)/codec/checkpoint.pt $(TINY)/codes.safetensors
 	$(RECIPE).export start $(TINY)/codes.safetensors $(TINY)/start --pronunciation $(TINY)/pronunciation.json.gz
 	$(FINETUNE) --data $(TINY)/train.jsonl --model $(TINY)/start --config $(TINY)/start/config.json --out $(TINY)/turns \
-		--steps 3000 --batch-size 16 --learning-rate 1.5e-3 --warmup 300 --min-lr-ratio 0.8
+		--steps $(TURN_STEPS) --batch-size 16 --learning-rate 1.5e-3 --warmup 300 --min-lr-ratio 0.8
 	$(FINETUNE) --data $(TINY)/talks.jsonl --model $(TINY)/turns/model --out $(TINY)/talks --context 2 --code-noise 0.15 \
-		--steps 15000 --batch-size 24 --batch-rows 1300 --learning-rate 1.3e-3 --warmup 100
+		--steps $(TALK_STEPS) --batch-size 24 --batch-rows 1300 --learning-rate 1.3e-3 --warmup 100
 	$(RECIPE).drawn $(TINY)/train.jsonl $(TINY)/talks/model $(TINY)/drawn.npz
 	$(RECIPE).codec $(TINY)/train.jsonl $(TINY)/decoder --start $(TINY)/codes.safetensors --decoder-only $(TINY)/drawn.npz \
-		--steps 4000
+		--steps $(DECODER_STEPS)
 	$(RECIPE).export codec $(TINY)/decoder/checkpoint.pt $(TINY)/codec.safetensors
 	$(RECIPE).export model $(TINY)/talks/model $(TINY)/model --codec $(TINY)/codec.safetensors
-	$(BIN)/python -m csm eval --data $(TINY)/templates/test.jsonl --recordings --codec --model $(TINY)/model --seeds 3 \
+	$(BIN)/python -m csm eval --data $(TINY)/templates/test.jsonl --recordings --codec --model $(TINY)/model --seeds $(SEEDS) \
 		--out $(TINY)/eval-templates
-	$(BIN)/python -m csm eval --data $(TINY)/everyday/test.jsonl --recordings --codec --model $(TINY)/model --seeds 3 \
+	$(BIN)/python -m csm eval --data $(TINY)/everyday/test.jsonl --recordings --codec --model $(TINY)/model --seeds $(SEEDS) \
 		--out $(TINY)/eval-everyday
 
 clean:

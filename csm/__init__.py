@@ -15,6 +15,7 @@ from csm.errors import (
     SamplingError,
     UnavailableError,
     VoiceError,
+    VoiceFileError,
 )
 from csm.generator import DEFAULT_MODEL, Generator, load_csm_1b
 from csm.guards import GuardEvent, Guards
@@ -52,6 +53,7 @@ __all__ = [
     "UnavailableError",
     "Voice",
     "VoiceError",
+    "VoiceFileError",
     "Watermark",
     "WavWriter",
     "load_csm_1b",

@@ -26,7 +26,7 @@ from csm.audio import WavWriter
 from csm.errors import CSMError, RoomWarning
 from csm.fingerprint import codec_fingerprint, fingerprint
 from csm.generator import Generator
-from csm.guards import GuardedTicket
+from csm.guards import DEFAULT_GUARDS, GuardedTicket, Guards
 from csm.metrics import GenerationMetrics
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
@@ -158,12 +158,13 @@ class Job:
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """What holds for all lines. ``identity`` is what else ``Job.key`` depends on."""
+    """What holds for all lines. ``identity`` is what else ``Job.key`` depends on, such as guards that are off."""
 
     seed: int = 0
     normalized: bool = True
     max_seconds: float | None = None
     identity: str = ""
+    guards: Guards = DEFAULT_GUARDS
 
 
 def identified(options: BatchOptions, generator: Generator) -> BatchOptions:
@@ -362,7 +363,11 @@ def _lock(handle: int, folder: Path) -> None:
 
 
 def generate_jobs(
-    generator: Generator, jobs: Iterable[Job], slots: int, watermark: Watermark | None = None
+    generator: Generator,
+    jobs: Iterable[Job],
+    slots: int,
+    watermark: Watermark | None = None,
+    guards: Guards = DEFAULT_GUARDS,
 ) -> Iterator[tuple[Job, Speech | Exception]]:
     """The audio of each job, or what went wrong, in the order in which they end. ``slots`` are generated at a time."""
     arrived = threading.Semaphore(0)
@@ -371,7 +376,7 @@ def generate_jobs(
         while True:
             while len(running) < slots + SPARE and (job := next(waiting, None)) is not None:
                 try:
-                    running.append(_Running(generator, job, arrived.release))
+                    running.append(_Running(generator, job, guards, arrived.release))
                 except CSMError as error:
                     yield job, error
             if not running:
@@ -388,9 +393,9 @@ def generate_jobs(
 class _Running:
     """A job that has been submitted."""
 
-    def __init__(self, generator: Generator, job: Job, notify: Callable[[], None]):
+    def __init__(self, generator: Generator, job: Job, guards: Guards, notify: Callable[[], None]):
         self.job = job
-        self.ticket: GuardedTicket = generator.submit(job.speech, max_unread=None, notify=notify, hold=True)
+        self.ticket: GuardedTicket = generator.submit(job.speech, guards, max_unread=None, notify=notify, hold=True)
         self._sample_rate = generator.sample_rate
         self._chunks: list[torch.Tensor] = []
 

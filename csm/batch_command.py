@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from csm import CSMError, GenerationMetrics, Generator, SamplingParams, Watermark
+from csm import CSMError, GenerationMetrics, Generator, Guards, SamplingParams, Watermark
 from csm.batch import (
     ERRORS,
     FIELDS,
@@ -32,6 +32,7 @@ from csm.batch import (
     read_lines,
 )
 from csm.command_line import Output as Printed
+from csm.command_line import add_guard_options
 from csm.generate_command import (
     add_model_options,
     add_report_options,
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-seconds", type=float, help="most audio of a line (default: the checkpoint's, else 90)")
     group.add_argument("--no-normalize", action="store_true", help="keep numbers, abbreviations and markup as written")
     add_watermark_option(group)
+    add_guard_options(group)
     group = parser.add_argument_group("run")
     group.add_argument("--slots", type=int, default=8, help="lines that are generated at a time (default: 8)")
     add_report_options(group)
@@ -119,6 +121,7 @@ def sort(problems: Sequence[Problem]) -> list[Problem]:
 def check_options(args: argparse.Namespace) -> None:
     """Raise CSMError for an option that is out of range, before anything is loaded."""
     SamplingParams(seed=args.seed)
+    Guards.without(*args.no_guards)
     if not 1 <= args.slots <= MAX_SLOTS:
         raise CSMError(f"--slots must be 1 to {MAX_SLOTS}, not {args.slots}")
     if (args.ray_workers is not None and args.ray_workers < 1) or not args.ray_cpus >= 0:
@@ -130,7 +133,9 @@ def check_options(args: argparse.Namespace) -> None:
 
 def options_of(args: argparse.Namespace) -> BatchOptions:
     """What holds for all lines."""
-    return BatchOptions(args.seed, not args.no_normalize, args.max_seconds, identity=f"watermark {args.watermark}")
+    off = (f"no-guard-{name}" for name in sorted(set(args.no_guards)))
+    identity = " ".join([f"watermark {args.watermark}", *off])
+    return BatchOptions(args.seed, not args.no_normalize, args.max_seconds, identity, Guards.without(*args.no_guards))
 
 
 def generate_all(
@@ -140,7 +145,8 @@ def generate_all(
     parts: list[GenerationMetrics] = []
     failed: list[Problem] = []
     with tqdm(total=len(jobs), unit="line", disable=True if args.quiet else None, leave=False) as bar:
-        for job, result in generate_jobs(generator, jobs, args.slots, watermark):
+        guards = Guards.without(*args.no_guards)
+        for job, result in generate_jobs(generator, jobs, args.slots, watermark, guards):
             if isinstance(result, Exception):
                 failed.append(problem_of(job, result))
             else:

@@ -107,7 +107,7 @@ class Worker:
         yield from (Result(problem=problem) for problem in problems)
         open_jobs = [job for job in jobs if not is_finished(plan.folder, job, entries[job.line])]
         yield from (Result() for _ in range(len(jobs) - len(open_jobs)))
-        for job, speech in generate_jobs(self._generator, open_jobs, plan.slots, self._watermark):
+        for job, speech in generate_jobs(self._generator, open_jobs, plan.slots, self._watermark, plan.options.guards):
             if isinstance(speech, Exception):
                 yield Result(problem=problem_of(job, speech))
             else:

@@ -85,6 +85,24 @@ def add_tokenizer_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json of a GGUF file that has none, or its folder")
 
 
+def add_guard_options(parser: argparse._ActionsContainer) -> None:
+    """``--no-guards`` and ``--no-guard``, of every command that generates; ``Guards.without(*args.no_guards)``."""
+    parser.add_argument(
+        "--no-guards",
+        action="append_const",
+        const="all",
+        default=[],
+        help="neither stop speech that runs on nor generate again what is too short (docs/guards.md)",
+    )
+    parser.add_argument(
+        "--no-guard",
+        action="append",
+        dest="no_guards",
+        metavar="NAME",
+        help="turn off one guard: budget, silence, repeats or retry; may be repeated",
+    )
+
+
 def suggest_once(name: str, text: str) -> str:
     """``text`` on a terminal, the first time only, else an empty string. A file in ``$CSM_HOME`` records the first."""
     shown = cache_folder() / f"suggested-{name}"

@@ -1,9 +1,10 @@
 """``python -m csm compare A B``: how far a quantised (or otherwise changed) model is from the one it was made of.
 
-A generates sentences; both models then read A's codes (teacher forcing), and their logits are compared. Reported are
-the relative error of the weights, the Kullback-Leibler divergence of B's distributions from A's and the share of
-positions with the same best code, by codebook, and the number of frames until the codes of both, generated greedily,
-differ.
+A generates sentences; both models then read A's codes (teacher forcing), and their logits are compared; so are their
+logits on rows of random text and codes. Reported are the relative error of each layer's weights, the Kullback-Leibler
+divergence of B's distributions from A's and the share of positions with the same best code, by codebook, and the number
+of frames until the codes of both, generated greedily, differ. With ``--sentences`` both models also generate a file's
+sentences, and a recogniser transcribes them.
 
 Shapes: N rows of prompt and codes, T frames, K codebooks, V ids, D dim.
 """
@@ -11,7 +12,7 @@ Shapes: N rows of prompt and codes, T frames, K codebooks, V ids, D dim.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +24,14 @@ from tqdm import tqdm
 from csm.cache import KVCache
 from csm.command_line import add_tokenizer_option
 from csm.errors import CSMError
+from csm.evaluate.command import read_lines
+from csm.evaluate.measure import Evaluator, GenerationSettings, evaluate_speech
+from csm.evaluate.report import summary
+from csm.evaluate.report import table as speech_table
 from csm.generator import Generator
 from csm.kernels.quantized import dense
 from csm.model import CSM
-from csm.prompt import TextTokenizer, build_prompt
+from csm.prompt import TextTokenizer, build_prompt, text_rows
 from csm.quantize import quantized_weights
 from csm.weights import open_checkpoint
 
@@ -36,6 +41,7 @@ SENTENCES = (
     "We will meet again tomorrow at nine.",
     "Please close the window before you leave.",
 )
+RANDOM_TEXT_ROWS, RANDOM_FRAMES = 16, 48
 
 
 class Divergence(NamedTuple):
@@ -89,12 +95,26 @@ def compare_sentence(a: Generator, b: Generator, tokenizer: TextTokenizer, text:
     if not len(code_TK):
         raise CSMError(f"the first model generates no audio for {text!r}")
     prompt = build_prompt([], tokenizer.encode(0, text), a.config)
-    row_NC = torch.cat((prompt.row_TC, F.pad(code_TK, (0, 1))))
-    code_mask_TC = torch.ones(code_TK.shape[0], row_NC.shape[1], dtype=torch.bool)
-    code_mask_TC[:, -1] = False
-    mask_NC = torch.cat((prompt.mask_TC, code_mask_TC))
+    row_NC, mask_NC = with_codes(prompt.row_TC, prompt.mask_TC, code_TK)
     logits = [teacher_forced_logits(g.model, row_NC.to(g.device), mask_NC.to(g.device), len(code_TK)) for g in (a, b)]
     return divergence(logits[0].cpu(), logits[1].cpu())
+
+
+def compare_random(a: Generator, b: Generator) -> Divergence:
+    """Both models on a prompt of random tokens and the random codes of RANDOM_FRAMES frames."""
+    generator, config = torch.Generator().manual_seed(0), a.config
+    ids = torch.randint(config.text_vocab_size, (RANDOM_TEXT_ROWS,), generator=generator)
+    text_NC, text_mask_NC, _ = text_rows(ids.tolist(), config.num_codebooks)
+    code_TK = torch.randint(config.codebook_size, (RANDOM_FRAMES, config.num_codebooks), generator=generator)
+    row_NC, mask_NC = with_codes(text_NC, text_mask_NC, code_TK)
+    logits = [teacher_forced_logits(g.model, row_NC.to(g.device), mask_NC.to(g.device), RANDOM_FRAMES) for g in (a, b)]
+    return divergence(logits[0].cpu(), logits[1].cpu())
+
+
+def with_codes(row_NC: Tensor, mask_NC: Tensor, code_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """A prompt's rows and mask, followed by those of codes."""
+    code_mask_TC = F.pad(torch.ones_like(code_TK, dtype=torch.bool), (0, 1))
+    return torch.cat((row_NC, F.pad(code_TK, (0, 1)))), torch.cat((mask_NC, code_mask_TC))
 
 
 def greedy_agreement(a: Generator, b: Generator, text: str) -> int:
@@ -105,19 +125,40 @@ def greedy_agreement(a: Generator, b: Generator, text: str) -> int:
     return num_frames if bool(same_T.all()) else int((~same_T).float().argmax())
 
 
-def report(errors: dict[str, float], parts: Sequence[Divergence], greedy: Sequence[int]) -> str:
+def layer_errors(errors: Mapping[str, float]) -> dict[str, float]:
+    """The mean error of each layer's weights, and those of the heads and the projection."""
+    by_layer: dict[str, list[float]] = {}
+    for name, error in errors.items():
+        layer = ".".join(name.split(".")[:3]) if ".layers." in name else name
+        by_layer.setdefault(layer, []).append(error)
+    return {layer: sum(own) / len(own) for layer, own in by_layer.items()}
+
+
+def report(errors: Mapping[str, float], speech: Sequence[Divergence], random: Divergence, greedy: Sequence[int]) -> str:
     """The comparison as a Markdown table."""
-    kl_K = torch.stack([part.kl_K for part in parts]).mean(0)
-    agreement_K = torch.stack([part.agreement_K for part in parts]).mean(0)
     lines = ["| | |", "|---|---|"]
-    for stack in ("backbone", "depth_decoder", "projection", "codebook0_head", "depth_heads"):
-        of_stack = [error for name, error in errors.items() if name.startswith(stack)]
-        lines.append(f"| weight error, {stack} | {100 * sum(of_stack) / len(of_stack):.2f} % |")
-    for name, which in (("codebook 0", slice(0, 1)), ("codebooks 1 on", slice(1, None))):
-        lines.append(f"| KL divergence, {name} | {kl_K[which].mean():.4f} nats |")
-        lines.append(f"| same best code, {name} | {100 * agreement_K[which].mean():.1f} % |")
+    lines += [f"| weight error, {layer} | {100 * error:.2f} % |" for layer, error in layer_errors(errors).items()]
+    for source, parts in (("speech", speech), ("random rows", [random])):
+        kl_K = torch.stack([part.kl_K for part in parts]).mean(0)
+        agreement_K = torch.stack([part.agreement_K for part in parts]).mean(0)
+        for name, which in (("codebook 0", slice(0, 1)), ("codebooks 1 on", slice(1, None))):
+            lines.append(f"| {source}: KL divergence, {name} | {kl_K[which].mean():.4f} nats |")
+            lines.append(f"| {source}: same best code, {name} | {100 * agreement_K[which].mean():.1f} % |")
     lines.append(f"| frames until greedy codes differ | {', '.join(map(str, greedy))} |")
     return "\n".join(lines)
+
+
+def transcribed(a: Generator, b: Generator, path: Path, seeds: int, progress: bool) -> str:
+    """Word error rate, seconds and share of ended utterances of both models on a file's sentences: a table."""
+    sentences = read_lines(path)
+    evaluator = Evaluator()
+    settings = GenerationSettings(seeds=seeds)
+    made = {
+        name: evaluate_speech(evaluator, g, sentences, settings, progress=progress) for name, g in (("A", a), ("B", b))
+    }
+    ratio = sum(one.seconds for one in made["B"]) / sum(one.seconds for one in made["A"])
+    summaries = {name: summary(utterances) for name, utterances in made.items()}
+    return f"{speech_table(summaries)}\n\nB's audio is {ratio:.2f} times as long as A's."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +167,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", nargs="?", help="another model, or a folder of csm quantize (default: A)")
     parser.add_argument("--scheme", help="quantise B: int8, fp8, int4-depth, int4, or types by part")
     add_tokenizer_option(parser)
+    parser.add_argument("--sentences", type=Path, help="a text file: generate its lines with both, and transcribe them")
+    parser.add_argument("--seeds", type=int, default=1, help="generations of each of the --sentences (default: 1)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -150,7 +193,11 @@ def load(args: argparse.Namespace, name: str, scheme: str | None = None) -> Gene
 
 
 def run(args: argparse.Namespace) -> str:
-    """Compare the models; return the table."""
+    """Compare the models; return the tables."""
+    if args.seeds < 1:
+        raise CSMError(f"--seeds must be at least 1, not {args.seeds}")
+    if args.sentences is not None:
+        read_lines(args.sentences)  # an error before the models are loaded
     a, b = load(args, args.a), load(args, args.b or args.a, args.scheme)
     if a.config != b.config:
         raise CSMError(f"{args.a} and {args.b} are models of different shapes")
@@ -159,4 +206,7 @@ def run(args: argparse.Namespace) -> str:
     bar = tqdm(SENTENCES, desc="comparing", disable=args.quiet, leave=False)
     parts = [compare_sentence(a, b, tokenizer, text, seed) for seed, text in enumerate(bar)]
     greedy = [greedy_agreement(a, b, text) for text in SENTENCES]
-    return report(weight_errors(a.model, b.model), parts, greedy)
+    text = report(weight_errors(a.model, b.model), parts, compare_random(a, b), greedy)
+    if args.sentences is None:
+        return text
+    return f"{text}\n\n{transcribed(a, b, args.sentences, args.seeds, not args.quiet)}"

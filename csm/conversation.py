@@ -23,6 +23,7 @@ from torch import Tensor
 from csm.engine import Frame
 from csm.errors import CSMError, PromptError
 from csm.generator import Generator
+from csm.guards import DEFAULT_GUARDS, Guards
 from csm.metrics import GenerationMetrics
 from csm.prompt import Segment
 from csm.request import SpeechRequest
@@ -70,6 +71,7 @@ class Conversation:
         temperature: float | None = None,
         topk: int | None = None,
         seed: int | None = None,
+        guards: Guards = DEFAULT_GUARDS,
     ):
         """
         Args:
@@ -80,6 +82,7 @@ class Conversation:
             max_turns: the most turns of context; None is as many as fit.
             temperature, topk: of every turn; None is the checkpoint's default.
             seed: turn n, from 0, is drawn with ``seed + n``; None draws a seed for each.
+            guards: of every turn, as for ``Generator.stream``.
 
         Raises:
             VoiceError: a voice does not exist.
@@ -98,6 +101,7 @@ class Conversation:
         self.low_water = low_water
         self.max_turns = max_turns
         self.temperature, self.topk, self.seed = temperature, topk, seed
+        self.guards = guards
         self.stats = ConversationStats()
         self.metrics: GenerationMetrics | None = None  # of the turn generated last
         self.voices = {speaker: generator.voice(voice) for speaker, voice in (voices or {}).items()}
@@ -149,7 +153,7 @@ class Conversation:
         if isinstance(text, str):
             num_evicted = self.stats.num_evicted
             request = self._request(speaker, text)
-            frames = self.generator.stream_frames(request)
+            frames = self.generator.stream_frames(request, self.guards)
             return self._say(request, frames, self.stats.num_evicted - num_evicted)
         return self._say_pieces(speaker, text)
 
@@ -233,25 +237,30 @@ class Conversation:
         save_tensors(tensors, Path(path), {"format": FORMAT, "state": json.dumps(state)})
 
     @classmethod
-    def load(cls, generator: Generator, path: str | Path) -> Conversation:
-        """Read what ``save`` wrote; the conversation goes on where it was. Raises CSMError, which names the file."""
+    def load(cls, generator: Generator, path: str | Path, guards: Guards = DEFAULT_GUARDS) -> Conversation:
+        """Read what ``save`` wrote; the conversation goes on where it was. Raises CSMError, which names the file.
+
+        ``guards`` are not part of the file.
+        """
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name).long() for name in file.keys()}  # noqa: SIM118
             if metadata.get("format") != FORMAT:
                 raise KeyError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
-            return cls._restore(generator, json.loads(metadata["state"]), tensors)
+            return cls._restore(generator, json.loads(metadata["state"]), tensors, guards)
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise CSMError(f"{path}: cannot be read as a conversation: {error}") from error
 
     @classmethod
-    def _restore(cls, generator: Generator, state: dict[str, Any], tensors: dict[str, Tensor]) -> Conversation:
+    def _restore(
+        cls, generator: Generator, state: dict[str, Any], tensors: dict[str, Tensor], guards: Guards
+    ) -> Conversation:
         voices = {}
         for speaker, name, texts, own_id, consent, *guessed in state["voices"]:  # older files lack the last
             codes = tuple(tensors[f"voice_{speaker}_{index}"] for index in range(len(texts)))
             voices[speaker] = Voice(name, tuple(texts), codes, own_id, consent, guessed == [True])
-        conversation = cls(generator, voices, **state["settings"])
+        conversation = cls(generator, voices, **state["settings"], guards=guards)
         for index, (speaker, text) in enumerate(state["turns"]):
             turn = generator.prepare(Segment(speaker, text, codes=tensors[f"turn_{index}"]))
             conversation._append(turn, generator.num_positions(turn))

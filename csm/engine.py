@@ -103,7 +103,10 @@ class Ticket:
 
     def _finish(self, reason: str, error: BaseException | None = None) -> None:
         self.error, self.finish_reason = error, reason
-        self._wake()
+        try:
+            self._wake()
+        except Exception:  # the request has ended, and its slot is free: nothing is left to end
+            log.exception("the reader of a request could not be notified of its end")
 
     def _wake(self) -> None:
         if self._notify is not None:
@@ -233,17 +236,18 @@ class Engine:
     def step(self) -> bool:
         """Admit, prefill, launch a frame of every running slot, hand out the oldest. False if there was nothing to do.
 
-        An exception in a prefill ends its request, one in a frame every running request; both are on the tickets. The
+        An exception in a prefill, in the codec of a slot or in a reader's ``notify`` ends its request. One in the
+        shared step ends the requests that take part in it or have frames in flight. It is on their tickets, and the
         engine goes on.
         """
         with self._stepping, self._on_stream(), torch.no_grad():
-            self._drop_cancelled()
             advanced = self._admit()
+            running = [active for active in self._active() if active.runnable]
             try:
-                launched = self._launch()
+                launched = self._launch(running)
                 collected = self._collect(launched)
             except BaseException as error:
-                self._fail_running(error)
+                self._fail_step(running, error)
                 if not isinstance(error, Exception):
                     raise
                 return True
@@ -276,41 +280,47 @@ class Engine:
     # Admission and prefill
 
     def _admit(self) -> bool:
-        """Prefill what has a slot and give free slots to waiting requests, in order.
+        """Drop what was cancelled, prefill what has a slot, and give free slots to waiting requests, in order.
 
-        While others run, one chunk a round, so that no running request waits for a long prompt. Otherwise all of it.
+        One chunk a round, so that no frame waits for a long prompt or for several prompts. Only while no frame can be
+        launched or is in flight, further chunks follow at once.
         """
-        busy, advanced = any(active.runnable for active in self._active()), False
+        advanced = False
         while True:
+            self._drop_cancelled()
+            if advanced and (self._in_flight or any(active.runnable for active in self._active())):
+                return True
             active = next((active for active in self._active() if active.job is not None), None) or self._next_request()
             if active is None:
                 return advanced
             self._run_chunk(active)
             advanced = True
-            if busy:
-                return advanced
 
     def _next_request(self) -> _Active | None:
         """The oldest waiting request, in the lowest free slot."""
-        free = next((slot for slot, active in enumerate(self._slots) if active is None), None)
-        with self._lock:
-            if free is None or not self._queue:
-                return None
-            ticket = self._queue.popleft()
-        request = ticket.request
-        try:
-            self._prepare(self._batch_size(free + 1))
-            if request.audio:
-                self._audio_decoder().reset(free)
-            row_TC, mask_TC, turn_ends = request.prompt
-            job = self._prefill.begin(self._state, free, row_TC, mask_TC, request.params, turn_ends)
-        except BaseException as error:
-            ticket._finish("error", error)
-            if not isinstance(error, Exception):
-                raise
-            return self._next_request()
-        self._slots[free] = active = _Active(ticket, free, job)
-        return active
+        while True:
+            free = next((slot for slot, active in enumerate(self._slots) if active is None), None)
+            with self._lock:
+                if free is None or not self._queue:
+                    return None
+                ticket = self._queue.popleft()
+            try:
+                job = self._begin(ticket.request, free)
+            except BaseException as error:
+                ticket._finish("error", error)
+                if not isinstance(error, Exception):
+                    raise
+                continue
+            self._slots[free] = active = _Active(ticket, free, job)
+            return active
+
+    def _begin(self, request: Request, slot: int) -> PrefillJob:
+        """Prepare a slot for a request, and begin to prefill its prompt."""
+        self._prepare(self._batch_size(slot + 1))
+        if request.audio:
+            self._audio_decoder().reset(slot)
+        row_TC, mask_TC, turn_ends = request.prompt
+        return self._prefill.begin(self._state, slot, row_TC, mask_TC, request.params, turn_ends)
 
     def _run_chunk(self, active: _Active) -> None:
         assert active.job is not None
@@ -362,22 +372,22 @@ class Engine:
 
     # Frames
 
-    def _launch(self) -> bool:
-        """Launch one frame of every running slot."""
-        self._compact()
-        running = {active.slot: active for active in self._active() if active.runnable}
+    def _launch(self, running: Sequence[_Active]) -> bool:
+        """Launch one frame of these requests."""
         if not running:
             return False
-        runner = self._runner(self._batch_size(max(running) + 1))
+        self._compact(running)
+        members = {active.slot: active for active in sorted(running, key=lambda active: active.slot)}
+        runner = self._runner(self._batch_size(max(members) + 1))
         for active in self._active():
-            self._park(active, running=active.slot in running, covered=active.slot < runner.state.batch)
-        bucket = self._state.backbone_cache.bucket_for(max(active.num_positions for active in running.values()))
-        audio = [slot for slot, active in running.items() if active.ticket.request.audio]
+            self._park(active, running=active.slot in members, covered=active.slot < runner.state.batch)
+        bucket = self._state.backbone_cache.bucket_for(max(active.num_positions for active in running))
+        audio = [slot for slot, active in members.items() if active.ticket.request.audio]
         decoder = self._audio_decoder() if audio else None
         output = runner.launch(bucket, decoder if isinstance(decoder, BatchDecoder) else None, audio)
-        for active in running.values():
+        for active in running:
             active.launched += 1
-        self._in_flight.append(_Flight(output, running))
+        self._in_flight.append(_Flight(output, members))
         return True
 
     def _park(self, active: _Active, running: bool, covered: bool) -> None:
@@ -392,17 +402,17 @@ class Engine:
             self._state.restore(active.saved, slice(active.slot, active.slot + 1))
             active.saved = None
 
-    def _compact(self) -> None:
+    def _compact(self, running: Sequence[_Active]) -> None:
         """Move the highest running slot down as long as that makes the batch smaller."""
         while True:
-            running = sorted(active.slot for active in self._active() if active.runnable)
+            slots = sorted(active.slot for active in running)
             free = next((slot for slot, active in enumerate(self._slots) if active is None), self.max_slots)
-            if not running or free > running[-1]:
+            if free > slots[-1]:
                 return
-            below = max([free, *running[:-1]])
-            if self._batch_size(below + 1) >= self._batch_size(running[-1] + 1):
+            below = max([free, *slots[:-1]])
+            if self._batch_size(below + 1) >= self._batch_size(slots[-1] + 1):
                 return
-            self._move(running[-1], free)
+            self._move(slots[-1], free)
 
     def _move(self, source: int, target: int) -> None:
         active = self._slots[source]
@@ -417,12 +427,17 @@ class Engine:
         ahead = next(iter(self._runners.values())).frames_ahead if self._runners else 0
         if not self._in_flight or (launched and len(self._in_flight) <= ahead):
             return False
-        flight = self._in_flight.popleft()
+        flight = self._in_flight[0]
         if any(not active.done for active in flight.members.values()):
             flight.output.wait()
         for slot, active in flight.members.items():
-            if not active.done:
+            if active.done:
+                continue
+            try:
                 self._hand_out(active, flight.output, slot)
+            except Exception as error:  # noqa: BLE001 - of the slot's codec, or of the reader's notify
+                self._release(active, "error", error)
+        self._in_flight.popleft()  # last: until then an exception ends its members
         return True
 
     def _hand_out(self, active: _Active, output: Output, slot: int) -> None:
@@ -486,11 +501,15 @@ class Engine:
             for ticket in waiting:
                 ticket._finish("error", error)
 
-    def _fail_running(self, error: BaseException) -> None:
-        """End every request that takes part in frames; waiting requests and prefills are not affected."""
+    def _fail_step(self, running: Sequence[_Active], error: BaseException) -> None:
+        """End the requests that were running or have frames in flight.
+
+        Others are not affected: a paused request's slot is saved before a step that covers it.
+        """
+        members = {*running, *(active for flight in self._in_flight for active in flight.members.values())}
         self._in_flight.clear()
-        for active in self._active():
-            if active.job is None:
+        for active in members:
+            if not active.ticket.finished:
                 self._release(active, "error", error)
 
     # Batch sizes

@@ -37,6 +37,10 @@ class VoiceError(CSMError):
     """A voice has a bad name, does not exist, or its file cannot be read or written."""
 
 
+class VoiceFileError(VoiceError):
+    """A voice's file cannot be read or written, or holds no voice. The message names the file."""
+
+
 class FallbackWarning(UserWarning):
     """A fast path failed its self-check on this device, so a slower one is used."""
 

@@ -23,6 +23,7 @@ from csm import (
     DEFAULT_MODEL,
     CSMError,
     Generator,
+    Guards,
     RoomWarning,
     SamplingParams,
     Segment,
@@ -37,7 +38,14 @@ from csm import (
     subtitles,
     watermark,
 )
-from csm.command_line import Parser, add_tokenizer_option, check_overwrites, execute, suggest_once
+from csm.command_line import (
+    Parser,
+    add_guard_options,
+    add_tokenizer_option,
+    check_overwrites,
+    execute,
+    suggest_once,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TINY_NOTE = "the tiny checkpoint is a small demonstration voice for plain English, speakers 0 to 3"
@@ -66,7 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     _add_text_options(parser.add_argument_group("text and output"))
     add_voice_options(parser.add_argument_group("voice"))
-    add_sampling_options(parser.add_argument_group("sampling"))
+    sampling = parser.add_argument_group("sampling")
+    add_sampling_options(sampling)
+    add_guard_options(sampling)
     add_model_options(parser.add_argument_group("model and device"))
 
 
@@ -269,6 +279,7 @@ def narrate(
         speed=args.speed,
         level=not (args.play or args.stream_to),  # a line's loudness is known at its end: too late for a listener
         words=args.json is not None,
+        guards=Guards.without(*args.no_guards),
     )
 
 
@@ -359,6 +370,7 @@ def generate(args: argparse.Namespace) -> str:
     args.seed = secrets.randbits(32) if args.seed is None else args.seed
     given = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed}
     SamplingParams(**{name: value for name, value in given.items() if value is not None})  # checked before loading
+    Guards.without(*args.no_guards)
     with ExitStack() as stack:
         outputs = open_outputs(args, stack)
         mark = open_watermark(args)

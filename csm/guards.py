@@ -26,6 +26,7 @@ from csm.worker import Worker
 
 log = logging.getLogger("csm.guards")
 
+GUARDS = ("budget", "silence", "repeats", "retry")
 SPEECH_LEVEL = 0.01  # RMS from which a frame counts as speech; full scale is 1
 QUIET_SHARE = 0.02  # of the loudest frame's RMS (-34 dB): below it a frame counts as silent
 MAX_PERIOD = 4  # longest cycle of repeating frames that is looked for
@@ -33,7 +34,7 @@ FLOOR_SECONDS = 0.08  # speech of at most one frame is too short for any text
 
 
 class GuardEvent(NamedTuple):
-    """What a guard did: ``guard`` is "budget", "silence", "repeats" or "retry"."""
+    """What a guard did: ``guard`` is one of ``GUARDS``."""
 
     guard: str
     num_frames: int
@@ -80,7 +81,17 @@ class Guards:
     @classmethod
     def off(cls) -> Guards:
         """No guard at all."""
-        return cls(budget=False, silence=False, repeats=False, retries=0)
+        return cls.without("all")
+
+    @classmethod
+    def without(cls, *names: str) -> Guards:
+        """All guards but those of these names: any of ``GUARDS``, or "all". Raises CSMError for another name."""
+        for name in names:
+            if name not in (*GUARDS, "all"):
+                raise CSMError(f"no guard is called {name!r}; there are {', '.join(GUARDS)}, and all")
+        off = set(GUARDS if "all" in names else names)
+        guards = cls(budget="budget" not in off, silence="silence" not in off, repeats="repeats" not in off)
+        return replace(guards, retries=0) if "retry" in off else guards
 
     def max_seconds(self, text: str) -> float:
         """The budget of this text."""

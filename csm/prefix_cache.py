@@ -109,11 +109,16 @@ class PrefixCache:
         entry = self._entries.pop(serial)
         self.num_bytes -= entry.num_bytes
         for length, key in entry.keys.items():
-            if self._found.get(key) == (serial, length):
-                del self._found[key]
-                self._lengths[length] -= 1
-                if not self._lengths[length]:
-                    del self._lengths[length]
+            if self._found.get(key) != (serial, length):
+                continue
+            others = (other for other, each in reversed(self._entries.items()) if each.keys.get(length) == key)
+            if (other := next(others, None)) is not None:  # the same prefix, in an entry that stays
+                self._found[key] = other, length
+                continue
+            del self._found[key]
+            self._lengths[length] -= 1
+            if not self._lengths[length]:
+                del self._lengths[length]
 
 
 def prefix_keys(prompt: Prompt, lengths: Sequence[int]) -> dict[int, bytes]:

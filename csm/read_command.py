@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from csm import CSMError, GenerationMetrics, Generator, SamplingParams, Segment, Voice, Watermark
+from csm import CSMError, GenerationMetrics, Generator, Guards, SamplingParams, Segment, Voice, Watermark
 from csm.audio_file import SUFFIXES, check_suffix, write_text
 from csm.book import (
     Binder,
@@ -34,7 +34,7 @@ from csm.book import (
     plan,
     read_book,
 )
-from csm.command_line import check_overwrites
+from csm.command_line import add_guard_options, check_overwrites
 from csm.fingerprint import fingerprint
 from csm.formats import import_av
 from csm.generate_command import (
@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to ``parser``."""
     _add_book_options(parser.add_argument_group("book and output"))
     add_voice_options(parser.add_argument_group("voice"))
-    add_sampling_options(parser.add_argument_group("sampling"), seed=str(DEFAULT_SEED))
+    sampling = parser.add_argument_group("sampling")
+    add_sampling_options(sampling, seed=str(DEFAULT_SEED))
+    add_guard_options(sampling)
     add_model_options(parser.add_argument_group("model and device"))
 
 
@@ -189,6 +191,7 @@ def check_options(args: argparse.Namespace, book: Book) -> Target:
     given = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed}
     SamplingParams(**{name: value for name, value in given.items() if value is not None})
     check_speed(args.speed)
+    Guards.without(*args.no_guards)
     for name, low, high in (
         ("loudness", MIN_LOUDNESS, MAX_LOUDNESS),
         ("paragraph_pause", 0.0, MAX_PAUSE),
@@ -288,6 +291,7 @@ class Job:
             (2 if args.script else 1) if turns is None else turns,
             bool(voices) and args.script is None,  # without a voice, earlier sentences are all that keeps it
             args.retries,
+            tuple(sorted(set(args.no_guards))),
         )
         self.model = fingerprint(generator, self.references)
         self.sentences = plan(sections, ids, self.settings, self.model)

@@ -16,6 +16,7 @@ from torch import Tensor
 from csm.conversation import Conversation
 from csm.errors import PromptError
 from csm.generator import Generator
+from csm.guards import DEFAULT_GUARDS, Guards
 from csm.joins import Level, check_speed, join
 from csm.subtitles import Cue, words_within
 from csm.text import Pause, normalize, parse_pauses, split, strip_markup
@@ -135,6 +136,7 @@ class Narration:
         speed: float = 1.0,
         level: bool = False,
         words: bool = False,
+        guards: Guards = DEFAULT_GUARDS,
     ):
         """Arguments as for Conversation. Every text is checked here: a bad last line fails before the first is spoken.
 
@@ -157,6 +159,7 @@ class Narration:
             temperature=temperature,
             topk=topk,
             seed=seed,
+            guards=guards,
         )
         for item in items:
             if isinstance(item, Line):

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from csm.audio import read_audio
 from csm.audio_file import open_writer
-from csm.command_line import add_tokenizer_option
+from csm.command_line import add_guard_options, add_tokenizer_option
 from csm.errors import CSMError, VoiceError
 from csm.evaluate.listen import Recogniser
 from csm.generator import Generator
+from csm.guards import Guards
 from csm.prompt import Segment
 from csm.request import SpeechRequest
 from csm.text import normalize
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     say.add_argument("--seed", type=int, default=0, help="(default: 0)")
     say.add_argument("--max-seconds", type=float, default=20.0, help="maximum length of the audio (default: 20)")
     say.add_argument("--watermark", choices=WATERMARKS, help="mark the audio as generated (docs/watermark.md)")
+    add_guard_options(say)
     remove = actions.add_parser("remove", help="delete one of your voices")
     remove.add_argument("name")
     export = actions.add_parser("export", help="write a voice to a file for another machine")
@@ -177,6 +179,7 @@ def _show(args: argparse.Namespace) -> str:
 
 
 def _say(args: argparse.Namespace) -> str:
+    guards = Guards.without(*args.no_guards)
     find_voice(args.name, _folder(args))
     mark = None if args.watermark is None else load_watermark(args.watermark)
     with open_writer(args.out) as writer:
@@ -184,7 +187,9 @@ def _say(args: argparse.Namespace) -> str:
         voice = generator.voice(args.name)
         limit_ms = args.max_seconds * 1000
         text = normalize(args.text)
-        audio = generator.generate(text, voice.speaker, max_audio_length_ms=limit_ms, seed=args.seed, voice=voice)
+        audio = generator.generate(
+            text, voice.speaker, max_audio_length_ms=limit_ms, seed=args.seed, voice=voice, guards=guards
+        )
         writer.begin(generator.sample_rate)
         writer.write(audio if mark is None else mark.apply(audio, generator.sample_rate))
     return f"{args.out}: {audio.shape[0] / generator.sample_rate:.2f} s of audio in the voice {args.name}"

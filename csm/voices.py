@@ -9,6 +9,7 @@ where the checkpoint has their recordings.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -22,8 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from csm.errors import VoiceError
+from csm.errors import VoiceError, VoiceFileError
 from csm.prompt import Segment
+
+log = logging.getLogger("csm.voices")
 
 FORMAT = "csm-voice-1"
 SUFFIX = ".safetensors"
@@ -143,7 +146,7 @@ def find_voice(name: str, checkpoint_folder: Path | None = None) -> Path:
 
 
 def save_voice(voice: Voice, path: Path) -> None:
-    """Write a voice's file atomically. Raises VoiceError if the folder cannot be written."""
+    """Write a voice's file atomically. Raises VoiceFileError if the folder cannot be written."""
     tensors = {f"codes_{index}": codes.to(torch.int32).contiguous() for index, codes in enumerate(voice.codes)}
     metadata = {
         "format": FORMAT,
@@ -157,28 +160,28 @@ def save_voice(voice: Voice, path: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically, its folder included. Raises VoiceError if that fails."""
+    """Write a safetensors file atomically, its folder included. Raises VoiceFileError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".csm-") as folder:
             save_file(tensors, Path(folder) / path.name, metadata)
             os.replace(Path(folder) / path.name, path)
     except (OSError, SafetensorError) as error:
-        raise VoiceError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        raise VoiceFileError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def load_voice(path: Path) -> Voice:
-    """Read a voice's file; its name is that of the file. Raises VoiceError, which names the file and the fault."""
+    """Read a voice's file; its name is that of the file. Raises VoiceFileError, which names the file and the fault."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise VoiceError(f"{path}: cannot be read as a voice: {error}") from error
+        raise VoiceFileError(f"{path}: cannot be read as a voice: {error}") from error
     try:
         return _voice(check_name(path.stem), metadata, tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        raise VoiceError(f"{path}: not a voice's file: {error}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise VoiceFileError(f"{path}: not a voice's file: {error}") from error
 
 
 def _voice(name: str, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Voice:
@@ -211,11 +214,21 @@ def remove_voice(name: str) -> Path:
 
 
 def describe(files: dict[str, Path]) -> Iterator[str]:
-    """A line for each voice: name, clips, seconds and file."""
+    """A line for each voice: name, clips, seconds and file.
+
+    Of several files, one that cannot be read is left out, with a warning in the log (on stderr, where no handler is
+    set). Raises VoiceFileError if the only file cannot be read.
+    """
     for name, path in files.items():
         if path.suffix == ".wav":
             yield f"{name}: a recording, {path}"
             continue
-        voice = load_voice(path)
+        try:
+            voice = load_voice(path)
+        except VoiceFileError as error:
+            if len(files) == 1:
+                raise
+            log.warning("skipped: %s", error)
+            continue
         clips = f"{len(voice.texts)} clip{'s' if len(voice.texts) > 1 else ''}"
         yield f"{name}: {clips}, {voice.num_frames * 0.08:.2f} s, speaker {voice.speaker}, {path}"

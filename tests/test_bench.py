@@ -1,16 +1,20 @@
 """bench.py: what it prints, what it counts, what it refuses."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
-import csm
-from csm.bench import cpu, rows
+import csm.model
+from csm import Generator
+from csm.bench import cpu, cpu_worker, llama_cpp_row, rows
 from csm.bench.command import main
 from csm.bench.machine_code import (
     GPU_ARCHS,
@@ -246,26 +250,76 @@ def test_bad_inputs(capsys, args):
 @pytest.mark.slow
 def test_weights_on_a_cpu_beside_transformers(capsys):
     rows = ["transformers", "bfloat16", "int8", "int4"]
-    _, result = run(capsys, "--cpu", "--model", "tiny", "--threads", "1", "--frames", "4", "--quiet")
-    assert [row["weights"] for row in result["cpu"]] == rows
+    options = ["--model", "tiny", "--threads", "1", "--busy", "0", "1", "--frames", "4", "--quiet"]
+    _, result = run(capsys, "--cpu", *options, "--rows", *rows)
+    assert [(row["weights"], row["busy_loops"]) for row in result["cpu"]] == [(w, b) for b in (0, 1) for w in rows]
     for row in result["cpu"]:
         assert 0 < row["best_ms"] <= row["frame_ms"] < row["first_frame_ms"]
         assert row["frame_ms"] < row["with_codec_ms"] == pytest.approx(80 * row["rtf_with_codec"])
         assert 0.3 < row["peak_gb"] <= row["peak_gb_with_codec"] < 2
-    sizes = [row["gb_s"] * row["frame_ms"] for row in result["cpu"][1:]]
+    sizes = [row["gb_s"] * row["frame_ms"] for row in result["cpu"][1:4]]
     assert sizes[1] / sizes[0] == pytest.approx(8.5 / 16, rel=0.05)  # int8: 8 bits, and 16 for the scale of 32 weights
 
 
-def test_a_wrong_row_on_a_cpu_is_not_timed(capsys, monkeypatch):
-    monkeypatch.setattr(cpu.Worker, "ask", lambda *_: {"error": 0.5, "peak_bytes": 1})
+@pytest.mark.parametrize(
+    ("error", "choice", "reason"),
+    [
+        (0.5, 0.0, "its logits differ by 50.0 % from those of PyTorch's ops"),
+        (math.nan, 0.0, "its logits differ by nan % from those of PyTorch's ops"),
+        (0.01, 3.5, "the logit of one of its greedy codes is 3.5 standard deviations below PyTorch's largest"),
+    ],
+)
+def test_a_wrong_row_on_a_cpu_is_not_timed(error, choice, reason, capsys, monkeypatch):
+    checked = {"error": error, "worst_choice": choice}
+    monkeypatch.setattr(cpu.Worker, "ask", lambda *_: checked | {"peak_bytes": 1})
     _, result = run(capsys, "--cpu", "--model", "tiny", "--threads", "1", "--rows", "bfloat16", "--quiet")
-    assert result["cpu"] == [
-        {
-            "weights": "bfloat16",
-            "threads": 1,
-            "not_timed_because": "its logits differ by 50.0 % from those of PyTorch's ops",
-        }
-    ]
+    row = {"weights": "bfloat16", "threads": 1, "busy_loops": 0}
+    assert result["cpu"] == [row | {"not_timed_because": reason}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_of_a_cpu_row_sees_an_op_that_is_wrong_on_single_rows(dtype, monkeypatch):
+    """A block is wrong for one row only, as in all passes of a frame but the first; many rows at once hide that."""
+    model = Generator.from_pretrained("tiny", "cpu", dtype, progress=False).model
+    assert cpu_worker.worst_choice(model, 4) <= 0.05
+    right = csm.model.block
+
+    def wrong(**arguments):
+        out_BTD = right(**arguments)
+        single = arguments["x_BTD"].shape[:2] == (1, 1) and not os.environ.get("CSM_OPS")
+        return out_BTD * torch.linspace(0.5, 1.5, out_BTD.shape[-1], dtype=dtype) if single else out_BTD
+
+    monkeypatch.setattr(csm.model, "block", wrong)
+    assert cpu_worker.worst_choice(model, 4) > 1
+    assert cpu_worker.logit_error(model, 4) < 0.02
+
+
+def test_llama_cpp_gets_matrices_of_the_same_shapes(tmp_path):
+    config = load("tiny", "cpu", None).config
+    llama_cpp_row.write_models(config, tmp_path)
+    for name, transformer in zip(llama_cpp_row.NAMES, (config.backbone, config.depth_decoder), strict=True):
+        reader = gguf.GGUFReader(tmp_path / name)
+        matrices = [t for t in reader.tensors if len(t.shape) == 2 and t.name != "token_embd.weight"]
+        layer = transformer.qkv_dim + 3 * transformer.hidden_dim  # outputs of inputs D, down counted by its transpose
+        attention = transformer.num_heads * transformer.head_dim
+        per_layer = transformer.dim * (layer + attention)
+        head = config.audio_vocab_size * transformer.dim
+        assert sum(int(t.n_elements) for t in matrices) == transformer.num_layers * per_layer + head
+        num_bytes = transformer.num_layers * (per_layer * 18 // 32 + 8 * transformer.dim) + 4 * transformer.dim
+        assert reader.fields["csm.weight_bytes"].contents() == num_bytes + head * 34 // 32
+        values = gguf.quants.dequantize(matrices[0].data, matrices[0].tensor_type)
+        assert 0.5 < values.std() * transformer.dim**0.5 < 2  # so that activations stay numbers
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="no llama-cpp-python")
+def test_the_row_of_llama_cpp(capsys):
+    rows = ["int4", "llama.cpp"]
+    _, result = run(capsys, "--cpu", "--model", "tiny", "--threads", "1", "--frames", "4", "--quiet", "--rows", *rows)
+    ours, theirs = result["cpu"]
+    assert 0 < theirs["best_ms"] <= theirs["frame_ms"] < theirs["first_frame_ms"] < 500
+    assert theirs["rtf_with_codec"] is None
+    assert theirs["gb_s"] * theirs["frame_ms"] == pytest.approx(ours["gb_s"] * ours["frame_ms"], rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -278,4 +332,4 @@ def test_options_of_a_cpu_alone(options, capsys):
 
 def test_an_unknown_row_on_a_cpu(capsys):
     assert main(["--cpu", "--rows", "int3"]) == 2
-    assert "no row 'int3'; choose from: transformers, bfloat16, int8, int4" in capsys.readouterr().err
+    assert "no row 'int3'; choose from: transformers, bfloat16, int8, int4, llama.cpp" in capsys.readouterr().err

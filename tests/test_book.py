@@ -406,6 +406,25 @@ def test_rejected_sentences_are_spoken_again(noisy, tmp_path, takes, rejections,
     assert generator.seeds == [sentences[0].seed + attempt for attempt in range(len(takes))]
 
 
+@pytest.mark.parametrize(
+    ("off", "takes", "rejections"),
+    [
+        ("retry", [(0, None)], ()),
+        ("retry", [(50, "budget")], ("budget",)),
+        ("all", [(0, None)], ()),
+        ("silence", [(0, None), (9, None)], ("short",)),
+    ],
+)
+def test_without_a_guard_a_sentence_is_not_rejected_by_it(noisy, tmp_path, off, takes, rejections):
+    settings = Settings(no_guards=(off,))
+    generator, parts = FailingGenerator(takes, noisy.config), Parts(tmp_path)
+    sentences = a_plan([["A sentence with a good number of letters."]], settings)
+    Reader(generator, [], settings, parts).generate(sentences, lambda *_: None)
+    assert parts.load(sentences[0].key).rejections == rejections
+    assert next(generator.takes, None) is None
+    assert sentences[0].key != a_plan([["A sentence with a good number of letters."]], Settings())[0].key
+
+
 def test_a_damaged_part_is_generated_again(tmp_path):
     parts = Parts(tmp_path)
     parts.save("k", Take(torch.ones(3, 8, dtype=torch.int64)), "text")

@@ -201,9 +201,10 @@ def test_help_has_groups_and_two_examples(capsys):
 
 # Options that scripts of others rely on. A new one is added here; none is ever removed.
 OPTIONS = """
---codec --context-turns --device --dtype --file --help --json --lora --max-seconds --metrics --model --no-normalize
---no-split --out --play --quantize --quiet --ref --ref-text --script --seed --speaker --speed --split --srt
---stream-format --stream-to --temperature --text --threads --tokenizer --top-k --voice --vtt --watermark
+--codec --context-turns --device --dtype --file --help --json --lora --max-seconds --metrics --model --no-guard
+--no-guards --no-normalize --no-split --out --play --quantize --quiet --ref --ref-text --script --seed --speaker
+--speed --split --srt --stream-format --stream-to --temperature --text --threads --tokenizer --top-k --voice --vtt
+--watermark
 """
 
 

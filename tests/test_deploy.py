@@ -92,7 +92,11 @@ def test_services_are_confined():
         for volume in service["volumes"]:
             source = volume.split(":")[0]
             assert source in volumes or (ROOT / source).exists(), volume
-        assert not re.search("(KEY|PASSWORD|SECRET)\\b", " ".join(service.get("environment", {}))), name
+        assert not re.search("(KEY|PASSWORD|SECRET|TOKEN)\\b", " ".join(service.get("environment", {}))), name
+        for value in service.get("environment", {}).values():
+            assert not value.startswith("/run/secrets/") or value.rsplit("/", 1)[1] in service["secrets"], value
+    readme = (ROOT / "docs/deploy.md").read_text()
+    assert all(f"> {secret['file'].removeprefix('./')}\n" in readme for secret in COMPOSE["secrets"].values())
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     assert all(secret["file"].startswith("./deploy/secrets/") for secret in COMPOSE["secrets"].values())
     assert "deploy/secrets/" in ignored

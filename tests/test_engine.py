@@ -1,16 +1,19 @@
 """Continuous batching without threads: each request gets the codes that it gets alone, whatever runs beside it."""
 
+import copy
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_prefix_cache import check_prefix_cache
 
 import csm.runner
 from conftest import StandInGraph
 from csm import CSMError, FallbackWarning, Generator, QueueFullError, Segment
 from csm.engine import Engine
+from csm.frame import decode_frame
 from csm.kernels.launch import enable_kernels
 from csm.prefix_cache import PrefixCache
 from csm.request import SpeechRequest
@@ -47,16 +50,111 @@ def codes_alone(generator, index):
     return torch.stack(run(engine, ticket))
 
 
+@cache
+def audio_alone(generator, index):
+    """The samples of ``codes_alone``, one frame a row."""
+    engine = engine_of(generator, max_slots=1)
+    ticket = engine.submit(request_of(generator, index, 12, audio=True))
+    step_until(engine, lambda: ticket.finished)
+    audio_TN = torch.stack([ticket.take().audio_N for _ in range(ticket.num_frames)])
+    assert audio_TN.std() > 1000 * AUDIO_TOLERANCE
+    return audio_TN
+
+
 def run(engine, ticket):
     codes = []
-    while engine.step() or not ticket.finished:
+    step_until(engine, lambda: ticket.finished)
+    while engine.step():
         pass
     while (frame := ticket.take()) is not None:
         codes.append(frame.codes_K)
     return codes
 
 
+def step_until(engine, condition):
+    for _ in range(200):
+        if condition():
+            return
+        engine.step()
+    raise AssertionError("it did not happen within 200 steps")
+
+
+class Watched(Engine):
+    """An engine that notes what it does, in order. ``ahead`` frames are launched ahead, as on a GPU."""
+
+    ahead = 0
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.admitted, self.events, self.marks = [], [], [0]
+
+    def _runner(self, batch):
+        runner = super()._runner(batch)
+        if runner.frames_ahead != self.ahead:
+            runner.frames_ahead = self.ahead
+            runner._outputs = [copy.deepcopy(runner._outputs[0]) for _ in range(self.ahead + 1)]
+        return runner
+
+    def _next_request(self):
+        free = [slot for slot, active in enumerate(self._slots) if active is None]
+        active = super()._next_request()
+        if active is not None:
+            assert active.slot == min(free)
+            self.admitted.append(active.ticket)
+        return active
+
+    def _run_chunk(self, active):
+        self.events.append(active.ticket)
+        super()._run_chunk(active)
+
+    def _launch(self, *args):
+        launched = super()._launch(*args)
+        if launched:
+            self.events.append("frame")
+        return launched
+
+    def step(self):
+        """A step, and what no step may do: let a frame wait for more than a chunk, or a request for no reason."""
+        can_run = any(active.runnable for active in self._active() if not active.done) or bool(self._in_flight)
+        held = [active for active in self._active() if not active.done]
+        wanted = any(active.job for active in held) or (
+            len(held) < self.max_slots and any(not ticket.cancelled for ticket in self._queue)
+        )
+        first = len(self.events)
+        worked = super().step()
+        chunks = [event for event in self.events[first:] if event != "frame"]
+        assert bool(chunks) == wanted
+        assert len(set(chunks)) <= 1 and (len(chunks) <= 1 or not can_run)
+        return worked
+
+
+def watched(generator, max_slots, prefix_bytes=1 << 24, ahead=0):
+    engine = Watched(generator.model, lambda: generator.codec, 1920, max_slots, PrefixCache(prefix_bytes))
+    engine.ahead = ahead
+    return engine
+
+
+def check_holdings(engine):
+    """No slot, buffer or cache entry is given twice or lost, and the prefix cache keeps its budget."""
+    held = [active for active in engine._slots if active is not None]
+    assert all(engine._slots[active.slot] is active and not active.ticket.finished for active in held)
+    tickets = [*(active.ticket for active in held), *engine._queue]
+    assert len(set(tickets)) == len(tickets)
+    assert sum(active.job is not None for active in held) <= 1  # they would share the staging cache
+    decoders = [] if engine._decoder is None else [each for each in engine._decoder._decoders if each is not None]
+    assert len(set(decoders)) == len(decoders) <= engine.max_slots
+    check_prefix_cache(engine._prefix_cache, engine.model.config.backbone)
+    caches = {
+        tensor.data_ptr()
+        for cache in (engine._state.backbone_cache, engine._prefill.cache)
+        for tensor in (cache.k_LBGSd, cache.v_LBGSd)
+    }
+    assert not caches & {entry.k_LBGSd.data_ptr() for entry in engine._prefix_cache._entries.values()}
+
+
 LIMIT = dict(max_audio_length_ms=960)
+AUDIO_TOLERANCE = 1e-5  # samples are decoded in other groups of frames than alone, which round differently
+POSITION_BYTES = 2 * 4 * 2 * 32 * 4  # of the noise checkpoint: keys and values, layers, heads, head dim, float32
 ACTIONS = st.one_of(
     st.tuples(st.just("submit"), st.integers(0, 5), st.integers(1, 12), st.sampled_from([None, 1, 3]), st.booleans()),
     st.tuples(st.just("step"), st.integers(1, 4)),
@@ -69,17 +167,17 @@ class Readers:
     """What each ticket's reader has taken so far."""
 
     def __init__(self):
-        self.tickets, self.codes = [], []
+        self.tickets, self.frames = [], []
 
     def add(self, ticket, index, frames):
         self.tickets.append((ticket, index, frames))
-        self.codes.append([])
+        self.frames.append([])
 
     def read(self, which, count):
         for _ in range(count):
             frame = self.tickets[which][0].take()
             if frame is not None:
-                self.codes[which].append(frame)
+                self.frames[which].append(frame)
 
 
 def play(engine, generator, actions):
@@ -96,8 +194,10 @@ def play(engine, generator, actions):
                 engine.cancel(readers.tickets[values[0]][0])
             else:
                 readers.read(*values)
+        check_holdings(engine)
     for _ in range(1000):
         worked = engine.step()
+        check_holdings(engine)
         for which in range(len(readers.tickets)):
             readers.read(which, 2)
         if not worked and engine.idle and not any(ticket.num_unread for ticket, _, _ in readers.tickets):
@@ -105,25 +205,103 @@ def play(engine, generator, actions):
     return readers
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(ACTIONS, max_size=30))
-def test_any_order_of_arrivals_pauses_and_cancellations(generator, actions):
-    engine = engine_of(generator, max_slots=3)
-    readers = play(engine, generator, actions)
-    assert engine.idle
+def end_index_4_after_6_frames(model, state, context_bucket):
+    decode_frame(model, state, context_bucket)
+    state.codes_BK.masked_fill_(((state.seed_B == 4) & (state.frame_B > 6)).unsqueeze(1), 0)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.lists(ACTIONS, min_size=8, max_size=24),
+    st.sampled_from([0, 2]),
+    st.sampled_from([0, 40 * POSITION_BYTES, 1 << 24]),
+)
+def test_any_order_of_arrivals_pauses_and_cancellations(generator, actions, ahead, prefix_bytes):
+    engine = watched(generator, 3, prefix_bytes, ahead)
+    buffers = {name: buffer.data_ptr() for name, buffer in engine._state.buffers().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(csm.runner, "decode_frame", end_index_4_after_6_frames)
+        readers = play(engine, generator, actions)
+        for (ticket, index, num_frames), frames in zip(readers.tickets, readers.frames, strict=True):
+            check_frames(generator, ticket, index, num_frames, frames)
+    assert engine.idle and engine.num_waiting == engine.num_active == 0
     assert engine._slots == [None] * 3
-    assert len(engine._prefix_cache) == len(engine._prefix_cache._entries)
-    for (ticket, index, frames), taken in zip(readers.tickets, readers.codes, strict=True):
-        assert ticket.finished
-        expected = codes_alone(generator, index)[:frames]
-        if ticket.cancelled and ticket.finish_reason == "cancelled":
-            expected = expected[: len(taken)]
-        assert ticket.finish_reason in ("cancelled", "length")
-        assert len(taken) == len(expected) == ticket.num_frames
-        for frame, codes in zip(taken, expected, strict=True):
-            assert torch.equal(frame.codes_K, codes)
-            assert frame.audio_N is None or frame.audio_N.shape == (1920,)
-    assert engine._prefix_cache.num_bytes == sum(e.num_bytes for e in engine._prefix_cache._entries.values())
+    assert engine._prefill._job is None or engine._prefill._job.is_done
+    assert {name: buffer.data_ptr() for name, buffer in engine._state.buffers().items()} == buffers
+    submitted = [ticket for ticket, _, _ in readers.tickets]
+    assert engine.admitted == [ticket for ticket in submitted if ticket in engine.admitted]  # first come, first served
+    assert all(ticket.cancelled for ticket in submitted if ticket not in engine.admitted)
+
+
+def check_frames(generator, ticket, index, num_frames, frames):
+    """Codes equal to the bit, and samples up to ``AUDIO_TOLERANCE``; a cancelled request has the first ones."""
+    codes, audio = codes_alone(generator, index)[:num_frames], audio_alone(generator, index)[:num_frames]
+    if ticket.finish_reason == "cancelled":
+        assert ticket.cancelled
+        codes, audio = codes[: len(frames)], audio[: len(frames)]
+    else:
+        assert ticket.finish_reason == ("length" if len(codes) == num_frames else "end")
+    assert len(frames) == len(codes) == ticket.num_frames
+    for frame, codes_K, audio_N in zip(frames, codes, audio, strict=True):
+        assert torch.equal(frame.codes_K, codes_K)
+        assert (frame.audio_N is None) == (not ticket.request.audio)
+        if frame.audio_N is not None:
+            torch.testing.assert_close(frame.audio_N, audio_N, atol=AUDIO_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_burst_of_prompts_is_read_a_chunk_at_a_time_between_frames(generator, ahead):
+    """However many wait, and whether the engine was idle or busy when they came."""
+    engine = watched(generator, 4, prefix_bytes=0, ahead=ahead)
+    first, second = "first", "second"
+    names = {}
+
+    def burst(name, count):
+        for _ in range(count):
+            names[engine.submit(request_of(generator, 1, 12))] = name
+
+    burst(first, 2)
+    for _ in range(3):
+        engine.step()
+    burst(second, 2)
+    for _ in range(4):
+        engine.step()
+    events = [names.get(event, event) for event in engine.events]
+    # Each prompt has two chunks, one for each turn. Nothing runs until the first prompt is done.
+    wanted = [first, first, "frame", first, "frame", first, "frame", *[second, "frame"] * 4]
+    assert events == wanted
+
+
+def test_paused_requests_let_a_burst_of_prompts_burst_no_more(generator):
+    """The first newcomer runs at once, and a paused request that is read meanwhile waits for one chunk."""
+    engine = watched(generator, 4, prefix_bytes=0)
+    paused = engine.submit(request_of(generator, 0, 12), max_unread=1)
+    while engine.step():
+        pass
+    newcomers = [engine.submit(request_of(generator, 1, 12)) for _ in range(3)]
+    del engine.events[:]
+    run_chunk = engine._run_chunk
+
+    def read_after(active):
+        run_chunk(active)
+        paused.take()
+
+    engine._run_chunk = read_after
+    engine.step()
+    del engine._run_chunk
+    for _ in range(3):
+        engine.step()
+    assert engine.events == [newcomers[0], "frame", newcomers[0], "frame", newcomers[1], "frame", newcomers[1], "frame"]
+
+
+def test_a_request_that_is_cancelled_while_an_idle_engine_reads_its_prompt_costs_one_chunk(generator):
+    engine = watched(generator, 2, prefix_bytes=0)
+    gone, fine = (engine.submit(request_of(generator, 1, 2)) for _ in range(2))
+    run_chunk = engine._run_chunk
+    engine._run_chunk = lambda active: (run_chunk(active), engine.cancel(gone))
+    Engine.step(engine)
+    del engine._run_chunk
+    assert engine.events == [gone, fine, fine, "frame"] and gone.finish_reason == "cancelled"
 
 
 def test_audio_of_interleaved_requests_is_that_of_each_alone(generator):
@@ -177,10 +355,10 @@ def test_the_batch_covers_the_highest_running_slot_and_slots_move_down(generator
         return launch(self, *args)
 
     monkeypatch.setattr(csm.runner.BatchRunner, "launch", counted)
-    tickets = [engine.submit(request_of(generator, index, frames)) for index, frames in enumerate([2, 2, 6])]
+    tickets = [engine.submit(request_of(generator, index, frames)) for index, frames in enumerate([6, 4, 6])]
     while engine.step():
         pass
-    assert sizes == [3, 3, 1, 1, 1, 1]
+    assert sizes == [1, 1, 2, 2, 3, 3, 1, 1, 1, 1]  # two chunks for each prompt but the first
     assert torch.equal(torch.stack(run(engine, tickets[2])), codes_alone(generator, 2)[:6])
 
 
@@ -212,17 +390,81 @@ def test_a_paused_request_neither_runs_nor_holds_up_others(generator):
     assert torch.equal(torch.stack(codes), codes_alone(generator, 0))
 
 
-def test_an_exception_in_a_step_ends_the_running_requests_and_the_engine_lives(generator, monkeypatch):
-    engine = engine_of(generator, max_slots=2)
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_an_exception_in_a_step_ends_the_requests_in_it_and_the_engine_lives(generator, monkeypatch, ahead):
+    """A paused request is not in the step, though the batch covers its slot; nor is one that waits."""
+    engine = watched(generator, 3, ahead=ahead)
+    paused = engine.submit(request_of(generator, 3, 9), max_unread=2)
+    while engine.step():
+        pass
     running = [engine.submit(request_of(generator, index, 9)) for index in range(2)]
-    waiting = engine.submit(request_of(generator, 2, 4))
-    engine.step()
-    step = csm.runner.decode_frame
-    monkeypatch.setattr(csm.runner, "decode_frame", lambda *_: 1 / 0)
-    engine.step()
-    monkeypatch.setattr(csm.runner, "decode_frame", step)
+    step_until(engine, lambda: all(ticket.num_frames for ticket in running))
+    waiting = [engine.submit(request_of(generator, 2, 4)) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(csm.runner, "decode_frame", lambda *_: 1 / 0)
+        engine.step()
     assert all(isinstance(ticket.error, ZeroDivisionError) for ticket in running)
-    assert torch.equal(torch.stack(run(engine, waiting)), codes_alone(generator, 2)[:4])
+    assert engine.num_active == 1 and not paused.finished
+    for ticket in waiting:
+        assert torch.equal(torch.stack(run(engine, ticket)), codes_alone(generator, 2)[:4])
+    codes = []
+    for _ in range(30):
+        engine.step()
+        codes += [] if (frame := paused.take()) is None else [frame.codes_K]
+    assert torch.equal(torch.stack(codes), codes_alone(generator, 3)[:9])
+    assert engine.idle
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_an_exception_while_a_frame_is_awaited_ends_the_requests_in_it(generator, monkeypatch, ahead):
+    """As CUDA reports a failed kernel, also for a request whose last frame it was."""
+    engine = watched(generator, 2, ahead=ahead)
+    tickets = [engine.submit(request_of(generator, 0, frames)) for frames in (1, 9)]
+    monkeypatch.setattr(csm.runner.Output, "wait", lambda _: 1 / 0)
+    step_until(engine, lambda: all(ticket.finished for ticket in tickets))
+    monkeypatch.undo()
+    assert all(isinstance(ticket.error, ZeroDivisionError) for ticket in tickets) and engine.idle
+    again = engine.submit(request_of(generator, 0, 9))
+    assert torch.equal(torch.stack(run(engine, again)), codes_alone(generator, 0)[:9])
+
+
+def test_an_exception_in_one_slots_codec_ends_that_request_alone(generator, monkeypatch):
+    """The others keep their codes and samples, and the slot is free for the next request."""
+    engine = watched(generator, 3)
+    requests = [(0, 12), (1, 12), (2, 12)]
+    tickets = [engine.submit(request_of(generator, *each, audio=True)) for each in requests]
+    step_until(engine, lambda: all(ticket.num_frames for ticket in tickets))
+    decode = csm.runner.SlotDecoders.decode
+    broken = engine._slots[1].ticket
+
+    def fail_in_slot_1(self, slot, codes_TK):
+        return decode(self, slot, codes_TK) if slot != 1 else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(csm.runner.SlotDecoders, "decode", fail_in_slot_1)
+        step_until(engine, lambda: broken.finished)
+    assert broken is tickets[1] and isinstance(broken.error, ZeroDivisionError)
+    assert broken.finish_reason == "error" and engine._slots[1] is None
+    after = engine.submit(request_of(generator, 1, 12, audio=True))
+    while engine.step():
+        check_holdings(engine)
+    for index, ticket in ((0, tickets[0]), (2, tickets[2]), (1, after)):
+        check_frames(generator, ticket, index, 12, [ticket.take() for _ in range(ticket.num_unread)])
+
+
+@pytest.mark.parametrize("at", ["frame", "end"])
+def test_an_exception_in_a_readers_notify_ends_that_request_alone(generator, at):
+    engine = watched(generator, 2)
+
+    def notify():
+        if at == "frame" or broken.finished:
+            raise ZeroDivisionError
+
+    broken = engine.submit(request_of(generator, 1, 3), notify=notify)
+    fine = engine.submit(request_of(generator, 0, 6))
+    assert torch.equal(torch.stack(run(engine, fine)), codes_alone(generator, 0)[:6])
+    assert broken.finish_reason == ("error" if at == "frame" else "length")
+    assert engine.idle
 
 
 def test_an_exception_in_a_prefill_ends_that_request_alone(generator, monkeypatch):

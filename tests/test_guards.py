@@ -1,6 +1,7 @@
 """Guards: where each fires, and where it must not. In the generator they leave ordinary speech alone."""
 
 import math
+import re
 import time
 from dataclasses import replace
 
@@ -8,13 +9,18 @@ import pytest
 import torch
 
 import csm.runner
-from csm import CSMError, Guards
+from csm import Conversation, CSMError, Guards, Voice
+from csm.__main__ import main, parse_arguments
 from csm.engine import Engine, Frame, Request
-from csm.guards import NO_GUARDS, GuardedTicket, Watch
+from csm.guards import GUARDS, NO_GUARDS, GuardedTicket, Watch
 from csm.prefix_cache import PrefixCache
 from csm.prompt import Prompt
 from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
+from csm.script import Narration, text_items
+from csm.serve.command import read_settings
+from csm.voices import save_voice, voices_folder
+from noise import NOISE
 
 RATE = 12.5
 TEXT = "Twenty characters ok"  # a budget of 10 + 0.3 * 20 s: 200 frames
@@ -139,6 +145,109 @@ def test_trailing_silence_is_cut_down_to_a_tail_where_nothing_was_streamed():
 def test_limits_out_of_range(wrong):
     with pytest.raises(CSMError, match=next(iter(wrong))):
         Guards(**wrong)
+
+
+STUCK = torch.arange(8)
+FIRING = {
+    "budget": lambda: [frame() for _ in range(250)],
+    "silence": lambda: [frame(), *(frame(SILENT) for _ in range(50))],
+    "repeats": lambda: [frame(codes=STUCK) for _ in range(50)],
+}
+
+
+@pytest.mark.parametrize("off", GUARDS)
+def test_each_guard_can_be_turned_off_by_its_name(off):
+    """It does not fire then, and every other one does."""
+    guards = Guards.without(off)
+    for name, frames in FIRING.items():
+        assert stop_of(frames(), guards)[0] == (None if name == off else name)
+    assert len(read({0: [LOUD], 1: [LOUD] * 9}, guards)[1]) == (1 if off == "retry" else 2)
+
+
+def test_guards_by_name():
+    assert Guards.without() == Guards()
+    assert Guards.without("all") == Guards.without(*GUARDS) == Guards.off() == NO_GUARDS
+    assert Guards.without("silence", "retry") == Guards(silence=False, retries=0)
+    with pytest.raises(
+        CSMError, match="no guard is called 'silent'; there are budget, silence, repeats, retry, and all"
+    ):
+        Guards.without("silent")
+
+
+def options_of(command):
+    """A short run of each command that generates."""
+    options = ["--model", NOISE, "--device", "cpu", "--max-seconds", "0.16"]
+    return {
+        "generate": ["--text", "Hi.", *options],
+        "batch": ["lines.jsonl", "folder", *options],
+        "read": ["book.txt", "--out", "book.wav", *options],
+        "voice": ["say", "anna", "--text", "Hi.", *options],
+    }[command]
+
+
+@pytest.fixture
+def folder(noisy, tmp_path, monkeypatch):
+    """A file for each command."""
+    noisy.generate("Hi.", max_audio_length_ms=80)  # compiles the CPU's ops into the usual CSM_HOME, not into this one
+    monkeypatch.setenv("CSM_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    save_voice(
+        Voice("anna", ("Hello.",), (torch.ones(3, 8, dtype=torch.int64),), 0, ""), voices_folder() / "anna.safetensors"
+    )
+    (tmp_path / "lines.jsonl").write_text('{"id": "a", "text": "Hi."}')
+    (tmp_path / "book.txt").write_text("Hi.")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ["generate", "batch", "read", "voice"])
+def test_every_command_that_generates_has_the_switches(folder, monkeypatch, capsys, command):
+    """What a request is generated under. csm read has retries of its own, which are the guard's to turn off."""
+    used, argv = [], [command, *options_of(command)]
+    init = GuardedTicket.__init__
+
+    def noted(self, worker, request, text, guards, *args):
+        used.append(replace(guards, report=None))
+        init(self, worker, request, text, guards, *args)
+
+    monkeypatch.setattr(GuardedTicket, "__init__", noted)
+    assert main([*argv, "--no-guard", "silence"]) == 0
+    assert used == [Guards(silence=False, retries=0 if command == "read" else 2)] * len(used) and used
+    del used[:]
+    assert main([*argv, "--no-guards"]) == 0  # batch and read generate anew, since guards are part of their keys
+    assert used == [NO_GUARDS] * len(used) and used
+    assert main([*argv, "--no-guard", "silent"]) == 2
+    assert "no guard is called 'silent'; there are budget, silence, repeats, retry" in capsys.readouterr().err
+
+
+def test_the_server_has_the_switches_and_all_commands_the_same_help(capsys):
+    for options, guards in (
+        (["--no-guard", "budget"], Guards(budget=False)),
+        (["--no-guards"], NO_GUARDS),
+        ([], Guards()),
+    ):
+        assert read_settings(parse_arguments(["serve", *options])).guards == guards
+    texts = set()
+    for command in (["generate"], ["batch"], ["read"], ["voice", "say"], ["serve"]):
+        with pytest.raises(SystemExit):
+            parse_arguments([*command, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        texts.add(re.search(r"--no-guards .*?may be repeated", shown[shown.rindex("--no-guards") :]).group())
+    (text,) = texts
+    assert all(name in text for name in GUARDS)
+
+
+def test_conversations_and_narrations_hand_their_guards_on(noisy, tmp_path, monkeypatch):
+    used, guards = [], Guards.without("repeats")
+    stream_frames = noisy.stream_frames
+    monkeypatch.setattr(noisy, "stream_frames", lambda *args: used.append(args[1:]) or stream_frames(*args))
+    conversation = Conversation(noisy, max_turn_ms=160, seed=1, guards=guards)
+    list(conversation.say(0, "Hi."))
+    conversation.save(tmp_path / "saved")
+    list(Conversation.load(noisy, tmp_path / "saved", guards).say(0, "Hi."))
+    narration = Narration(noisy, text_items("Hi."), max_turn_ms=160, seed=1, guards=guards)
+    del used[-1]  # a check of the text, which generates nothing
+    list(narration.stream())
+    assert used == [(guards,)] * 3
 
 
 def test_in_the_generator_they_leave_ordinary_speech_alone(tiny):

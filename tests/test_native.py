@@ -12,6 +12,7 @@ from csm.kernels import (
     block,
     draw_noise,
     linear_add,
+    native,
     norm_linear,
     norm_rope_cache,
     norm_swiglu,
@@ -177,6 +178,15 @@ class TestCacheOps:
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (3, 1), (2, 3)])
 def test_block_is_its_ops(dtype, bits, batch, rows, monkeypatch):
+    run = whole_block(dtype, bits, batch, rows)
+    whole = run()
+    monkeypatch.setattr(ops, "use_native_block", lambda *_: False)
+    for actual, expected in zip(whole, run(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def whole_block(dtype, bits, batch, rows):
+    """A function that runs a block: its output, and its keys and values."""
     H, G, d, dim, hidden, context = 6, 2, 8, 48, 80, 20
     shapes = (((H + 2 * G) * d, dim), (dim, H * d), (2 * hidden, dim), (dim, hidden))
     weights = [randn(*shape, dtype=dtype, seed=i) / math.sqrt(shape[1]) for i, shape in enumerate(shapes)]
@@ -196,10 +206,75 @@ def test_block_is_its_ops(dtype, bits, batch, rows, monkeypatch):
         parts = BlockWeights(norms[0], qkv, output, norms[1], gate_up, down)
         return block(x, parts, 1e-5, rope, bias, k, v, slots, position), k, v
 
-    whole = run()
-    monkeypatch.setattr(ops, "use_native_block", lambda *_: False)
-    for actual, expected in zip(whole, run(), strict=True):
-        assert torch.equal(actual, expected)
+    return run
+
+
+@pytest.fixture
+def with_threads():
+    """Results of a function with several numbers of threads."""
+    before = torch.get_num_threads()
+
+    def run(function):
+        results = []
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(function())
+        return results
+
+    yield run
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (3, 1), (2, 3)])
+def test_a_block_does_not_depend_on_the_number_of_threads(kind, batch, rows, with_threads):
+    """All of its ops: norm, product, rotation and cache; attention, output and residual; the MLP's two."""
+    bits = int(kind[3:]) if kind.startswith("int") else None
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    first, *others = with_threads(whole_block(dtype, bits, batch, rows))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_heads_and_sampling_do_not_depend_on_the_number_of_threads(kind, with_threads):
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    x, norm, head = randn(4, 1, 320, dtype=dtype), torch.ones(320, dtype=dtype), randn(1000, 320, dtype=dtype, seed=1)
+    head = quantized(head, int(kind[3:]), dtype) if kind.startswith("int") else head
+    fours, ones = torch.full((4,), 4), torch.ones(4)
+
+    def run():
+        logits = norm_linear(x, norm, head, 1e-5).squeeze(1)
+        codes = torch.zeros(4, 1, dtype=torch.int64)
+        noise = draw_noise(torch.arange(4), fours, ones, 50 * fours, 1, 1000, x)
+        sample(logits, 0, noise, codes, None)
+        return logits, codes
+
+    (logits, codes), *others = with_threads(run)
+    assert len(set(codes[:, 0].tolist())) > 1
+    assert all(torch.equal(logits, other[0]) and torch.equal(codes, other[1]) for other in others)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_gradients_go_through_frozen_weights(bits):
+    """Native ops have no backward: they leave the work to PyTorch's where an input needs a gradient."""
+    x, norm = randn(1, 2, 64, dtype=torch.float32).requires_grad_(), torch.ones(64)
+    weight = randn(40, 64, dtype=torch.float32, seed=1)
+    weight = weight if bits is None else quantized(weight, bits, torch.float32)
+    norm_linear(x, norm, weight, 1e-5).sum().backward()
+    wide = weight.double() if bits is None else dequantized(weight)
+    y = x.detach().double().requires_grad_()
+    (normed(y, norm, 1e-5) @ wide.T).sum().backward()
+    torch.testing.assert_close(x.grad.double(), y.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_home_folder_the_ops_run_in_pytorch(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("CSM_HOME", raising=False)
+    monkeypatch.setattr(native.Path, "home", home)
+    with pytest.warns(native.NativeUnavailableWarning, match="Could not determine home directory"):
+        assert library.__wrapped__() is None
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -212,23 +287,6 @@ def test_packed_weights_hold_what_was_packed(bits, shape):
     unpacked, scales = unpack(pack(q, scale, bits), bits)
     assert torch.equal(unpacked[: shape[0], : shape[1]], q)
     assert torch.equal(scales[: shape[0], : scale.shape[1]], scale)
-
-
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
-def test_results_do_not_depend_on_the_number_of_threads(kind):
-    dtype = torch.float32 if kind == "float32" else torch.bfloat16
-    x, norm = randn(1, 5, 320, dtype=dtype), randn(320, dtype=dtype, seed=1)
-    gate_up, down = randn(2 * 144, 320, dtype=dtype, seed=2), randn(320, 144, dtype=dtype, seed=3)
-    if kind.startswith("int"):
-        gate_up, down = (quantized(weight, int(kind[3:]), dtype) for weight in (gate_up, down))
-    results, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            results.append(linear_add(norm_swiglu(x, norm, gate_up, 1e-5), down, x))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_a_row_is_the_same_alone_and_among_others():

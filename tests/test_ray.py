@@ -140,44 +140,89 @@ def test_the_store_forgets_the_oldest():
 
 
 class Remote:
-    """A store in this process, called as an actor is."""
+    """A store in this process, called as an actor is. ``delay`` is how long its answers take."""
 
-    def __init__(self, store, monkeypatch):
-        self._store = store
-        monkeypatch.setattr(on_ray.ray, "get", lambda result, timeout: result)
+    def __init__(self, store, delay=0.0, error=None):
+        self.calls = []
+        self._store, self._delay, self._error = store, delay, error
 
-    def __getattr__(self, name):
-        class Method:
-            remote = staticmethod(getattr(self._store, name))
+    async def _answer(self, name, result):
+        self.calls.append(name)
+        await asyncio.sleep(self._delay)
+        if self._error is not None:
+            raise self._error
+        return result
 
-        return Method
+    @property
+    def begin(self):
+        return SimpleNamespace(remote=lambda *args: self._answer("begin", self._store.begin(*args)))
+
+    @property
+    def end(self):
+        return SimpleNamespace(remote=lambda *args: self.calls.append("end") or self._store.end(*args))
 
 
-def test_another_replica_continues_a_session(monkeypatch):
+def test_another_replica_continues_a_session():
     store = Store({"a", "b"})
-    a, b = (on_ray.SharedSessions(Remote(store, monkeypatch), name, 60) for name in "ab")
+    a, b = (on_ray.SharedSessions(Remote(store), name, 60) for name in "ab")
+
+    def begin(sessions):
+        return asyncio.run(sessions.begin("k"))
+
     turn = Segment(1, "Hello.", codes=torch.ones(3, 32, dtype=torch.int64))
-    assert a.begin("k") == []
+    assert begin(a) == []
     with pytest.raises(ApiError, match="still running"):
-        b.begin("k")
+        begin(b)
     a.end("k", turn, 2048)
-    assert [(t.speaker, t.text, t.codes.shape) for t in b.begin("k")] == [(1, "Hello.", (3, 32))]
+    assert [(t.speaker, t.text, t.codes.shape) for t in begin(b)] == [(1, "Hello.", (3, 32))]
     b.end("k", None, 2048)
-    assert len(a.begin("k")) == 1 and pickle.loads(store.begin("new", "a", 1) or pickle.dumps([])) == []
+    assert len(begin(a)) == 1 and pickle.loads(store.begin("new", "a", 1) or pickle.dumps([])) == []
     a.end("k", Segment(1, "x" * 2000, codes=torch.ones(3, 32, dtype=torch.int64)), 2048)
-    assert a.begin("k") == []  # the oldest turns no longer fit
+    assert begin(a) == []  # the oldest turns no longer fit
 
 
 def test_a_store_that_does_not_answer_is_an_error(monkeypatch):
-    sessions = on_ray.SharedSessions(Remote(Store(set()), monkeypatch), "a", 60)
+    """It holds up no other request. If it answers later, the session is not left in use."""
+    monkeypatch.setattr(on_ray, "STORE_SECONDS", 0.1)
 
-    def unanswered(result, timeout):
-        raise ray.exceptions.GetTimeoutError
+    async def ask(remote):
+        ticks = []
 
-    monkeypatch.setattr(on_ray.ray, "get", unanswered)
-    with pytest.raises(ApiError, match="try again") as caught:
-        sessions.begin("k")
-    assert caught.value.status == 503
+        async def tick():
+            while True:
+                ticks.append(1)
+                await asyncio.sleep(0.01)
+
+        ticking = asyncio.ensure_future(tick())
+        with pytest.raises(ApiError, match="try again") as caught:
+            await on_ray.SharedSessions(remote, "a", 60).begin("k")
+        assert caught.value.status == 503
+        await asyncio.sleep(0.2)
+        ticking.cancel()
+        return len(ticks)
+
+    slow = Remote(Store({"a"}), delay=0.2)
+    assert asyncio.run(ask(slow)) > 5
+    assert slow.calls == ["begin", "end"] and slow._store.begin("k", "b", 60) == b""
+    dead = Remote(Store({"a"}), error=ray.exceptions.ActorDiedError())
+    asyncio.run(ask(dead))
+    assert dead.calls == ["begin"]
+
+
+def test_a_client_that_goes_while_the_store_is_asked_leaves_no_session_in_use():
+    store = Store({"a", "b"})
+
+    async def vanish(name):
+        begun = asyncio.ensure_future(on_ray.SharedSessions(Remote(store, delay=0.05), name, 60).begin("k"))
+        await asyncio.sleep(0.01)
+        begun.cancel()
+        await asyncio.sleep(0.1)
+        assert begun.cancelled()
+
+    asyncio.run(vanish("a"))
+    assert store.begin("k", "b", 60) == b""
+    asyncio.run(vanish("a"))  # refused, so there is nothing to give back
+    assert store.begin("k", "a", 60) is None
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

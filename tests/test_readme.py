@@ -42,6 +42,7 @@ FOREIGN = (
     "pip",
     "curl",
     "docker",
+    "echo",
     "install",
     "openssl",
     "serve",

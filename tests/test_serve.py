@@ -1,5 +1,6 @@
 """The server, by clients that do not know it: OpenAI's own, and ones that behave as LiveKit, pipecat, Open WebUI do."""
 
+import asyncio
 import base64
 import io
 import json
@@ -194,7 +195,8 @@ def test_events(client, expected):
     pcm = b"".join(base64.b64decode(event["audio"]) for event in events[:-1])
     assert np.abs(samples(pcm) - expected.clip(-1, 1)).max() < 1e-4
     assert events[-1]["type"] == "speech.audio.done"
-    assert events[-1]["usage"] == {"input_tokens": 2, "output_tokens": FRAMES, "total_tokens": FRAMES + 2}
+    tokens = len(f"[0]{TEXT}".encode()) + 2  # a token for each byte, one at the beginning and one at the end
+    assert events[-1]["usage"] == {"input_tokens": tokens, "output_tokens": FRAMES, "total_tokens": FRAMES + tokens}
 
 
 @pytest.mark.parametrize(
@@ -203,10 +205,16 @@ def test_events(client, expected):
         ({"model": "csm"}, "text/event-stream", True),
         ({"model": "csm"}, "*/*", False),
         ({"model": "csm", "stream_format": "audio"}, "text/event-stream", False),
+        ({"model": "csm"}, "audio/mpeg, text/event-stream;q=0.5", True),
+        ({"model": "csm", "stream_format": "sse"}, "application/octet-stream", True),
         ({"model": "tts-1", "stream_format": "sse"}, "*/*", False),
+        ({"model": "tts-1-hd", "stream_format": "sse"}, "text/event-stream", False),
+        ({"model": "tts-1"}, "text/event-stream", True),
+        ({"model": "tts-1"}, "*/*", False),
     ],
 )
 def test_events_by_header_as_by_field(running, fields, accept, sse):
+    """The table of docs/serve.md."""
     body = {"voice": "alloy", "input": "Hi.", "response_format": "pcm", **fields}
     response = running.http.post("/v1/audio/speech", json=body, headers={"Accept": accept})
     assert response.headers["content-type"].startswith("text/event-stream" if sse else "audio/pcm")
@@ -266,10 +274,10 @@ def test_voices_and_speakers(running, client, generator):
         assert np.abs(samples(running.speak(**fields).content)[: len(wanted)] - wanted).max() < 1e-4
 
 
-def clip(seconds=1.0, rate=24_000, format_name="wav"):
+def clip(seconds=1.0, rate=24_000, format_name="wav", channels=1):
     import soundfile
 
-    noise = np.random.default_rng(0).normal(size=int(seconds * rate)) * 0.1
+    noise = np.random.default_rng(0).normal(size=(int(seconds * rate), channels)) * 0.1
     file = io.BytesIO()
     soundfile.write(file, noise, rate, format=format_name)
     return file.getvalue()
@@ -322,32 +330,63 @@ def test_lists_as_open_webui_asks_for_them(running, client):
     assert {"alloy", "nova", "speaker_0", "speaker_3"} <= set(voices)
 
 
-def test_a_client_like_livekits(client, fast):
-    """Its plugin sends ``stream_format=sse`` for all models but OpenAI's plain ones, and reads events."""
-    fields = {**FIELDS, "model": "gpt-4o-mini-tts", "response_format": "mp3", "instructions": "Cheerful.", "speed": 1.0}
-    audio = b""
-    with client.audio.speech.with_streaming_response.create(**fields, extra_headers={"Accept": "*/*"}) as response:
-        for data in response.iter_bytes():
-            audio += data
+# What the plugins send and read was looked up in their sources: livekit/agents, livekit-plugins-openai's tts.py at
+# da6af86; pipecat-ai/pipecat, services/openai/tts.py at acead05 (both of August 2026). OpenAI's client adds the header
+# Accept: application/octet-stream.
+
+
+async def livekit(client, model):
+    """The audio and the usage. ``stream_format`` depends on the model; the content type says how to read the body."""
+    audio, usage = b"", None
+    fields = {"input": TEXT, "model": model, "voice": "ash", "response_format": "mp3", "speed": 1.0}
+    stream_format = "audio" if model in ("tts-1", "tts-1-hd") else "sse"
+    timeout = httpx.Timeout(30, connect=10)
+    speech = client.audio.speech.with_streaming_response
+    async with speech.create(**fields, stream_format=stream_format, timeout=timeout) as response:
+        if response.headers["content-type"].split(";")[0] != "text/event-stream":
+            return b"".join([chunk async for chunk in response.iter_bytes()]), None
+        async for line in response.iter_lines():
+            if line.startswith("data: ") and line[6:] != "[DONE]":
+                event = json.loads(line[6:])
+                audio += base64.b64decode(event.get("delta", "") or event.get("audio", ""))
+                usage = event.get("usage", usage)
+    return audio, usage
+
+
+@pytest.mark.parametrize("model", ["gpt-4o-mini-tts", "tts-1", "csm"])
+def test_a_client_like_livekits(running, fast, model):
+    async def talk():
+        transport = httpx.AsyncClient(timeout=httpx.Timeout(5.0, connect=15.0), follow_redirects=True)
+        options = {"api_key": "none", "base_url": f"{running.url}/v1", "max_retries": 0, "http_client": transport}
+        async with openai.AsyncClient(**options) as client:
+            with pytest.raises(openai.NotFoundError):  # it opens a connection in advance, and ignores the answer
+                await client.get("/", cast_to=str)
+            return await livekit(client, model)
+
+    audio, usage = asyncio.run(talk())
     assert len(decoded(audio)[0]) / 24_000 == pytest.approx(LONG_SECONDS, rel=0.01)
+    num_frames = round(LONG_SECONDS / 0.08)
+    tokens = len(f"[1]{TEXT}".encode()) + 2  # ash is speaker 1
+    usage_of_events = {"input_tokens": tokens, "output_tokens": num_frames, "total_tokens": tokens + num_frames}
+    assert usage == (None if model == "tts-1" else usage_of_events)
 
 
-async def pipecat(url):
-    """It reads raw PCM in chunks, from the asynchronous client."""
-    chunks = []
-    async with openai.AsyncOpenAI(api_key="none", base_url=f"{url}/v1", max_retries=0) as client:
-        speech = client.audio.speech.with_streaming_response
-        async with speech.create(response_format="pcm", **{**FIELDS, "model": "gpt-4o-mini-tts"}) as response:
-            assert response.status_code == 200
-            async for chunk in response.iter_bytes(4800):
-                chunks.append(chunk)
-    return b"".join(chunks)
+async def pipecat(url, **settings):
+    """It reads raw PCM by half seconds. ``instructions`` and ``speed`` are left out unless they are set."""
+    fields = {"input": TEXT, "model": "gpt-4o-mini-tts", "voice": "alloy", "response_format": "pcm", **settings}
+    client = openai.AsyncOpenAI(api_key="none", base_url=f"{url}/v1")
+    async with client, client.audio.speech.with_streaming_response.create(**fields) as response:
+        assert response.status_code == 200
+        return [chunk async for chunk in response.iter_bytes(24_000)]
 
 
 def test_a_client_like_pipecats(running, expected):
-    import asyncio
-
-    assert np.abs(samples(asyncio.run(pipecat(running.url))) - expected.clip(-1, 1)).max() < 1e-4
+    seed = {"extra_body": {"seed": 3}}  # the one field that it does not send
+    chunks = asyncio.run(pipecat(running.url, instructions="Cheerful.", speed=1.0, **seed))
+    assert [len(chunk) for chunk in chunks] == [24_000, 2 * len(expected) - 24_000]
+    assert np.abs(samples(b"".join(chunks)) - expected.clip(-1, 1)).max() < 1e-4
+    with pytest.raises(openai.BadRequestError):  # the one class of errors that it handles
+        asyncio.run(pipecat(running.url, speed=5.0))
 
 
 def test_requests_at_once_are_not_mixed_up(running):

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import errno
+import functools
 import io
 import json
 import os
@@ -27,12 +29,21 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from test_serve import FastSteps, Running, clip, generator, samples, until  # noqa: F401 - a fixture
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 import csm.runner
 from csm import CSMError, Generator
+from csm.__main__ import parse_arguments
 from csm.guards import NO_GUARDS
-from csm.serve.settings import Settings, read_keys
+from csm.serve.command import read_settings
+from csm.serve.messages import ProtocolError, parse
+from csm.serve.schema import SpeechBody
+from csm.serve.settings import MAX_VALUES, Settings, read_keys
+from csm.serve.voices import read_recording
+from csm.voices import Voice, save_voice
 from noise import NOISE
 
 KEY = "correct-horse"
@@ -58,6 +69,7 @@ def counts(running):
 def nothing_left(running):
     """Afterwards the next request is right, and slots, places, sockets, files and threads are as they were."""
     wanted = running.speak("Hi.").content
+    running.http.get("/v1/audio/voices")  # has a thread of its own
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     yield
     assert running.speak("Hi.").content == wanted
@@ -294,8 +306,9 @@ def crc(data, polynomial, bits):
     return value.to_bytes(bits // 8, "big")
 
 
-def bomb(frames=2048, block=65_535, channels=8, rate=24_000):
-    """A FLAC file of 72 KB that unpacks to 2.1 GB of zeros, at 16 bits: each frame holds one constant a channel."""
+@functools.cache
+def bomb(frames=8192, block=65_535, channels=2, rate=24_000):
+    """A FLAC file of 150 KB that unpacks to 2.1 GB of zeros, at 16 bits: each frame holds one constant a channel."""
     length = frames * block
     sizes = 2 * block.to_bytes(2, "big") + bytes(6)  # of blocks and of frames, least and most
     rates = (rate << 44 | channels - 1 << 41 | 15 << 36 | length).to_bytes(8, "big")
@@ -321,6 +334,9 @@ BAD_UPLOADS = {
     "cut off": (lambda: clip(1)[:50], {}, 400, "cannot be decoded|less than"),
     "too short": (lambda: clip(0.2), {}, 400, "less than 0.5 s"),
     "a bomb": (bomb, {}, 400, "longer than 60 s"),
+    "too many channels": (lambda: clip(1, channels=3), {}, 400, "3 channels: send 1 or 2"),
+    "too low a rate": (lambda: clip(1, rate=4000), {}, 400, "4000 Hz: send 8000 to 96000 Hz"),
+    "too high a rate": (lambda: clip(1, rate=192_000), {}, 400, "192000 Hz: send 8000 to 96000 Hz"),
     "oversized": (lambda: bytes(11 << 20), {}, 413, "limit is"),
     "no consent": (lambda: clip(1), {"consent": " "}, 400, "consent"),
     "no transcript": (lambda: clip(1), {"text": ""}, 400, "text is missing"),
@@ -337,8 +353,116 @@ def test_bad_uploads(running, name):
     recording, fields, status, message = BAD_UPLOADS[name]
     response = upload(running, recording(), **fields)
     assert response.status_code == status
-    assert re.search(message, response.json()["error"]["message"])
+    error = response.json()["error"]
+    assert re.search(message, error["message"])
+    if status == 400 and not fields:
+        assert (error["param"], error["code"]) == ("audio_sample", "invalid_recording")
     assert list(running.settings.voices.iterdir()) == []
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(8000, 1), (24_000, 2), (96_000, 2)])
+def test_channels_are_averaged(rate, channels):
+    audio_N, read_rate = read_recording(clip(0.5, rate, channels=channels))
+    samples_NC, _ = soundfile.read(io.BytesIO(clip(0.5, rate, channels=channels)), dtype="float32", always_2d=True)
+    assert read_rate == rate and np.allclose(audio_N, samples_NC.mean(axis=1), atol=1e-7)
+
+
+@pytest.fixture
+def folder(running):
+    """The folder of voices, with one voice and three files that are none. Empty again afterwards."""
+    path = running.settings.voices
+    codes_TK = torch.ones(4, running.engine._state.codes_BK.shape[1], dtype=torch.int64)
+    save_voice(Voice("good", ("Hello.",), (codes_TK,), 3), path / "good.safetensors")
+    save_voice(Voice("foreign", ("Hello.",), (codes_TK[:, :2],), 3), path / "foreign.safetensors")
+    (path / "bad.safetensors").write_bytes(b"not a voice")
+    (path / "empty.safetensors").touch()
+    yield path
+    for file in path.iterdir():
+        file.unlink()
+
+
+def test_files_that_are_no_voices_are_the_servers_fault(running, healed, folder, caplog):
+    """They are not listed, OpenAI's names do not lead to them, and an error says nothing of the server's folders."""
+    for _ in range(2):
+        listed = running.http.get("/v1/audio/voices").json()["voices"]
+        assert [voice["id"] for voice in listed if voice["custom"]] == ["foreign", "good"]
+    warnings = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert [re.search(r"(\w+)\.safetensors", message)[1] for message in warnings] == ["bad", "empty"]
+    assert running.speak("Hi.", voice="ash").content == running.speak("Hi.", voice="good").content  # the second name
+    for name in ("bad", "empty", "foreign"):
+        with running.client() as client, pytest.raises(openai.InternalServerError) as caught:
+            client.audio.speech.create(model="csm", voice=name, input="Hi.")
+        assert caught.value.code == "voice_file_failed" and caught.value.type == "server_error"
+        assert str(folder) not in caught.value.response.text
+        assert str(folder / name) in caplog.text or name == "foreign"
+    for name in ("nobody", "a" * 200, "\N{GOTHIC LETTER AHSA}" * 64):
+        response = running.speak("Hi.", voice=name)
+        assert response.status_code == 400 and response.json()["error"]["code"] == "voice_not_found"
+    assert upload(running, clip(1), name="bad").status_code == 400
+    assert running.http.delete("/v1/audio/voices/bad").json()["deleted"]
+    assert not (folder / "bad.safetensors").exists()
+
+
+def test_a_voice_that_cannot_be_written_is_the_servers_fault(running, healed, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("csm.voices.save_file", full)
+    response = upload(running, clip(1))
+    assert response.status_code == 500 and response.json()["error"]["code"] == "voice_file_failed"
+    assert str(running.settings.voices) not in response.text and "No space left on device" in caplog.text
+    monkeypatch.undo()
+    assert list(running.settings.voices.iterdir()) == []
+
+
+def test_a_slow_folder_holds_up_no_other_request(running, healed, monkeypatch):
+    """Three lists and an upload wait for the disk: others are answered meanwhile, speech too."""
+    store, disk, waiting, given_up = running.service.voices, threading.Event(), [], []
+
+    def slowly(method):
+        def slow(*args):
+            waiting.append(method)
+            if not disk.wait(5):
+                given_up.append(method)
+            return method(*args)
+
+        return slow
+
+    for name in ("files", "check_new"):
+        monkeypatch.setattr(store, name, slowly(getattr(store, name)))
+    with ThreadPoolExecutor(4) as pool:
+        lists = [pool.submit(running.http.get, "/v1/audio/voices") for _ in range(3)]
+        added = pool.submit(upload, running, clip(1), name="slow")
+        until(lambda: len(waiting) == 2)  # lists have one thread
+        assert running.http.get("/health").status_code == 200
+        assert running.speak("Hi.", voice="speaker_1").status_code == 200
+        assert not any(each.done() for each in (*lists, added))
+        disk.set()
+        assert [each.result().status_code for each in (*lists, added)] == [200] * 4
+    assert not given_up
+    monkeypatch.undo()
+    assert running.http.delete("/v1/audio/voices/slow").status_code == 200
+
+
+def test_a_body_of_too_many_values_is_not_parsed(running, healed):
+    """Parsing one of 4 MiB would hold up all streams for 0.2 s, and a million errors for 10 s."""
+    codes = json.dumps([[1] * 32] * 2048)  # all that the model's window takes
+    assert codes.count(",") < 0.7 * MAX_VALUES
+    body = SPEECH.replace(b"}", b', "context": [{"text": "Hi.", "codes": [[%s]]}]}' % (b"1," * MAX_VALUES + b"1"))
+    response = running.http.post("/v1/audio/speech", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 413 and "too many values" in response.json()["error"]["message"]
+    with pytest.raises(ProtocolError) as caught:
+        parse(body.decode())
+    assert caught.value.code == 1009
+    fields = {"model": "csm", "voice": "alloy", "input": "Hi."}
+    for wrong in (
+        {"context": [{"text": "Hi.", "codes": [["a"] * 9] * 9}]},
+        {str(number): 1 for number in range(99)},
+        {"voice": {str(number): 1 for number in range(99)}},
+    ):
+        with pytest.raises(ValidationError) as errors:
+            SpeechBody.model_validate({**fields, **wrong})
+        assert errors.value.error_count() <= 2
 
 
 @settings(max_examples=40, deadline=None)
@@ -405,6 +529,42 @@ def test_keys_hosts_and_origins(generator):  # noqa: F811
         allowed = {"Authorization": f"Bearer {KEY}"}
         for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}):
             assert running.http.get("/v1/models", headers={**allowed, **headers}).status_code == 403
+
+
+# What nginx sends to http://127.0.0.1:8000 by default, and with proxy_set_header Host $http_host (docs/serve.md).
+BY_DEFAULT, FORWARDED = {"Host": "127.0.0.1:8000"}, {"Host": "tts.example.com:8443"}
+PAGE = {"Origin": "https://tts.example.com:8443"}
+
+
+def test_behind_a_proxy(generator):  # noqa: F811
+    def statuses(running, headers):
+        """Of a request, and of a WebSocket's handshake."""
+        response = running.http.get("/v1/models", headers=headers)
+        connection = socket.create_connection(("127.0.0.1", int(running.url.rsplit(":", 1)[1])))
+        url = f"ws://{headers['Host']}/v1/audio/stream"
+        try:
+            with connect(url, sock=connection, origin=headers.get("Origin")):
+                return response.status_code, 101
+        except InvalidStatus as error:
+            return response.status_code, error.response.status_code
+
+    with Running(generator, max_streams=2) as running:
+        assert statuses(running, BY_DEFAULT) == (200, 101)
+        assert statuses(running, BY_DEFAULT | PAGE) == (403, 403)  # the page is of another site than the host
+        assert statuses(running, FORWARDED) == (403, 403)
+    with Running(generator, max_streams=2, allowed_hosts=("TTS.example.com",)) as running:
+        assert statuses(running, BY_DEFAULT) == statuses(running, FORWARDED) == (200, 101)
+        assert statuses(running, FORWARDED | PAGE) == (200, 101)
+        assert statuses(running, {"Host": "evil.example"}) == (403, 403)
+        assert statuses(running, FORWARDED | {"Origin": "https://evil.example"}) == (403, 403)
+    with Running(generator, host="0.0.0.0", max_streams=2, allowed_hosts=("tts.example.com",)) as running:
+        assert statuses(running, FORWARDED | PAGE) == (200, 101)
+        assert statuses(running, {"Host": "evil.example"}) == (403, 403)
+    options = parse_arguments(["serve", "--allowed-host", "tts.example.com", "--allowed-host", "localhost2"])
+    assert read_settings(options).allowed_hosts == ("tts.example.com", "localhost2")
+    for name in ("https://tts.example.com", "tts.example.com:8443"):
+        with pytest.raises(CSMError, match="without scheme and port"):
+            Settings(allowed_hosts=(name,))
 
 
 def test_where_keys_come_from(tmp_path):

@@ -9,6 +9,7 @@ import re
 import socket as sockets
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -24,10 +25,14 @@ from websockets.sync.client import connect
 import csm.runner
 import csm.serve.socket
 import csm.serve.speech
-from csm import Segment
+import csm.worker
+from csm import Generator, Segment
 from csm.guards import NO_GUARDS
 from csm.serve.messages import Start
+from csm.serve.service import Service
+from csm.serve.settings import Settings
 from csm.serve.turns import Turn
+from noise import NOISE
 
 FRAMES = 4  # of a clause: noise does not end by itself
 FRAME_BYTES = 3840
@@ -105,6 +110,42 @@ def test_the_oldest_turns_leave_a_sockets_history():
     turn._max_positions = 2048
     kept = turn.followed_by(spoken)
     assert kept == spoken[-len(kept) :] and 5 < len(kept) < 20
+
+
+def test_an_open_turn_lets_an_idle_model_go(monkeypatch):
+    """While a turn waits for text, the model is unloaded and its memory is free; more text loads it again."""
+    monkeypatch.setattr(csm.worker, "LINGER_SECONDS", 0.05)  # the engine's thread holds the model so long
+    models, sent = [], []
+
+    def load():
+        loaded = Generator.from_pretrained(NOISE, device="cpu")
+        _ = loaded.codec
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    async def send(message):
+        sent.append(message)
+
+    async def speak():
+        service = Service(Settings(max_seconds=0.16, unload_after=0.2), load)
+        turn = Turn(service, Start(type="start", voice="alloy", seed=1), "", [], send)
+        tasks = [asyncio.ensure_future(work) for work in (turn.run(), service.unload_when_idle())]
+        turn.push("Hi.")
+        turn.flush()
+        await asyncio.to_thread(until, lambda: turn.clauses and turn.clauses[0].complete)
+        await asyncio.to_thread(until, lambda: all(model() is None for model in models))
+        assert not tasks[0].done()
+        models.clear()
+        turn.push("Again.")
+        turn.end()
+        await tasks[0]
+        tasks[1].cancel()
+        service.close()
+        return turn
+
+    turn = asyncio.run(speak())
+    assert len(models) == 1 and all(clause.complete for clause in turn.clauses)
+    assert sum(len(message) for message in sent if isinstance(message, bytes)) == 2 * 2 * FRAME_BYTES
 
 
 @pytest.fixture

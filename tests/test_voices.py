@@ -1,6 +1,7 @@
 """Voices: files, names, the command, and that a loaded voice needs neither the codec nor, again, its prompt."""
 
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import sphn
 import torch
 from safetensors.torch import save_file
 
-from csm import Generator, Segment, SpeechRequest, Voice, VoiceError
+from csm import Generator, Segment, SpeechRequest, Voice, VoiceError, VoiceFileError
 from csm.__main__ import main
 from csm.voices import SESAME_PROMPTS, data_folder, find_voice, load_voice, save_voice, voice_files, voices_folder
 from noise import NOISE
@@ -195,6 +196,30 @@ def test_the_life_of_a_voice(capsys, tmp_path):
     assert main(["voice", "remove", "bea"]) == 0
     assert main(["voice", "list"]) == 0
     assert "no voices in" in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_voice_does_not_end_the_list(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a process of its own
+    for name in ("anna", "zoe"):
+        save_voice(some_voice(), voices_folder() / f"{name}.safetensors")
+    (voices_folder() / "bad.safetensors").write_bytes(b"not a voice")
+    assert main(["voice", "list"]) == 0
+    listed = capsys.readouterr()
+    assert [line.split(":")[0] for line in listed.out.splitlines()] == ["anna", "zoe"]
+    (line,) = listed.err.splitlines()
+    assert f"skipped: {voices_folder() / 'bad.safetensors'}: cannot be read as a voice" in line
+    assert main(["voice", "show", "bad"]) == 2
+    assert "bad.safetensors: cannot be read as a voice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("texts", ["not JSON", "[" * 100_000, "[]"])
+def test_a_file_with_other_contents_is_named(texts):
+    metadata = {"format": "csm-voice-1", "texts": texts, "speaker": "0"}
+    path = voices_folder() / "bad.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file({"codes_0": torch.ones(3, 8, dtype=torch.int32)}, path, metadata)
+    with pytest.raises(VoiceFileError, match="bad.safetensors: not a voice's file"):
+        load_voice(path)
 
 
 def test_a_voice_is_said_into_a_file_of_any_format():

@@ -92,7 +92,7 @@ def _add_cpu_arguments(parser: Parser) -> None:
         help=f"compare weights on a CPU, taking turns, and stop; --rows are {', '.join(CPU_ROWS)}, or other presets",
     )
     parser.add_argument("--threads", type=int, nargs="+", help="numbers of threads of --cpu (default: PyTorch's)")
-    parser.add_argument("--busy", type=int, default=0, help="busy loops that run beside the rows of --cpu (default: 0)")
+    parser.add_argument("--busy", type=int, nargs="+", help="busy loops beside the rows of --cpu (default: 0)")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -142,7 +142,7 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--frames must be within 1 and {MAX_FRAMES - SKIPPED_FRAMES}, --batch at least 1")
     if args.quantize and not (args.kernels or args.predict):
         parser.error("--quantize goes with --kernels or --predict")
-    if (args.threads or args.busy) and (not args.cpu or min(args.threads or [1]) < 1 or args.busy < 0):
+    if (args.threads or args.busy) and (not args.cpu or min(args.threads or [1]) < 1 or min(args.busy or [0]) < 0):
         parser.error("--threads and --busy go with --cpu; threads are at least 1, busy loops at least 0")
 
 
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any], int]:
         return *load_report(args.serve, args.clients, args.seconds or SERVE_SECONDS, args.api_key), 0
     if args.cpu:
         threads = args.threads or [torch.get_num_threads()]
-        return *cpu_report(args.model, args.rows, threads, args.frames, args.busy, args.quiet), 0
+        return *cpu_report(args.model, args.rows, threads, args.frames, args.busy or [0], args.quiet), 0
     if args.accuracy:
         setup = load(args.model, args.device, args.dtype, args.tokenizer)
         rows = accuracy.compare(setup, args.frames)

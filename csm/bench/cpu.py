@@ -1,8 +1,10 @@
 """``python bench.py --cpu``: weights and numbers of threads on a CPU, beside HF Transformers.
 
 Each row is a process of its own (``csm.bench.cpu_worker``). The rows take turns, so that all see the same machine, and
-a row is timed only after a check: logits near those of PyTorch's ops on the same weights, or, for HF Transformers, the
-eager step's greedy codes on a small model. Without ``--model`` the weights are random, of CSM-1B's shapes: only time
+a row is timed only after two checks: logits of several rows near those of PyTorch's ops on the same weights, and greedy
+codes of the step that is timed near the best ones by PyTorch's logits. HF Transformers must have the eager step's
+greedy codes on a small model. llama.cpp's row reads matrices of the same shapes and generates nothing
+(``csm.bench.llama_cpp_row``). Without ``--model`` the weights are random, of CSM-1B's shapes: only time
 and memory are measured.
 """
 
@@ -29,6 +31,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from csm.bench import report
+from csm.bench.llama_cpp_row import write_models
 from csm.bench.model_setup import load, random_weights
 from csm.bench.rows import CONFIGURATIONS, FRAME_SECONDS, differing_frame
 from csm.config import CSM_1B, MIMI
@@ -39,31 +42,35 @@ from csm.weights import open_checkpoint
 from csm.weights.config_json import write_hf_config
 from csm.weights.layouts import export, hf_table, mimi_table, target_shapes
 
-ROWS = ("transformers", "bfloat16", "int8", "int4")
+ROWS = ("transformers", "bfloat16", "int8", "int4", "llama.cpp")
+NEEDS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}  # packages of rows that are measured where they are
 ROUNDS, AUDIO_ROUNDS = 5, 2
-CHECKED_ROWS = 4
+CHECKED_ROWS = 4  # and frames
 AUDIO_FRAMES = 60  # 4.8 s
 # Relative errors of logits. Inputs of a quantised weight are rounded to int8 in blocks of 32. A product adds 0.5 %: the
 # largest of 32 normal values is 2.1, the step 2.1 / 127, the error 1 / sqrt(12) of a step. 80 products add 4 %, a wrong
 # one about 100 %.
 LARGEST_ERROR, LARGEST_QUANTIZED_ERROR = 0.03, 0.08
+# In standard deviations of the logits (``worst_choice``). Two logits with an error of 8 % each change places if they
+# are nearer than about 3 * sqrt(2) * 0.08. A code that has nothing to do with its logits is 3.5 away.
+WORST_CHOICE = 0.5
 
 
 @dataclass
 class Worker:
-    """The process of one row, and its results by command."""
+    """The process of one kind of weights with one number of threads, and its results."""
 
     name: str
     threads: int
     process: subprocess.Popen[str]
-    results: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"codes": [], "audio": []})
+    results: dict[tuple[str, int], list[dict[str, Any]]] = field(default_factory=dict)  # by command and busy loops
     lm_peak_bytes: int = 0
     peak_bytes: int = 0
     reason: str = ""  # why it is not timed
 
     @classmethod
     def start(cls, name: str, folder: Path, threads: int) -> Worker:
-        kind = "transformers" if name == "transformers" else "ours"
+        kind = name if name in NEEDS else "ours"
         command = [sys.executable, "-m", "csm.bench.cpu_worker", kind, str(folder), str(threads)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         pipe = subprocess.PIPE
@@ -83,11 +90,11 @@ class Worker:
         self.peak_bytes = result["peak_bytes"]
         return result
 
-    def take_turn(self, command: str, number: int) -> None:
-        """Run a command and keep its result."""
+    def take_turn(self, command: str, number: int, busy: int) -> None:
+        """Run a command beside ``busy`` loops and keep its result."""
         if not self.reason:
             try:
-                self.results[command].append(self.ask(command, number))
+                self.results.setdefault((command, busy), []).append(self.ask(command, number))
             except CSMError as error:
                 self.reason = str(error)
 
@@ -96,26 +103,29 @@ class Worker:
         self.process.kill()
         self.process.communicate()
 
-    def row(self, read_bandwidth: float) -> dict[str, Any]:
-        """The medians of all turns."""
-        result: dict[str, Any] = {"weights": self.name, "threads": self.threads}
+    def row(self, read_bandwidth: float, busy: int) -> dict[str, Any]:
+        """The medians of all turns beside ``busy`` loops.
+
+        GB/s count the depth decoder's weights in each of its passes, most of which a cache serves. The percentage of
+        the bandwidth that a sum reads counts every weight once.
+        """
+        result: dict[str, Any] = {"weights": self.name, "threads": self.threads, "busy_loops": busy}
         if self.reason:
             return result | {"not_timed_because": self.reason}
-        codes, audio = self.results["codes"], self.results["audio"]
+        codes, audio = self.results["codes", busy], self.results.get(("audio", busy))
         ms = statistics.median(ms for turn in codes for ms in turn["ms"])
-        with_codec = statistics.median(turn["ms"][0] for turn in audio)
-        num_bytes = codes[0].get("frame_bytes")
-        bandwidth = num_bytes / (ms / 1000) if num_bytes else None
+        with_codec = statistics.median(turn["ms"][0] for turn in audio) if audio else None
+        multiplied, once = (codes[0].get(name) for name in ("frame_bytes", "weight_bytes"))
         return result | {
             "frame_ms": ms,
             "best_ms": min(ms for turn in codes for ms in turn["ms"]),
             "with_codec_ms": with_codec,
-            "rtf_with_codec": with_codec / 1000 / FRAME_SECONDS,
+            "rtf_with_codec": with_codec and with_codec / 1000 / FRAME_SECONDS,
             "first_frame_ms": statistics.median(turn["first_ms"] for turn in codes),
-            "gb_s": bandwidth and bandwidth / 1e9,
-            "percent_of_read": bandwidth and 100 * bandwidth / read_bandwidth,
+            "gb_s": multiplied and multiplied / ms / 1e6,
+            "percent_of_read": once and 100 * once / (ms / 1000) / read_bandwidth,
             "peak_gb": self.lm_peak_bytes / 1e9,
-            "peak_gb_with_codec": self.peak_bytes / 1e9,
+            "peak_gb_with_codec": self.peak_bytes / 1e9 if audio else None,
         }
 
 
@@ -174,7 +184,11 @@ def folders(model: str | None, names: Sequence[str], where: Path, quiet: bool) -
     found = {}
     for name in names:
         found[name] = original
-        if name in PRESETS:
+        if name == "llama.cpp":
+            found[name] = where / name
+            found[name].mkdir()
+            write_models(open_checkpoint(str(original)).config, found[name])
+        elif name in PRESETS:
             found[name] = where / name
             save_quantized(open_checkpoint(str(original)), name, found[name], progress=not quiet)
     return found
@@ -185,20 +199,25 @@ def reason_not_to_time(name: str, folder: Path) -> str:
     if name == "transformers":
         frame = differing_frame(CONFIGURATIONS["transformers"].make, load("tiny", "cpu", None), 1)
         return "" if frame is None else f"its greedy codes differ from the eager step's from frame {frame} on"
+    if name == "llama.cpp":
+        return ""
     worker = Worker.start(name, folder, torch.get_num_threads())
     try:
-        error = worker.ask("check", CHECKED_ROWS)["error"]
+        result = worker.ask("check", CHECKED_ROWS)
     except CSMError as reason:
         return str(reason)
     finally:
         worker.stop()
-    if error <= (LARGEST_QUANTIZED_ERROR if name in PRESETS else LARGEST_ERROR):
-        return ""
-    return f"its logits differ by {100 * error:.1f} % from those of PyTorch's ops"
+    error, choice = result["error"], result["worst_choice"]
+    if not error <= (LARGEST_QUANTIZED_ERROR if name in PRESETS else LARGEST_ERROR):
+        return f"its logits differ by {100 * error:.1f} % from those of PyTorch's ops"
+    if not choice <= WORST_CHOICE:
+        return f"the logit of one of its greedy codes is {choice:.1f} standard deviations below PyTorch's largest"
+    return ""
 
 
 def cpu_report(
-    model: str | None, names: Sequence[str], threads: Sequence[int], frames: int, busy: int, quiet: bool
+    model: str | None, names: Sequence[str], threads: Sequence[int], frames: int, busy: Sequence[int], quiet: bool
 ) -> tuple[str, dict[str, Any]]:
     """Every row, as Markdown and for JSON. Raises CSMError for an unknown row, and where /proc is missing."""
     if platform.system() != "Linux":
@@ -206,7 +225,7 @@ def cpu_report(
     unknown = [name for name in names if name not in ROWS and name not in PRESETS]
     if unknown:
         raise CSMError(f"there is no row {unknown[0]!r}; choose from: {', '.join((*ROWS, *PRESETS))}")
-    names = list(names) or [name for name in ROWS if name != "transformers" or find_spec("transformers")]
+    names = list(names) or [name for name in ROWS if name not in NEEDS or find_spec(NEEDS[name])]
     bandwidth = {number: read_bandwidth(number) for number in threads}
     with tempfile.TemporaryDirectory() as where:
         found = folders(model, names, Path(where), quiet)
@@ -215,31 +234,31 @@ def cpu_report(
         for worker in workers:
             worker.reason = wrong[worker.name]
         try:
-            with busy_loops(busy):
-                measure(workers, frames, quiet)
+            measure(workers, frames, busy, quiet)
         finally:
             for worker in workers:
                 worker.stop()
-    rows = [worker.row(bandwidth[worker.threads]) for worker in workers]
-    here = (
-        report.machine(torch.device("cpu"))
-        | {"busy_loops": busy}
-        | {f"read_gb_s_{number}_threads": round(value / 1e9, 1) for number, value in bandwidth.items()}
-    )
+    rows = [worker.row(bandwidth[worker.threads], number) for number in busy for worker in workers]
+    read = {f"read_gb_s_{number}_threads": round(value / 1e9, 1) for number, value in bandwidth.items()}
+    here = report.machine(torch.device("cpu")) | read
     label = model or "CSM-1B's shapes, random weights"
     text = "\n".join([f"{label}; " + ", ".join(f"{k} {v}" for k, v in here.items()), "", report.table(rows)])
     return text, {"machine": here, "model": label, "cpu": rows}
 
 
-def measure(workers: Sequence[Worker], frames: int, quiet: bool) -> None:
+def measure(workers: Sequence[Worker], frames: int, busy: Sequence[int], quiet: bool) -> None:
     """Let the workers take turns. The first turn of each is not counted: it loads the codec and touches pages."""
     for rounds, command in ((ROUNDS, "codes"), (AUDIO_ROUNDS, "audio")):
-        for turn in tqdm(range(rounds + 1), desc=command, unit="round", disable=quiet, leave=False):
-            for worker in workers:
-                long = command == "audio" and worker.name != "transformers"  # which is slow, at any length
-                worker.take_turn(command, 2 if turn == 0 else AUDIO_FRAMES if long else frames)
-                if turn == 0:
-                    worker.results[command].clear()
+        timed = [worker for worker in workers if command == "codes" or worker.name != "llama.cpp"]
+        for worker in timed:
+            worker.take_turn(command, 2, 0)
+            worker.results.pop((command, 0), None)
+        for _ in tqdm(range(rounds), desc=command, unit="round", disable=quiet, leave=False):
+            for number in busy:
+                with busy_loops(number):
+                    for worker in timed:
+                        long = command == "audio" and worker.name != "transformers"  # which is slow, at any length
+                        worker.take_turn(command, AUDIO_FRAMES if long else frames, number)
         for worker in workers:
             if command == "codes":
                 worker.lm_peak_bytes = worker.peak_bytes

@@ -1,9 +1,9 @@
 """One row of ``bench.py --cpu``, in a process of its own: ``python -m csm.bench.cpu_worker KIND FOLDER THREADS``.
 
-KIND is ``ours`` or ``transformers``. A process per row keeps their memory apart. It answers each line of standard
-input, ``codes 8``, ``audio 60`` or ``check 4``, with one line of JSON.
+KIND is ``ours``, ``transformers`` or ``llama.cpp``. A process per row keeps their memory apart. It answers each line
+of standard input, ``codes 8``, ``audio 60`` or ``check 4``, with one line of JSON.
 
-Shapes: N rows, C columns, T frames, K codebooks, V ids.
+Shapes: B slots, N rows, C columns, T frames, K codebooks, V ids.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
+from csm.bench import llama_cpp_row
 from csm.bench.end_to_end import FRAME_MS, TEXT
 from csm.bench.model_setup import forced_ops, milliseconds, prompt_rows
 from csm.bench.peers import Clock, load_transformers
 from csm.bench.stepping import bench_bucket
-from csm.compare import teacher_forced_logits
+from csm.compare import teacher_forced_logits, with_codes
 from csm.frame import FrameState, decode_frame
 from csm.generator import Generator
 from csm.model import CSM
@@ -40,10 +41,12 @@ def peak_bytes() -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def frame_bytes(generator: Generator) -> int:
-    """Bytes of the weights that a frame multiplies, those of the depth decoder once for each of its passes."""
+def frame_bytes(generator: Generator) -> dict[str, int]:
+    """Bytes of the weights that a frame multiplies: those of the depth decoder in each of its passes, and all once."""
+    weights = list(quantized_weights(generator.model))
     passes = {"depth": generator.config.num_codebooks - 1}
-    return sum(weight.value.nbytes * passes.get(weight.part, 1) for weight in quantized_weights(generator.model))
+    multiplied = sum(weight.value.nbytes * passes.get(weight.part, 1) for weight in weights)
+    return {"frame_bytes": multiplied, "weight_bytes": sum(weight.value.nbytes for weight in weights)}
 
 
 @torch.inference_mode()
@@ -59,6 +62,29 @@ def logit_error(model: CSM, num_rows: int) -> float:
     with forced_ops("reference"):
         reference_TKV = teacher_forced_logits(model, row_NC, mask_NC, num_rows - 1)
     return float((logits_TKV - reference_TKV).norm() / reference_TKV.norm())
+
+
+@torch.inference_mode()
+def worst_choice(model: CSM, frames: int) -> float:
+    """How far the codes of the step that is timed are from the best ones, in standard deviations of the logits.
+
+    The step generates ``frames`` frames greedily after the prompt. PyTorch's ops then compute the logits of the same
+    codes, all rows at once. The result is the largest distance of a code's logit from the largest logit. It is 0 for
+    equal arithmetic, and about 3.5 for a code that has nothing to do with its logits.
+    """
+    state = FrameState.allocate(model.config, 1, model.device, model.dtype)
+    row_NC, mask_NC = prompt_rows(model.config)
+    Prefill(model).start(state, 0, row_NC, mask_NC, SamplingParams(temperature=0))
+    frames_TK = []
+    for _ in range(frames):
+        decode_frame(model, state, bench_bucket(state))
+        frames_TK.append(state.codes_BK[0].clone())
+    code_TK = torch.stack(frames_TK)
+    row_NC, mask_NC = with_codes(row_NC, mask_NC, code_TK)
+    with forced_ops("reference"):
+        logits_TKV = teacher_forced_logits(model, row_NC, mask_NC, frames)
+    chosen_TK = logits_TKV.gather(2, code_TK.unsqueeze(2)).squeeze(2)
+    return float(((logits_TKV.amax(2) - chosen_TK) / logits_TKV.std(2)).max())
 
 
 def ours(folder: str, threads: int) -> dict[str, Command]:
@@ -79,7 +105,7 @@ def ours(folder: str, threads: int) -> dict[str, Command]:
         step()
         first_ms = 1000 * (time.perf_counter() - started)
         ms = [milliseconds(step, model.device) for _ in range(frames)]
-        return {"first_ms": first_ms, "ms": ms, "frame_bytes": frame_bytes(generator)}
+        return {"first_ms": first_ms, "ms": ms} | frame_bytes(generator)
 
     def audio(frames: int) -> dict[str, Any]:
         stream = generator.stream(TEXT, max_audio_length_ms=FRAME_MS * (frames + 1), temperature=0)
@@ -88,7 +114,10 @@ def ours(folder: str, threads: int) -> dict[str, Command]:
             raise SystemExit("the model ends at once: its weights do not generate speech")
         return {"ms": [1000 * (arrived[-1] - arrived[0]) / (len(arrived) - 1)]}
 
-    return {"codes": codes, "audio": audio, "check": lambda num_rows: {"error": logit_error(model, num_rows)}}
+    def check(rows: int) -> dict[str, Any]:
+        return {"error": logit_error(model, rows), "worst_choice": worst_choice(model, rows)}
+
+    return {"codes": codes, "audio": audio, "check": check}
 
 
 def transformers(folder: str, threads: int) -> dict[str, Command]:
@@ -123,7 +152,9 @@ def transformers(folder: str, threads: int) -> dict[str, Command]:
 
 def main(kind: str, folder: str, threads: str) -> None:
     """Load the model and answer commands until standard input ends."""
-    commands = {"ours": ours, "transformers": transformers}[kind](folder, int(threads))
+    commands = {"ours": ours, "transformers": transformers, "llama.cpp": llama_cpp_row.commands}[kind](
+        folder, int(threads)
+    )
     for line in sys.stdin:
         name, number = line.split()
         result = commands[name](int(number))

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ class Settings:
     """What decides the codes of all sentences, besides text and model.
 
     ``context_turns`` earlier sentences are continued; ``restart`` lets each section begin without any. ``retries`` is
-    how often a sentence that a guard rejected is generated again.
+    how often a sentence that a guard rejected is generated again. ``no_guards`` names the guards that are off.
     """
 
     temperature: float = 0.9
@@ -50,6 +50,7 @@ class Settings:
     context_turns: int = 1
     restart: bool = True
     retries: int = 2
+    no_guards: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Take:
 def plan(sections: Sequence[Section], ids: dict[int | str, int], settings: Settings, model: str) -> list[Sentence]:
     """All sentences in order. ``ids`` are the speakers' ids, ``model`` is the fingerprint."""
     sentences: list[Sentence] = []
-    base = f"{model} {settings}"
+    base = " ".join([model, str(settings), *(f"no-guard-{name}" for name in settings.no_guards)])
     for number, section in enumerate(sections):
         first = len(sentences) if settings.restart else 0
         for item in section.items:

@@ -86,6 +86,7 @@ class Reader:
         self._generator = generator
         self._references = list(references)
         self._settings = settings
+        self._guards = Guards.without(*settings.no_guards)
         self._parts = parts
 
     def check(self, sentence: Sentence) -> None:
@@ -119,7 +120,8 @@ class Reader:
         """Generate until no guard rejects a take, or the retries are used up; then keep the least bad one."""
         request = self._request(sentence, turns)
         attempts: list[Attempt] = []
-        retries = self._settings.retries if self._settings.temperature != 0 else 0  # greedy takes are all the same
+        again = self._guards.retries and self._settings.temperature != 0  # greedy takes are all the same
+        retries = self._settings.retries if again else 0
         for number in range(retries + 1):
             attempts.append(self._attempt(replace(request, seed=sentence.seed + number)))
             if not attempts[-1].rejection:
@@ -132,14 +134,14 @@ class Reader:
 
     def _attempt(self, request: SpeechRequest) -> Attempt:
         events: list[GuardEvent] = []
-        guards = Guards(retries=0, report=events.append)
+        guards = replace(self._guards, retries=0, report=events.append)
         stream = self._generator.stream_frames(request, guards, hold=True)
         frames = [frame.codes_K for frame in stream]
         assert stream.metrics is not None
         num_codebooks = self._generator.config.num_codebooks
         codes_TK = torch.stack(frames) if frames else torch.zeros(0, num_codebooks, dtype=torch.int64)
         seconds = len(frames) * self._generator.frame_ms / 1000
-        is_short = seconds < guards.min_seconds(request.text)
+        is_short = self._guards.retries > 0 and seconds < guards.min_seconds(request.text)
         rejection = events[0].guard if events else "short" if is_short else ""
         return Attempt(rejection, codes_TK, stream.metrics)
 

@@ -141,20 +141,23 @@ def read_sentences(args: argparse.Namespace) -> list[Sentence]:
         manifest = read_manifest(args.data)
         check_clips(manifest, lambda clip: _check_clip(clip.audio, clip.text), not args.quiet)
         return [Sentence(clip.text, clip.speaker, clip.audio) for clip in manifest.clips][: args.limit]
+    return read_lines(args.sentences, args.speaker)[: args.limit]
+
+
+def read_lines(path: Path, speaker: int = 0) -> list[Sentence]:
+    """The sentences of a text file, one a line. Raises CSMError for a sentence without words."""
     try:
-        lines = args.sentences.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CSMError(
-            f"{args.sentences}: cannot be read as UTF-8 text ({error}); check the path and the encoding"
-        ) from error
+        raise CSMError(f"{path}: cannot be read as UTF-8 text ({error}); check the path and the encoding") from error
     sentences = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            _check_words(line.strip(), f"{args.sentences}:{number}: ")
-            sentences.append(Sentence(line.strip(), args.speaker))
+            _check_words(line.strip(), f"{path}:{number}: ")
+            sentences.append(Sentence(line.strip(), speaker))
     if not sentences:
-        raise CSMError(f"{args.sentences}: the file has no sentences; give one per line")
-    return sentences[: args.limit]
+        raise CSMError(f"{path}: the file has no sentences; give one per line")
+    return sentences
 
 
 def _check_clip(audio: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from fastapi.responses import PlainTextResponse, Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.websockets import WebSocket
 
-from csm import Segment
+from csm import AudioError, Segment
 from csm.serve.errors import ApiError, AsciiJSON, add_handlers, documented
 from csm.serve.limits import Gate
 from csm.serve.pages import add_pages
@@ -21,7 +22,7 @@ from csm.serve.service import Service
 from csm.serve.settings import MAX_INPUT, MAX_UPLOAD
 from csm.serve.socket import serve_socket
 from csm.serve.speech import speak
-from csm.serve.voices import OPENAI_NAMES, read_recording
+from csm.serve.voices import OPENAI_NAMES, all_ids, read_recording
 
 FORM_FIELDS = ("name", "text", "consent", "speaker", "type")
 router = APIRouter()
@@ -78,8 +79,8 @@ async def audio_models(request: Request) -> dict[str, Any]:
 async def voices(request: Request) -> dict[str, Any]:
     """All voices. ``custom`` ones have a file and can be deleted. ``writable``: the server keeps uploads."""
     service = _service(request)
-    custom = await service.in_thread(service.voices.files)
-    listed = [{"id": name, "name": name, "custom": name in custom} for name in service.voices.ids()]
+    custom = await service.list_voices()
+    listed = [{"id": name, "name": name, "custom": name in custom} for name in all_ids(custom)]
     writable = service.voices.folder is not None
     return {"object": "list", "voices": listed, "data": listed, "writable": writable}
 
@@ -97,18 +98,17 @@ async def add_voice(request: Request) -> Response:
     generator = await service.generator()
 
     def keep() -> None:
-        audio_CN, sample_rate = read_recording(data)
-        turn = generator.prepare(Segment(int(fields["speaker"]), fields["text"], audio_CN, sample_rate=sample_rate))
+        try:
+            audio_N, sample_rate = read_recording(data)
+        except AudioError as error:
+            raise ApiError(400, str(error), "audio_sample", "invalid_recording") from error
+        turn = generator.prepare(Segment(int(fields["speaker"]), fields["text"], audio_N, sample_rate=sample_rate))
         assert turn.codes is not None
         service.voices.add(fields["name"], fields["text"], turn.codes, turn.speaker, fields["consent"])
 
     await service.in_thread(keep)
-    return AsciiJSON(_voice(service, fields["name"]))
-
-
-def _voice(service: Service, name: str) -> dict[str, Any]:
-    created = service.voices.created_at(name)
-    return {"id": name, "object": "audio.voice", "name": name, "created_at": created, "type": "audio_sample"}
+    voice = {"id": fields["name"], "object": "audio.voice", "name": fields["name"], "type": "audio_sample"}
+    return AsciiJSON({**voice, "created_at": int(time.time())})
 
 
 def _fields(form: FormData) -> dict[str, str]:

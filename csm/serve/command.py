@@ -9,10 +9,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csm import WATERMARKS, CSMError, Generator, RoomWarning, load_watermark
-from csm.command_line import add_tokenizer_option
+from csm import WATERMARKS, CSMError, Generator, Guards, RoomWarning, load_watermark
+from csm.command_line import add_guard_options, add_tokenizer_option
 from csm.generator import DEFAULT_MODEL
-from csm.guards import DEFAULT_GUARDS, NO_GUARDS
 
 if TYPE_CHECKING:
     from csm.serve.service import Service
@@ -32,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--voices", type=Path, help="folder of voices; uploads are kept there")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    parser.add_argument(
+        "--allowed-host", action="append", default=[], help="a name that a proxy before this server is reached by"
+    )
     parser.add_argument("--max-streams", type=int, default=8, help="requests generated at a time (default: 8)")
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait; then 429 (default: 64)")
     parser.add_argument("--max-seconds", type=float, default=90.0, help="most audio of a request (default: 90)")
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="which speech: all of it; that in added voices or after a context; or where a request asks (default: all)",
     )
-    parser.add_argument("--no-guards", action="store_true", help="neither stop runaways nor generate again")
+    add_guard_options(parser)
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
@@ -67,6 +69,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         voices=args.voices,
         host=args.host,
         port=args.port,
+        allowed_hosts=tuple(args.allowed_host),
         max_streams=args.max_streams,
         max_queue=args.max_queue,
         max_seconds=args.max_seconds,
@@ -75,7 +78,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         api_keys=read_keys(args.api_key, args.api_key_file, os.environ.get(KEYS_VARIABLE)),
         watermark=args.watermark,
         watermark_for=args.watermark_for,
-        guards=NO_GUARDS if args.no_guards else DEFAULT_GUARDS,
+        guards=Guards.without(*args.no_guards),
     )
 
 

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from csm.errors import CheckpointError, CSMError, QueueFullError
+from csm.errors import CheckpointError, CSMError, QueueFullError, VoiceFileError
 
 log = logging.getLogger("csm.serve")
 
@@ -106,9 +106,12 @@ def api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), code="queue_full", headers={"Retry-After": "1"})
-    if isinstance(error, CSMError) and not isinstance(error, CheckpointError):
+    if isinstance(error, CSMError) and not isinstance(error, CheckpointError | VoiceFileError):
         return ApiError(400, str(error))
     log.error("request failed", exc_info=error)
+    if isinstance(error, VoiceFileError):
+        message = "a voice's file cannot be read or written; the server's log has the reason"
+        return ApiError(500, message, code="voice_file_failed")
     return ApiError(500, "generation failed; the server's log has the reason", code="generation_failed")
 
 

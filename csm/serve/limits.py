@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from csm.serve.errors import ApiError, response_of
-from csm.serve.settings import LOOPBACK, MAX_FORM, MAX_JSON, Settings
+from csm.serve.settings import MAX_FORM, MAX_JSON, MAX_VALUES, Settings
 
 OPEN_PATHS = ("/health", "/ready", "/")  # for load balancers, which have no key; and the page, which asks for one
 OPEN_FOLDER = "/static/"
@@ -41,9 +41,10 @@ class Gate:
             self._check_host(headers)
             scope.setdefault("state", {})["owner"] = self._owner(scope, headers)
             if scope["type"] == "http":
-                limit = MAX_FORM if headers.get("content-type", "").startswith("multipart/") else MAX_JSON
+                is_form = headers.get("content-type", "").startswith("multipart/")
+                limit = MAX_FORM if is_form else MAX_JSON
                 await self._check_length(headers, limit, receive)
-                receive = self._limited(receive, limit)
+                receive = self._limited(receive, limit, limit if is_form else MAX_VALUES)
         except ApiError as error:
             await response_of(error)(scope, receive, send)
             return
@@ -56,8 +57,9 @@ class Gate:
             name, site = urlsplit(f"//{host}").hostname, urlsplit(origin or "").netloc
         except ValueError as error:
             raise ApiError(400, "the headers Host or Origin cannot be read") from error
-        if self._settings.is_local and name not in (*LOOPBACK, None):
-            raise ApiError(403, "this server answers to localhost only", code="host_not_allowed")
+        if not self._settings.allows_host(name):
+            message = "this server answers to localhost only, and to the names given with --allowed-host"
+            raise ApiError(403, message, code="host_not_allowed")
         if origin is not None and site != host:
             raise ApiError(403, "requests from pages of other sites are refused", code="origin_not_allowed")
 
@@ -80,13 +82,16 @@ class Gate:
             await _drain(receive)
             raise ApiError(413, f"the body has {length} bytes, the limit is {limit}", code="body_too_large")
 
-    def _limited(self, receive: Receive, limit: int) -> Receive:
-        """``receive`` with a limit for the body's bytes and for their time: ``body_timeout``, and more as they come."""
-        read, complete = 0, False
+    def _limited(self, receive: Receive, limit: int, max_values: int) -> Receive:
+        """``receive`` with limits for the body's bytes, for its commas (the values of JSON), and for the time it takes.
+
+        That is ``body_timeout``, and more as bytes come.
+        """
+        read, values, complete = 0, 0, False
         started: float | None = None
 
         async def limited() -> Message:
-            nonlocal read, complete, started
+            nonlocal read, values, complete, started
             if complete:
                 return await receive()
             try:
@@ -95,11 +100,14 @@ class Gate:
                 message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
             except asyncio.TimeoutError as error:
                 raise HTTPException(408, "the body did not arrive in time") from error
-            read += len(message.get("body", b""))
+            body = message.get("body", b"")
+            read, values = read + len(body), values + body.count(b",")
             complete = not message.get("more_body", False)
-            if read > limit:
-                await _drain(receive)
-                raise HTTPException(413, f"the body has more than {limit} bytes")
+            if read > limit or values > max_values:
+                if not complete:
+                    await _drain(receive)
+                most = f"{limit} bytes" if read > limit else f"{max_values} commas, so it may have too many values"
+                raise HTTPException(413, f"the body has more than {most}")
             return message
 
         return limited

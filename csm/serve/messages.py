@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from csm.serve.errors import ApiError
-from csm.serve.schema import Speaker, SpeechBody, Text, Turn, VoiceId
-from csm.serve.settings import MAX_INPUT
+from csm.serve.schema import Speaker, SpeechBody, StrictModel, Text, Turn, VoiceId
+from csm.serve.settings import MAX_INPUT, MAX_VALUES
 
 MAX_SEED = 2**63
 
 
-class _Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class Start(_Message):
+class Start(StrictModel):
     """Begin a turn. ``context``: earlier turns that are not generated here, such as what the user said."""
 
     type: Literal["start"]
@@ -40,26 +36,26 @@ class Start(_Message):
         return SpeechBody.model_validate(fields)
 
 
-class Piece(_Message):
+class Piece(StrictModel):
     """A piece of the turn's text."""
 
     type: Literal["text"]
     text: Text = Field(max_length=MAX_INPUT)
 
 
-class Flush(_Message):
+class Flush(StrictModel):
     """Generate the text so far, complete or not."""
 
     type: Literal["flush"]
 
 
-class End(_Message):
+class End(StrictModel):
     """The turn's text is complete."""
 
     type: Literal["end"]
 
 
-class Cancel(_Message):
+class Cancel(StrictModel):
     """Stop the turn. ``played``: seconds of it that the listener has heard; None is all that was sent."""
 
     type: Literal["cancel"]
@@ -84,6 +80,8 @@ def parse(text: str) -> ClientMessage:
 
     Raises ProtocolError for what is no message of the protocol, and ApiError for a message with a field that is wrong.
     """
+    if text.count(",") > MAX_VALUES:
+        raise ProtocolError(1009, f"the message has more than {MAX_VALUES} commas, so it may have too many values")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -9,18 +9,20 @@ A session's requests go to one replica, which has its keys and values, if the cl
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import pickle
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Awaitable, Mapping
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
@@ -36,7 +38,10 @@ STORE = "csm-sessions"
 STORE_SECONDS = 5.0  # that the store may take to answer
 SPARE_REQUESTS = 64  # of a replica, beyond those that run and wait: /health, /metrics, voices
 AUTOSCALE_AT = 0.75  # running requests of a replica, as a share of its streams, that another replica is started at
+_UNAVAILABLE = "sessions are not available now: try again"
 CLUSTER_OPTIONS = ("min_replicas", "max_replicas", "num_gpus", "num_cpus")
+
+Result = TypeVar("Result")
 
 
 class SessionStore:
@@ -92,16 +97,33 @@ class SharedSessions(Sessions):
         self._replica = replica
         self._lease = lease
 
-    def begin(self, key: str) -> list[Segment]:
+    async def begin(self, key: str) -> list[Segment]:
         """The session's turns so far. Raises ApiError 409 if it is in use, 503 if the store does not answer."""
-        try:
-            turns = ray.get(self._store.begin.remote(key, self._replica, self._lease), timeout=STORE_SECONDS)
-        except (GetTimeoutError, RayActorError) as error:
-            raise ApiError(503, "sessions are not available now: try again", code="sessions_unavailable") from error
+        turns = await self._ask(key)
         if turns is None:
             raise ApiError(409, "a request of this session is still running", "session", "session_busy")
         self._turns[key] = time.monotonic(), pickle.loads(turns) if turns else []
-        return super().begin(key)
+        return await super().begin(key)
+
+    async def _ask(self, key: str) -> bytes | None:
+        """The store's answer to ``begin``. If nobody waits for it any more, the session is not left in use."""
+        answer = asyncio.ensure_future(_result(self._store.begin.remote(key, self._replica, self._lease)))
+        try:
+            done, _ = await asyncio.wait({answer}, timeout=STORE_SECONDS)
+        except asyncio.CancelledError:  # the client has gone
+            answer.add_done_callback(partial(self._give_back, key))
+            raise
+        if not done:
+            answer.add_done_callback(partial(self._give_back, key))
+            raise ApiError(503, _UNAVAILABLE, code="sessions_unavailable")
+        try:
+            return answer.result()
+        except RayActorError as error:
+            raise ApiError(503, _UNAVAILABLE, code="sessions_unavailable") from error
+
+    def _give_back(self, key: str, answer: asyncio.Future[bytes | None]) -> None:
+        if not answer.cancelled() and answer.exception() is None and answer.result() is not None:
+            self._store.end.remote(key, self._replica, None)
 
     def end(self, key: str, turn: Segment | None, max_positions: int) -> int:
         """Add a turn, if it was generated to its end, and hand the turns to the store; how many turns were left out."""
@@ -109,6 +131,11 @@ class SharedSessions(Sessions):
         turns = self._turns.pop(key, (0.0, []))[1]
         self._store.end.remote(key, self._replica, None if turn is None else pickle.dumps(turns))
         return num_evicted
+
+
+async def _result(reference: Awaitable[Result]) -> Result:
+    """A reference's value: Ray's references can be awaited, but are no coroutines."""
+    return await reference
 
 
 class SessionRouter(RequestRouter):

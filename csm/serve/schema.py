@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from csm.formats import MEDIA_TYPES
-from csm.serve.settings import MAX_INPUT, MAX_JSON
+from csm.serve.settings import MAX_FIELDS, MAX_INPUT, MAX_JSON
 
 Format = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
 
@@ -31,27 +31,47 @@ Text = Annotated[str, AfterValidator(_encodable)]
 Speaker = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
-class VoiceId(BaseModel):
+class _FailFast(FailFast):
+    __hash__ = object.__hash__  # a union hashes its members
+
+
+# pydantic makes an error for each wrong value, which takes seconds for a million: the first one ends the validation.
+_FAIL_FAST = _FailFast()
+Codes = Annotated[list[Annotated[list[int], _FAIL_FAST]], _FAIL_FAST]
+
+
+class StrictModel(BaseModel):
+    """A body without unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        """An error is made for each unknown field, which takes seconds for many."""
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ValueError(f"an object has more than {MAX_FIELDS} fields")
+        return value
+
+
+class VoiceId(StrictModel):
     """A voice by its id."""
 
-    model_config = ConfigDict(extra="forbid")
     id: str = Field(min_length=1)
 
 
-class Turn(BaseModel):
+class Turn(StrictModel):
     """An earlier turn of the conversation: its text, and its audio as a Base64 file or as codes (T, K)."""
 
-    model_config = ConfigDict(extra="forbid")
     text: Text = Field(max_length=MAX_INPUT)
     speaker: Speaker = 0
     audio: str | None = Field(None, max_length=MAX_JSON)
-    codes: list[list[int]] | None = Field(None, max_length=2048)
+    codes: Codes | None = Field(None, max_length=2048)
 
 
-class SpeechBody(BaseModel):
+class SpeechBody(StrictModel):
     """``POST /v1/audio/speech``: OpenAI's fields, then this server's own."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     model: str = Field(min_length=1, max_length=200)
     input: Annotated[Text, AfterValidator(_speakable)] = Field(min_length=1, max_length=MAX_INPUT)
     voice: str | VoiceId

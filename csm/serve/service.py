@@ -8,10 +8,11 @@ import gc
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -38,7 +39,7 @@ class Sessions:
         self._turns: OrderedDict[str, tuple[float, list[Segment]]] = OrderedDict()
         self._busy: set[str] = set()
 
-    def begin(self, key: str) -> list[Segment]:
+    async def begin(self, key: str) -> list[Segment]:
         """The session's turns so far, oldest first; it is in use until ``end``. Raises ApiError if it is already."""
         if key in self._busy:
             raise ApiError(409, "a request of this session is still running", "session", "session_busy")
@@ -102,6 +103,7 @@ class Service:
         self._in_use = 0
         self._last_used = time.monotonic()
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="csm-serve")
+        self._lister = ThreadPoolExecutor(max_workers=1, thread_name_prefix="csm-voices")
 
     @property
     def ready(self) -> bool:
@@ -144,6 +146,10 @@ class Service:
         """Run what blocks in one of two threads."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
+    async def list_voices(self) -> Mapping[str, Path]:
+        """Voices with a file, by id. A large folder takes seconds, so no request for speech waits for this thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._lister, self.voices.files)
+
     async def generator(self) -> Generator:
         """The model, loaded on first use."""
         async with self._loading:
@@ -169,7 +175,8 @@ class Service:
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._lister):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _count_guard(self, event: GuardEvent) -> None:
         self.metrics.guards.labels(event.guard).inc()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ MAX_INPUT = 4096  # characters of ``input``, as in OpenAI's API
 MAX_UPLOAD = 10 << 20  # bytes of a voice's recording
 MAX_FORM = MAX_UPLOAD + (64 << 10)  # bytes of an upload with its other fields
 MAX_JSON = 4 << 20  # bytes of any other body
+# Commas of a JSON body, which bound its values: parsing holds up all streams, in a thread too. The model's window takes
+# 2,048 x 32 codes.
+MAX_VALUES = 100_000
+MAX_FIELDS = 64  # of a JSON object
 MAX_MESSAGE = MAX_JSON  # bytes of a WebSocket message
 MAX_PENDING = 16 << 10  # characters of a WebSocket's turn that wait to be spoken
 MAX_SOCKETS = 256  # WebSockets that are open
@@ -24,12 +29,14 @@ TIMES = ("max_seconds", "request_timeout", "body_timeout", "idle_timeout", "sock
 # All speech; speech in added voices or after a context, which can hold any voice; or only where a request asks for it.
 WATERMARK_FOR = ("all", "added-voices", "requests")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to serve. Times are in seconds; ``unload_after`` None keeps the model loaded.
 
+    ``allowed_hosts`` are the names that a proxy is reached by: values of the header ``Host``, besides the local ones.
     ``watermark`` names a watermark, and ``watermark_for`` the speech that has it (``WATERMARK_FOR``).
     """
 
@@ -37,6 +44,7 @@ class Settings:
     voices: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000
+    allowed_hosts: tuple[str, ...] = ()
     max_streams: int = 8
     max_queue: int = 64
     max_seconds: float = 90.0
@@ -66,6 +74,9 @@ class Settings:
         for name in TIMES:
             if not 0 < getattr(self, name) < math.inf:
                 raise CSMError(f"{name} must be positive and finite, not {getattr(self, name)}")
+        for name in self.allowed_hosts:
+            if not HOST_NAME.fullmatch(name):
+                raise CSMError(f"an allowed host is a name without scheme and port, as tts.example.com; not {name!r}")
         if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in self.api_keys):
             raise CSMError("an API key must be printable ASCII without spaces around it, and not empty")
 
@@ -73,6 +84,12 @@ class Settings:
     def is_local(self) -> bool:
         """Whether only this machine can connect."""
         return self.host in LOOPBACK
+
+    def allows_host(self, name: str | None) -> bool:
+        """Whether a request may name this host, in lower case and without a port. None: it names none."""
+        if name is None or not (self.is_local or self.allowed_hosts):
+            return True
+        return name in LOOPBACK or name in {allowed.lower() for allowed in self.allowed_hosts}
 
     def key_index(self, key: str) -> int | None:
         """Which key this is; None for a wrong one. The time it takes does not depend on how much of it is right."""

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from csm import CSMError, Generator, Segment, SpeechRequest, Watermark
 from csm.codec import check_codes
+from csm.errors import AudioError, VoiceFileError
 from csm.formats import ENCODERS, MEDIA_TYPES, Stretch
 from csm.guards import GuardedTicket
 from csm.metrics import Listener
@@ -68,9 +69,10 @@ class Job:
         self._contexts.enter_context(service.admitted())
         generator = self._generator = await service.generator()
         chosen = await service.in_thread(choose_voice, service, body)
+        check_voice(generator, body.voice_id, chosen)
         turns = await service.in_thread(encode_context, generator, body.context)
         if self._session is not None:
-            turns = service.sessions.begin(self._session) + turns
+            turns = await service.sessions.begin(self._session) + turns
             self._contexts.callback(self._end_session, self._session)
         self.speaker = chosen.speaker
         self.watermark = choose_watermark(service, body, added_voice=bool(chosen.context or turns or self._turns))
@@ -83,7 +85,7 @@ class Job:
             seed=int(torch.randint(2**31, ())) if body.seed is None else body.seed,
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
         )
-        self.num_tokens = len(body.input.split())
+        self.num_tokens = generator.num_positions(Segment(chosen.speaker, body.input))
         self._listener = Listener()
         self._ticket = generator.submit(speech, service.guards, notify=self._notify)
 
@@ -179,11 +181,23 @@ def choose_watermark(service: Service, body: SpeechBody, added_voice: bool) -> W
 
 
 def choose_voice(service: Service, body: SpeechBody) -> Chosen:
-    """The body's voice. Raises ApiError."""
+    """The body's voice. Raises ApiError, or VoiceFileError for a file that cannot be read."""
     try:
         return service.voices.choose(body.voice_id, body.speaker)
+    except VoiceFileError:
+        raise
     except CSMError as error:
         raise ApiError(400, str(error), "voice", "voice_not_found") from error
+
+
+def check_voice(generator: Generator, voice_id: str, chosen: Chosen) -> None:
+    """Raise VoiceFileError for a voice that another codec encoded."""
+    try:
+        for turn in chosen.context:
+            assert turn.codes is not None
+            check_codes(turn.codes, generator.config.num_codebooks, generator.config.codebook_size)
+    except AudioError as error:
+        raise VoiceFileError(f"the voice {voice_id!r} was made for another model: {error}") from error
 
 
 def encode_context(generator: Generator, turns: Sequence[Turn]) -> list[Segment]:
@@ -209,8 +223,8 @@ def _segment(turn: Turn, generator: Generator) -> Segment:
         config, codes_TK = generator.config, torch.tensor(turn.codes, dtype=torch.int64)
         codes_TK = check_codes(codes_TK, config.num_codebooks, config.codebook_size)
         return Segment(turn.speaker, turn.text, codes=codes_TK)
-    audio_CN, sample_rate = read_recording(base64.b64decode(turn.audio or "", validate=True))
-    return Segment(turn.speaker, turn.text, audio_CN, sample_rate=sample_rate)
+    audio_N, sample_rate = read_recording(base64.b64decode(turn.audio or "", validate=True))
+    return Segment(turn.speaker, turn.text, audio_N, sample_rate=sample_rate)
 
 
 def _num_frames(turn: Segment, generator: Generator) -> int:

@@ -111,11 +111,7 @@ class Turn:
 
     async def run(self) -> None:
         """Generate and send until the text has ended. Raises what ends a request: ApiError, CSMError, TimeoutError."""
-        generator = await self._service.generator()
-        await self._service.in_thread(choose_voice, self._service, self._start.body("-", 0))  # an error before any text
-        self._sample_rate, self._frame_size = generator.sample_rate, generator.codec.frame_size
-        self._max_positions = generator.config.backbone.max_positions
-        self.history += await self._service.in_thread(encode_context, generator, self._start.context)
+        await self._prepare()
         while True:
             self.waiting = True
             text = await self._queue.get()
@@ -124,6 +120,14 @@ class Turn:
                 return
             self._num_queued -= len(text)
             await self._generate(text)
+
+    async def _prepare(self) -> None:
+        """Check the voice and encode the context. The generator is not kept: an idle model may be unloaded."""
+        generator = await self._service.generator()
+        await self._service.in_thread(choose_voice, self._service, self._start.body("-", 0))  # an error before any text
+        self._sample_rate, self._frame_size = generator.sample_rate, generator.codec.frame_size
+        self._max_positions = generator.config.backbone.max_positions
+        self.history += await self._service.in_thread(encode_context, generator, self._start.context)
 
     async def _generate(self, text: str) -> None:
         body = self._start.body(text, self.seed + self._num_started)

@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL | None:
             return ctypes.CDLL(str(build(compiler)))
         except subprocess.CalledProcessError as error:
             reason = f"{compiler} failed:\n{error.stderr}"
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
             reason = str(error)
     message = f"CPU ops run in PyTorch, which is slower: {reason}. CSM_OPS=reference chooses that without a warning"
     warnings.warn(message, NativeUnavailableWarning, stacklevel=2)

@@ -75,6 +75,8 @@ def use_native(x: Tensor, num_rows: int, weight: Weight) -> bool:
     """Whether an op on so many rows of ``x`` and this weight runs natively."""
     if not x.is_cpu or x.dtype not in DTYPES or os.environ.get("CSM_OPS"):
         return False
+    if torch.is_grad_enabled() and x.requires_grad:
+        return False
     if not isinstance(weight, Tensor):  # rows are for Triton's kernels
         return isinstance(weight, QuantizedWeight) and _ops() is not None
     if num_rows > MAX_ROWS or weight.dtype != x.dtype or (torch.is_grad_enabled() and weight.requires_grad):
