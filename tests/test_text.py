@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ We counted 1,234 birds. => We counted one thousand two hundred and thirty-four b
 It is -5 outside. => It is minus five outside.
 Pi is 3.14159. => Pi is three point one four one five nine.
 Add .5 to it. => Add point five to it.
+See [the page](https://example.org/A_(b)) now. => See the page now.
 Agent 007 arrived. => Agent zero zero seven arrived.
 1234567890123456 => One two three four five six seven eight nine zero one two three four five six
 Pages 10-12 are missing. => Pages ten to twelve are missing.
@@ -278,6 +280,21 @@ def test_the_table_has_200_lines():
 def test_any_text_is_normalised(text):
     """No input fails, and no ASCII digit is left."""
     assert not set(normalize(text)) & set("0123456789")
+
+
+@pytest.mark.parametrize(
+    "piece", ["[pause ", "[x](", "a.", "a@", "**a", "_a ", "<a ", "&lt;a", "http://", "| a ", "1. "]
+)
+def test_time_grows_with_the_text_alone(piece):
+    """Ten times as much of what begins something and does not end it: a quadratic rule takes 100 times as long."""
+
+    def seconds(count):
+        started = time.process_time()
+        normalize(piece * count)
+        return time.process_time() - started
+
+    seconds(10)
+    assert seconds(5000) < 30 * seconds(500) + 0.1
 
 
 def test_what_is_no_unicode_is_named():

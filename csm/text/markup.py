@@ -87,6 +87,7 @@ ELEMENTS = (
     "summary|sup|svg|table|tbody|td|textarea|tfoot|th|thead|time|title|tr|tt|u|ul|var|video|wbr|break|emphasis|prosody|"
     "say-as|speak|voice"
 )
+TARGET = r"(?:[^()]|\([^()]*\))*"  # of a link, which may hold parentheses
 M, IGNORE_CASE = re.MULTILINE, re.IGNORECASE
 MARKUP_RULES: list[Rule] = [
     (re.compile(r"&lt;(/?[a-zA-Z!?][^&<>\n]*)&gt;"), r" \1 "),  # a tag that the text shows
@@ -100,9 +101,9 @@ MARKUP_RULES: list[Rule] = [
     (re.compile(r"^\s*(?:[-*_]\s*){3,}$", M), ""),
     (re.compile(r"^\s*\|?\s*:?-{2,}:?\s*(?:\|\s*:?-{2,}:?\s*)+\|?\s*$\n?", M), ""),
     (re.compile(r"^\s*\|.*\|\s*$", M), _table_row),
-    (re.compile(r"!\[([^\]]*)\]\([^)]*\)"), r"\1"),
-    (re.compile(r"\[([^\]]+)\]\([^)]*\)"), r"\1"),
-    (re.compile(r"\[\^[^\]]+\](?::\s*)?"), ""),
+    (re.compile(rf"!\[([^\[\]]*)\]\({TARGET}\)"), r"\1"),
+    (re.compile(rf"\[([^\[\]]+)\]\({TARGET}\)"), r"\1"),
+    (re.compile(r"\[\^[^\[\]]+\](?::\s*)?"), ""),
     (re.compile(r"^\s{0,3}#{1,6}\s+(.+?)\s*$", M), _heading),
     (re.compile(r"^\s*(?:>\s?)+", M), ""),
     (re.compile(r"^\s*[-*+•‣◦–]\s+(?:\[[ xX]\]\s+)?", M), "\n"),  # an item is a paragraph
@@ -115,9 +116,9 @@ MARKUP_RULES: list[Rule] = [
     (re.compile(r"(?<!\w)[:;]-?[)(DPp](?!\w)"), ""),
     (re.compile(r"[✓✔]"), " check "),
     (EMOJI, " "),
-    (re.compile(r"<?\b(?:mailto:)?([\w.+-]+)@((?:[\w-]+\.)+[A-Za-z]{2,})\b>?"), _email),
+    (re.compile(r"<?\b(?:mailto:)?([\w.+-]{1,64})@((?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,})\b>?"), _email),
     (re.compile(r"<?\b(?:https?://|ftp://|www\.)[^\s<>\"]+>?", IGNORE_CASE), _url),
-    (re.compile(rf"\b(?:[a-z0-9-]+\.)+(?:{TOP_LEVEL})\b(?:/[^\s<>\"]*)?", IGNORE_CASE), _url),
+    (re.compile(rf"\b(?:[a-z0-9-]{{1,63}}\.){{1,8}}(?:{TOP_LEVEL})\b(?:/[^\s<>\"]*)?", IGNORE_CASE), _url),
     (re.compile(rf"\b([\w-]+)\.({FILE_TYPES})\b"), lambda match: f"{spell_address(match[1])} dot {match[2]}"),
     (re.compile(r"\s*\[(?:\d+(?:[,–-]\s*\d+)*|citation needed|sic)\]", IGNORE_CASE), ""),
     (re.compile(r"(?<=\w)\(s\)"), "s"),
