@@ -60,8 +60,9 @@ def norm_linear_rows(
     norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
-        x_K = rms_norm_row(load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
-        out_N = gemv_tile(weight_NK, scale, x_K, KIND)
+        x_K = load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K)
+        x_K, bound = rms_norm_row(x_K, norm_K, K=K, EPS=EPS, KIND=KIND)
+        out_N = gemv_tile(weight_NK, scale, x_K, bound, KIND)
         tl.store(out_ptr + row * N + n_N, out_N.to(x_ptr.dtype.element_ty), mask=n_N < N)
 
 

@@ -67,7 +67,8 @@ def test_rows_have_the_numbers_of_the_cpus_tiles(kind, shape):
     assert torch.equal(rows.dequantize(), tiles.dequantize())
     if len(shape) == 3:
         assert torch.equal(rows[1][:7].dequantize(), tiles[1].dequantize()[:7])
-    width, blocks = -(-shape[-1] // 32) * (32 if kind == "int8" else 16), -(-shape[-1] // 32)
+    width = -(-shape[-1] // 64) * 64 if kind == "int8" else -(-shape[-1] // 32) * 16
+    blocks = -(-shape[-1] // 32)
     assert rows.values.shape == (*shape[:-1], width) and rows.scales.shape == (*shape[:-1], blocks)
 
 

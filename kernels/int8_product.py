@@ -1,0 +1,164 @@
+"""Products of one row with int8 weights on tensor cores, for tiles of whole rows of the weight.
+
+An instruction multiplies 16 rows of a fragment by 8 columns over 32 inputs, in integers. Its rows are the blocks 2p and
+2p + 1 of eight outputs. Its columns hold x: as an integer of 23 bits with one step for the whole row, cut into three
+signed bytes, for block 2p in columns 0 to 2 and for block 2p + 1 in columns 4 to 6. Columns 3 and 7 are not used, nor
+are the products of one block's values with the other's inputs. The step is a power of two, so an activation in
+bfloat16 is exact if it is at least 2**-14 of the row's largest; what is smaller is off by at most 2**-22 of the
+largest. Sums over a block are exact integers of less than 28 bits; all others are float32.
+
+A row of the weight is stored (``csm.kernels.quantized_rows``) so that the 16 bytes which a thread loads of a pair of
+blocks are its four registers of a fragment. The order of the dimensions makes Triton load them in the threads that need
+them: weights pass through no shared memory. x does.
+
+Shapes: N outputs = R groups of O = 8; K inputs = P pairs of H = 2 blocks of B = 32, of which a warp (W) has I that
+follow each other; T = 4 threads of a fragment's row; S = 2 halves of a block; C = 4 columns of a block.
+"""
+
+from __future__ import annotations
+
+from csm.kernels.launch import INTERPRETED, constexpr, constexpr_function, jit, num_warps, tl
+from csm.kernels.quantized_rows import BLOCK
+
+PAIR = constexpr(2 * BLOCK)
+OUTPUTS = constexpr(8)  # of a fragment
+BITS = constexpr(21)  # a row's largest magnitude becomes 2**21 to 2**22
+# Added to an integer of less than 2**22, it makes a float32 from 2**23 to 2**24, whose step is 1. Of its lower 23 bits,
+# bytes 0 and 1 hold a digit of x plus 128, and byte 2 holds one plus 64.
+OFFSET = constexpr(float(0x800000 + 0x408080))
+MARGIN = constexpr(1.02)  # the offset leaves no room above 0x3F7F7F, and a norm rounds after the bound was taken
+SMALLEST = constexpr(40)  # biased exponent of a row's largest magnitude: below it a row counts as this large
+BYTES_ASM = constexpr(
+    "{ .reg .b32 ab, cd, low, mid, high; "
+    "prmt.b32 ab, $3, $4, 0x5140; prmt.b32 cd, $5, $6, 0x5140; "
+    "prmt.b32 low, ab, cd, 0x5410; prmt.b32 mid, ab, cd, 0x7632; "
+    "prmt.b32 ab, $3, $4, 0x0062; prmt.b32 cd, $5, $6, 0x0062; prmt.b32 high, ab, cd, 0x5410; "
+    "add.u32 high, high, 0x40404040; "
+    "xor.b32 $0, low, 0x80808080; xor.b32 $1, mid, 0x80808080; xor.b32 $2, high, 0x80808080; }"
+)
+
+
+def _warps_of(warps: int, pairs: int) -> int:
+    """Warps that share the pairs of blocks."""
+    return min(warps, pairs)
+
+
+warps_of = constexpr_function(_warps_of)
+
+
+@jit
+def int8_weight_tile(weight_ptr, n_N, N: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, EVICT: tl.constexpr):
+    """Rows ``n_N`` of a weight whose rows have WIDTH bytes, zero outside it: (P, R * H * O, 32) int8, P as (I, W)."""
+    R: tl.constexpr = n_N.shape[0] // OUTPUTS
+    P: tl.constexpr = BLOCK_K // PAIR
+    W: tl.constexpr = warps_of(num_warps(), P)
+    t = tl.arange(0, 4)[:, None, None, None, None, None]
+    w = tl.arange(0, W)[None, None, :, None, None, None]
+    i = tl.arange(0, P // W)[None, None, None, :, None, None]
+    n = tl.trans(tl.reshape(n_N, (R, OUTPUTS)))[None, :, None, None, :, None]
+    at = (w * (P // W) + i) * PAIR + t * 16 + tl.arange(0, 16)[None, None, None, None, None, :]
+    value_TOWIR16 = tl.load(weight_ptr + n * WIDTH + at, mask=(n < N) & (at < WIDTH), other=0, eviction_policy=EVICT)
+    value_TOWIRSH4 = tl.reshape(value_TOWIR16, (4, OUTPUTS, W, P // W, R, 2, 2, 4))
+    return tl.reshape(tl.permute(value_TOWIRSH4, (3, 2, 4, 6, 1, 5, 0, 7)), (P, R * 2 * OUTPUTS, PAIR // 2))
+
+
+@jit
+def int8_scale_tile(scale_ptr, n_N, N: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, EVICT: tl.constexpr):
+    """The scales that a thread multiplies its sums with: (I, W, R, O, T), those of block T // 2 of a pair."""
+    R: tl.constexpr = n_N.shape[0] // OUTPUTS
+    P: tl.constexpr = BLOCK_K // PAIR
+    W: tl.constexpr = warps_of(num_warps(), P)
+    t = tl.arange(0, 4)[:, None, None, None, None]
+    w = tl.arange(0, W)[None, None, :, None, None]
+    i = tl.arange(0, P // W)[None, None, None, :, None]
+    n = tl.trans(tl.reshape(n_N, (R, OUTPUTS)))[None, :, None, None, :]
+    j = (w * (P // W) + i) * 2 + t // 2
+    scale_TOWIR = tl.load(scale_ptr + n * BLOCKS + j, mask=(n < N) & (j < BLOCKS), other=0.0, eviction_policy=EVICT)
+    return tl.permute(scale_TOWIR, (3, 2, 4, 1, 0))
+
+
+@jit
+def larger(a, b):
+    """The larger of two, NaN if one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def larger_and_sum(a, x, b, y):
+    """The larger of ``a`` and ``b``, the sum of ``x`` and ``y``."""
+    return tl.maximum(a, b), x + y
+
+
+@jit
+def largest(x_K):
+    """The largest magnitude of a row, NaN if it holds one."""
+    if INTERPRETED:
+        bound = tl.max(tl.abs(x_K), axis=0)
+    else:
+        bound = tl.reduce(tl.abs(x_K), 0, larger)
+    return bound
+
+
+@jit
+def largest_and_sum(x_K, y_K):
+    """The largest magnitude of a row, and the sum of another, in one reduction."""
+    if INTERPRETED:
+        bound, total = tl.max(tl.abs(x_K), axis=0), tl.sum(y_K, axis=0)
+    else:
+        bound, total = tl.reduce((tl.abs(x_K), y_K), 0, larger_and_sum)
+    return bound, total
+
+
+@jit
+def powers_of_two(bound):
+    """What makes x of at most ``bound`` an integer, and its reciprocal: NaN if ``bound`` is not finite."""
+    exponent = tl.maximum((bound * MARGIN).to(tl.int32, bitcast=True) >> 23, SMALLEST)
+    up = ((0 - exponent + (254 + BITS)) << 23).to(tl.float32, bitcast=True)
+    down = ((exponent - BITS) << 23).to(tl.float32, bitcast=True)
+    return up, down + bound * 0.0
+
+
+@jit
+def three_bytes(x_K, up):
+    """The digits of round(x * up), int8, the least first: their sum with weights 1, 256 and 65536 is the integer."""
+    shifted_K = x_K * up + OFFSET
+    if INTERPRETED:
+        bits_K = shifted_K.to(tl.int32, bitcast=True)
+        low_K, mid_K = ((bits_K & 255) - 128).to(tl.int8), ((bits_K >> 8 & 255) - 128).to(tl.int8)
+        high_K = ((bits_K >> 16 & 127) - 64).to(tl.int8)
+    else:
+        low_K, mid_K, high_K = tl.inline_asm_elementwise(
+            BYTES_ASM, "=r,=r,=r,r,r,r,r", [shifted_K], dtype=(tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    return low_K, mid_K, high_K
+
+
+@jit
+def in_order(x_K, P: tl.constexpr):
+    """A row in the order of ``int8_weight_tile``: (P, H, 1, 32)."""
+    W: tl.constexpr = warps_of(num_warps(), P)
+    x_IWHB = tl.permute(tl.reshape(x_K, (W, P // W, 2, PAIR // 2)), (1, 0, 2, 3))
+    return tl.reshape(x_IWHB, (P, 2, 1, PAIR // 2))
+
+
+@jit
+def int8_product(weight_PMB, scale_IWROT, x_K, bound):
+    """A tile of weights, (P, R * H * O, 32), and its scales times a row (BLOCK_K,) of at most ``bound``: (N,) float32."""
+    P: tl.constexpr = weight_PMB.shape[0]
+    R: tl.constexpr = weight_PMB.shape[1] // (2 * OUTPUTS)
+    W: tl.constexpr = warps_of(num_warps(), P)
+    up, down = powers_of_two(bound)
+    low_K, mid_K, high_K = three_bytes(x_K, up)
+    c = tl.arange(0, 4)[None, None, :, None]
+    low, mid, high = in_order(low_K, P), in_order(mid_K, P), in_order(high_K, P)
+    x_PBC = tl.trans(tl.reshape(tl.where(c == 0, low, tl.where(c == 1, mid, high)), (P, 8, PAIR // 2)), (0, 2, 1))
+    sum_PMC = tl.dot(weight_PMB, x_PBC, out_dtype=tl.int32)
+    sum_PROT2H = tl.permute(tl.reshape(sum_PMC, (P, R, 2, OUTPUTS, 4, 2)), (0, 1, 3, 4, 5, 2))
+    even, odd = tl.split(sum_PROT2H)
+    t = tl.arange(0, 4)
+    first, second = tl.split(tl.where((t < 2)[:, None], even, odd))
+    is_low = t % 2 == 0
+    sum_PROT = (first + second * tl.where(is_low, 256, 0)).to(tl.float32)
+    part_WROT = tl.sum(tl.reshape(sum_PROT, (P // W, W, R, OUTPUTS, 4)) * scale_IWROT.to(tl.float32), axis=0)
+    part_ROWT = tl.permute(part_WROT * tl.where(is_low, 1.0, 65536.0), (1, 2, 0, 3))
+    return tl.sum(tl.reshape(part_ROWT, (R * OUTPUTS, W * 4)), axis=1) * down
