@@ -75,15 +75,13 @@ def attend_all_heads(
 
 @jit
 def one_row(attended_MD, DTYPE: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr):
-    """The first HEADS heads one after the other, rounded to DTYPE: (HEADS * D,) float32."""
+    """The first HEADS heads one after the other, rounded to DTYPE: (HEADS * D,) float32, and their ``row_bound``."""
     M: tl.constexpr = attended_MD.shape[0]
     K: tl.constexpr = HEADS * attended_MD.shape[1]
     attended_MD = tl.where((tl.arange(0, M) < HEADS)[:, None], attended_MD, 0.0)
     attended_K = tl.sum(tl.reshape(attended_MD, (M // HEADS, K)), axis=0).to(DTYPE)  # drops the padded heads
-    if KIND == "int8":
-        # All elements in their order. Without it the compiler moves the unpacked weights into this row's layout.
-        attended_K = tl.gather(attended_K, tl.arange(0, K), axis=0)
-    return attended_K.to(tl.float32)
+    bound = row_bound(attended_K.to(tl.float32), KIND)
+    return attended_K.to(tl.float32), bound
 
 
 @jit
@@ -148,8 +146,8 @@ def attention_linear_add_row(
     offset_MD, mask_MD = head_offsets(m_M[:, None] * D + tl.arange(0, D)[None, :], H, G, d, GROUPS, R, D)
     q_MD = tl.load(q_ptr + offset_MD, mask=mask_MD, other=0.0)
     attended_MD = attend_all_heads(q_MD, k_ptr, v_ptr, position_ptr, head_stride, scale, G, CONTEXT, d, GROUPS, R, S)
-    attended_K = one_row(attended_MD, q_ptr.dtype.element_ty, GROUPS * R, KIND)
-    out_N = residual_N + gemv_tile(weight_NK, weight_scale, attended_K, row_bound(attended_K, KIND), KIND)
+    attended_K, bound = one_row(attended_MD, q_ptr.dtype.element_ty, GROUPS * R, KIND)
+    out_N = residual_N + gemv_tile(weight_NK, weight_scale, attended_K, bound, KIND)
     tl.store(out_ptr + n_N, out_N.to(q_ptr.dtype.element_ty), mask=n_N < N)
 
 

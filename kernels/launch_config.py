@@ -113,9 +113,11 @@ def by_rule(op: str, n: int, k: int, size: int, m: int, kind: str = "dense") -> 
 
 
 def int8_by_rule(op: str, n: int, k: int) -> LaunchConfig:
-    """Of an int8 weight and few rows.
-
-    Every program prepares the whole of x, so it has 16 outputs if there are many. Long rows take 16 warps.
-    """
-    block_k = max(PAIR, power_of_two(k))
-    return LaunchConfig(16 if block_k >= 8192 else 4, {"BLOCK_N": INT8_OUTPUTS, "BLOCK_K": block_k})
+    """Of an int8 weight and few rows. Every program prepares the whole of x, so it has as many outputs as it can."""
+    tiles, block_k = NUM_WEIGHT_TILES.get(op, 1), max(PAIR, power_of_two(k))
+    block_n = max(INT8_OUTPUTS, PROGRAM_WEIGHT_BYTES // (tiles * block_k))
+    while n // tiles < block_n * MIN_PROGRAMS and block_n > INT8_OUTPUTS:
+        block_n //= 2
+    few_programs = op == "attention_linear_add" or n // tiles < block_n * MIN_PROGRAMS
+    num_warps = 16 if block_k >= 8192 else 8 if few_programs else 4
+    return LaunchConfig(num_warps, {"BLOCK_N": block_n, "BLOCK_K": block_k})
