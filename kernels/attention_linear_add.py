@@ -21,7 +21,7 @@ from csm.kernels.linear_add import linear_add
 from csm.kernels.native import ops as native
 from csm.kernels.quantized import Weight
 from csm.kernels.quantized_rows import PAIR
-from csm.kernels.tiles import gemv_tile, release_next_kernel, row_bound, scale_tile, wait_for_inputs, weight_tile
+from csm.kernels.tiles import gemv_tile, release_next_kernel, scale_tile, wait_for_inputs, weight_tile
 
 MAX_FUSED_CONTEXT = 32  # and a single row: every program repeats the attention and holds its tiles in registers
 
@@ -74,14 +74,13 @@ def attend_all_heads(
 
 
 @jit
-def one_row(attended_MD, DTYPE: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr):
-    """The first HEADS heads one after the other, rounded to DTYPE: (HEADS * D,) float32, and their ``row_bound``."""
+def one_row(attended_MD, DTYPE: tl.constexpr, HEADS: tl.constexpr):
+    """The first HEADS heads one after the other, rounded to DTYPE: (HEADS * D,) float32."""
     M: tl.constexpr = attended_MD.shape[0]
     K: tl.constexpr = HEADS * attended_MD.shape[1]
     attended_MD = tl.where((tl.arange(0, M) < HEADS)[:, None], attended_MD, 0.0)
     attended_K = tl.sum(tl.reshape(attended_MD, (M // HEADS, K)), axis=0).to(DTYPE)  # drops the padded heads
-    bound = row_bound(attended_K.to(tl.float32), KIND)
-    return attended_K.to(tl.float32), bound
+    return attended_K.to(tl.float32)
 
 
 @jit
@@ -146,8 +145,8 @@ def attention_linear_add_row(
     offset_MD, mask_MD = head_offsets(m_M[:, None] * D + tl.arange(0, D)[None, :], H, G, d, GROUPS, R, D)
     q_MD = tl.load(q_ptr + offset_MD, mask=mask_MD, other=0.0)
     attended_MD = attend_all_heads(q_MD, k_ptr, v_ptr, position_ptr, head_stride, scale, G, CONTEXT, d, GROUPS, R, S)
-    attended_K, bound = one_row(attended_MD, q_ptr.dtype.element_ty, GROUPS * R, KIND)
-    out_N = residual_N + gemv_tile(weight_NK, weight_scale, attended_K, bound, KIND)
+    attended_K = one_row(attended_MD, q_ptr.dtype.element_ty, GROUPS * R)
+    out_N = residual_N + gemv_tile(weight_NK, weight_scale, attended_K, KIND)
     tl.store(out_ptr + n_N, out_N.to(q_ptr.dtype.element_ty), mask=n_N < N)
 
 

@@ -1,11 +1,10 @@
 """Products of one row with int8 weights on tensor cores, for tiles of whole rows of the weight.
 
 An instruction multiplies 16 rows of a fragment by 8 columns over 32 inputs, in integers. Its rows are the blocks 2p and
-2p + 1 of eight outputs. Its columns hold x: as an integer of 23 bits with one step for the whole row, cut into three
+2p + 1 of eight outputs. Its columns hold x: as an integer of 23 bits, with one step for the inputs of a warp, cut into three
 signed bytes, for block 2p in columns 0 to 2 and for block 2p + 1 in columns 4 to 6. Columns 3 and 7 are not used, nor
 are the products of one block's values with the other's inputs. The step is a power of two, so an activation in
-bfloat16 is exact if it is at least 2**-14 of the row's largest; what is smaller is off by at most 2**-22 of the
-largest. Sums over a block are exact integers of less than 28 bits; all others are float32.
+bfloat16 is exact if it is at least 2**-14 of the largest of them; what is smaller is off by at most 2**-22 of it. Sums over a block are exact integers of less than 28 bits; all others are float32.
 
 A row of the weight is stored (``csm.kernels.quantized_rows``) so that the 16 bytes which a thread loads of a pair of
 blocks are its four registers of a fragment. The order of the dimensions makes Triton load them in the threads that need
@@ -26,7 +25,7 @@ BITS = constexpr(21)  # a row's largest magnitude becomes 2**21 to 2**22
 # Added to an integer of less than 2**22, it makes a float32 from 2**23 to 2**24, whose step is 1. Of its lower 23 bits,
 # bytes 0 and 1 hold a digit of x plus 128, and byte 2 holds one plus 64.
 OFFSET = constexpr(float(0x800000 + 0x408080))
-MARGIN = constexpr(1.02)  # the offset leaves no room above 0x3F7F7F, and a norm rounds after the bound was taken
+MARGIN = constexpr(1.02)  # the offset leaves no room above 0x3F7F7F, 
 SMALLEST = constexpr(40)  # biased exponent of a row's largest magnitude: below it a row counts as this large
 BYTES_ASM = constexpr(
     "{ .reg .b32 ab, cd, low, mid, high; "
@@ -43,7 +42,7 @@ def _warps_of(warps: int, pairs: int) -> int:
     return min(warps, pairs)
 
 
-warps_of = constexpr_function(_warps_of)
+warps_of = smaller = constexpr_function(_warps_of)
 
 
 @jit
@@ -78,50 +77,47 @@ def int8_scale_tile(scale_ptr, n_N, N: tl.constexpr, BLOCKS: tl.constexpr, BLOCK
 
 
 @jit
+def int8_row(ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A row of K elements, padded with zeros: (BLOCK_K,). The order of the dimensions gives a warp its own inputs."""
+    W: tl.constexpr = warps_of(num_warps(), BLOCK_K // PAIR)
+    CHUNK: tl.constexpr = smaller(BLOCK_K // W, 256)  # 16 bytes a thread
+    w, j = tl.arange(0, W)[:, None, None], tl.arange(0, BLOCK_K // W // CHUNK)[None, :, None]
+    k = w * (BLOCK_K // W) + j * CHUNK + tl.arange(0, CHUNK)[None, None, :]
+    return tl.reshape(tl.load(ptr + k, mask=k < K, other=0.0), (BLOCK_K,))
+
+
+@jit
 def larger(a, b):
     """The larger of two, NaN if one is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit
-def larger_and_sum(a, x, b, y):
-    """The larger of ``a`` and ``b``, the sum of ``x`` and ``y``."""
-    return tl.maximum(a, b), x + y
-
-
-@jit
 def largest(x_K):
-    """The largest magnitude of a row, NaN if it holds one."""
+    """Of the inputs of each warp the largest magnitude, NaN if one is: (W,)."""
+    W: tl.constexpr = warps_of(num_warps(), x_K.shape[0] // PAIR)
+    magnitude_WK = tl.reshape(tl.abs(x_K), (W, x_K.shape[0] // W))
     if INTERPRETED:
-        bound = tl.max(tl.abs(x_K), axis=0)
+        bound_W = tl.max(magnitude_WK, axis=1)
     else:
-        bound = tl.reduce(tl.abs(x_K), 0, larger)
-    return bound
+        bound_W = tl.reduce(magnitude_WK, 1, larger)
+    return bound_W
 
 
 @jit
-def largest_and_sum(x_K, y_K):
-    """The largest magnitude of a row, and the sum of another, in one reduction."""
-    if INTERPRETED:
-        bound, total = tl.max(tl.abs(x_K), axis=0), tl.sum(y_K, axis=0)
-    else:
-        bound, total = tl.reduce((tl.abs(x_K), y_K), 0, larger_and_sum)
-    return bound, total
-
-
-@jit
-def powers_of_two(bound):
+def powers_of_two(bound_W):
     """What makes x of at most ``bound`` an integer, and its reciprocal: NaN if ``bound`` is not finite."""
-    exponent = tl.maximum((bound * MARGIN).to(tl.int32, bitcast=True) >> 23, SMALLEST)
+    exponent = tl.maximum((bound_W * MARGIN).to(tl.int32, bitcast=True) >> 23, SMALLEST)
     up = ((0 - exponent + (254 + BITS)) << 23).to(tl.float32, bitcast=True)
     down = ((exponent - BITS) << 23).to(tl.float32, bitcast=True)
-    return up, down + bound * 0.0
+    return up, down + bound_W * 0.0
 
 
 @jit
-def three_bytes(x_K, up):
+def three_bytes(x_K, up_W):
     """The digits of round(x * up), int8, the least first: their sum with weights 1, 256 and 65536 is the integer."""
-    shifted_K = x_K * up + OFFSET
+    W: tl.constexpr = up_W.shape[0]
+    shifted_K = tl.reshape(tl.reshape(x_K, (W, x_K.shape[0] // W)) * up_W[:, None] + OFFSET, x_K.shape)
     if INTERPRETED:
         bits_K = shifted_K.to(tl.int32, bitcast=True)
         low_K, mid_K = ((bits_K & 255) - 128).to(tl.int8), ((bits_K >> 8 & 255) - 128).to(tl.int8)
@@ -142,23 +138,22 @@ def in_order(x_K, P: tl.constexpr):
 
 
 @jit
-def int8_product(weight_PMB, scale_IWROT, x_K, bound):
-    """A tile of weights, (P, R * H * O, 32), and its scales times a row (BLOCK_K,) of at most ``bound``: (N,) float32."""
+def int8_product(weight_PMB, scale_IWROT, x_K):
+    """A tile of weights, (P, R * H * O, B), and its scales times a row (BLOCK_K,): (N,) float32."""
     P: tl.constexpr = weight_PMB.shape[0]
     R: tl.constexpr = weight_PMB.shape[1] // (2 * OUTPUTS)
     W: tl.constexpr = warps_of(num_warps(), P)
-    up, down = powers_of_two(bound)
-    low_K, mid_K, high_K = three_bytes(x_K, up)
+    up_W, down_W = powers_of_two(largest(x_K))
+    low_K, mid_K, high_K = three_bytes(x_K, up_W)
     c = tl.arange(0, 4)[None, None, :, None]
     low, mid, high = in_order(low_K, P), in_order(mid_K, P), in_order(high_K, P)
-    x_PBC = tl.trans(tl.reshape(tl.where(c == 0, low, tl.where(c == 1, mid, high)), (P, 8, PAIR // 2)), (0, 2, 1))
-    sum_PMC = tl.dot(weight_PMB, x_PBC, out_dtype=tl.int32)
-    sum_PROT2H = tl.permute(tl.reshape(sum_PMC, (P, R, 2, OUTPUTS, 4, 2)), (0, 1, 3, 4, 5, 2))
-    even, odd = tl.split(sum_PROT2H)
+    x_PHCB = tl.where(c == 0, low, tl.where(c == 1, mid, high))
+    sum_PMC = tl.dot(weight_PMB, tl.trans(tl.reshape(x_PHCB, (P, 8, PAIR // 2)), (0, 2, 1)), out_dtype=tl.int32)
+    even, odd = tl.split(tl.permute(tl.reshape(sum_PMC, (P, R, 2, OUTPUTS, 4, 2)), (0, 1, 3, 4, 5, 2)))
     t = tl.arange(0, 4)
     first, second = tl.split(tl.where((t < 2)[:, None], even, odd))
     is_low = t % 2 == 0
     sum_PROT = (first + second * tl.where(is_low, 256, 0)).to(tl.float32)
     part_WROT = tl.sum(tl.reshape(sum_PROT, (P // W, W, R, OUTPUTS, 4)) * scale_IWROT.to(tl.float32), axis=0)
-    part_ROWT = tl.permute(part_WROT * tl.where(is_low, 1.0, 65536.0), (1, 2, 0, 3))
-    return tl.sum(tl.reshape(part_ROWT, (R * OUTPUTS, W * 4)), axis=1) * down
+    part_WROT *= tl.where(is_low, 1.0, 65536.0) * down_W[:, None, None, None]
+    return tl.sum(tl.reshape(tl.permute(part_WROT, (1, 2, 0, 3)), (R * OUTPUTS, W * 4)), axis=1)

@@ -14,7 +14,7 @@ from csm.kernels.quantized import Weight, dense
 from csm.kernels.tiles import (
     gemv_tile,
     inverse_rms,
-    load_row,
+    load_input,
     matmul_tile,
     release_next_kernel,
     rms_norm_row,
@@ -74,12 +74,12 @@ def norm_swiglu_rows(
     GROUP: tl.constexpr = OUTPUTS if KIND == "int8" else 1
     row_I = gate_up_rows(tl.program_id(0) * BLOCK_N, N, BLOCK_N, GROUP)
     gate_up_IK, scale = weight_and_scale(weight_ptr, scale_ptr, row_I, 2 * N, K, BLOCK_K, KIND, EVICT)
-    norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
+    norm_K = load_input(norm_ptr, K=K, BLOCK_K=BLOCK_K, KIND=KIND)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2):
-        x_K = load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K)
-        x_K, bound = rms_norm_row(x_K, norm_K, K=K, EPS=EPS, KIND=KIND)
-        gate_N, up_N = split_gate_up(gemv_tile(gate_up_IK, scale, x_K, bound, KIND), GROUP)
+        x_K = load_input(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K, KIND=KIND)
+        x_K = rms_norm_row(x_K, norm_K, K=K, EPS=EPS)
+        gate_N, up_N = split_gate_up(gemv_tile(gate_up_IK, scale, x_K, KIND), GROUP)
         tl.store(out_ptr + row * N + n_N, swiglu(gate_N, up_N).to(x_ptr.dtype.element_ty), mask=n_N < N)
 
 

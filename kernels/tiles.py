@@ -9,7 +9,7 @@ batch. *Matmul*: tensor cores, over blocks of K.
 from __future__ import annotations
 
 from csm.kernels import quantized_rows
-from csm.kernels.int8_product import int8_product, int8_scale_tile, int8_weight_tile, largest, largest_and_sum
+from csm.kernels.int8_product import int8_product, int8_row, int8_scale_tile, int8_weight_tile
 from csm.kernels.launch import INTERPRETED, constexpr, constexpr_function, gdc_launch_dependents, gdc_wait, jit, tl
 
 QUANT_BLOCK = constexpr(quantized_rows.BLOCK)
@@ -154,35 +154,32 @@ def load_row(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @jit
-def rms_norm_row(x_K, norm_K, K: tl.constexpr, EPS: tl.constexpr, KIND: tl.constexpr):
-    """RMSNorm of a row, rounded where the reference rounds: (BLOCK_K,) float32, and what ``row_bound`` says of it."""
-    wide_K, bound = x_K.to(tl.float32), 0.0
+def load_input(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr):
+    """``load_row`` of a product's input, in the threads that a weight of its kind needs it in."""
     if KIND == "int8":
-        bound, total = largest_and_sum(wide_K * norm_K.to(tl.float32), wide_K * wide_K)
+        x_K = int8_row(x_ptr, K, BLOCK_K)
     else:
-        total = tl.sum(wide_K * wide_K, axis=0)
-    scale = tl.math.rsqrt(total / K + EPS)
+        x_K = load_row(x_ptr, K, BLOCK_K)
+    return x_K
+
+
+@jit
+def rms_norm_row(x_K, norm_K, K: tl.constexpr, EPS: tl.constexpr):
+    """RMSNorm of a row, rounded where the reference rounds: (BLOCK_K,) float32."""
+    wide_K = x_K.to(tl.float32)
+    scale = tl.math.rsqrt(tl.sum(wide_K * wide_K, axis=0) / K + EPS)
     rounded_K = (wide_K * scale).to(x_K.dtype).to(tl.float32)
-    return (rounded_K * norm_K.to(tl.float32)).to(x_K.dtype).to(tl.float32), bound * scale
+    return (rounded_K * norm_K.to(tl.float32)).to(x_K.dtype).to(tl.float32)
 
 
 @jit
-def row_bound(x_K, KIND: tl.constexpr):
-    """The largest magnitude of a row, but for rounding; only int8 weights need it, for others 0."""
-    bound = 0.0
-    if KIND == "int8":
-        bound = largest(x_K)
-    return bound
-
-
-@jit
-def gemv_tile(weight_NK, scale, x_K, bound, KIND: tl.constexpr):
-    """A weight tile with its scales times a row: (BLOCK_N,) float32. ``bound`` is the row's ``row_bound``.
+def gemv_tile(weight_NK, scale, x_K, KIND: tl.constexpr):
+    """A weight tile with its scales times a row: (BLOCK_N,) float32.
 
     int4: a thread sums the products of the 16 bytes that it loaded, and multiplies the sum with their scale.
     """
     if KIND == "int8":
-        out_N = int8_product(weight_NK, scale, x_K, bound)
+        out_N = int8_product(weight_NK, scale, x_K)
     elif KIND == "int4":
         BLOCKS: tl.constexpr = x_K.shape[0] // QUANT_BLOCK
         x_K2 = tl.reshape(tl.permute(tl.reshape(x_K, (BLOCKS, 2, 16)), (0, 2, 1)), (BLOCKS * 16, 2))
