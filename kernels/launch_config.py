@@ -113,11 +113,16 @@ def by_rule(op: str, n: int, k: int, size: int, m: int, kind: str = "dense") -> 
 
 
 def int8_by_rule(op: str, n: int, k: int) -> LaunchConfig:
-    """Of an int8 weight and few rows. Every program prepares the whole of x, so it has as many outputs as it can."""
+    """Of an int8 weight and few rows: programs of as few outputs as there can be, 8 warps each.
+
+    Fewer warps, which repeat fewer instructions, where many programs share a multiprocessor; more, which leave fewer
+    inputs to each, where one has it for itself and its rows are long.
+    """
     tiles, block_k = NUM_WEIGHT_TILES.get(op, 1), max(PAIR, power_of_two(k))
-    block_n = max(INT8_OUTPUTS, PROGRAM_WEIGHT_BYTES // (tiles * block_k))
-    while n // tiles < block_n * MIN_PROGRAMS and block_n > INT8_OUTPUTS:
-        block_n //= 2
-    few_programs = op == "attention_linear_add" or n // tiles < block_n * MIN_PROGRAMS
-    num_warps = 16 if block_k >= 8192 else 8 if few_programs else 4
-    return LaunchConfig(num_warps, {"BLOCK_N": block_n, "BLOCK_K": block_k})
+    programs, program_bytes = n // (tiles * INT8_OUTPUTS), tiles * INT8_OUTPUTS * block_k
+    num_warps = 8
+    if program_bytes <= MIN_PROGRAM_WEIGHT_BYTES and programs >= 2 * MIN_PROGRAMS:
+        num_warps = 4
+    if program_bytes > PROGRAM_WEIGHT_BYTES and programs <= MIN_PROGRAMS // 2:
+        num_warps = 16
+    return LaunchConfig(num_warps, {"BLOCK_N": INT8_OUTPUTS, "BLOCK_K": block_k})
