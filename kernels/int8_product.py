@@ -1,10 +1,13 @@
 """Products of one row with int8 weights on tensor cores, for tiles of whole rows of the weight.
 
-An instruction multiplies 16 rows of a fragment by 8 columns over 32 inputs, in integers. Its rows are the blocks 2p and
-2p + 1 of eight outputs. Its columns hold x: as an integer of 23 bits, with one step for the inputs of a warp, cut into three
-signed bytes, for block 2p in columns 0 to 2 and for block 2p + 1 in columns 4 to 6. Columns 3 and 7 are not used, nor
-are the products of one block's values with the other's inputs. The step is a power of two, so an activation in
-bfloat16 is exact if it is at least 2**-14 of the largest of them; what is smaller is off by at most 2**-22 of it. Sums over a block are exact integers of less than 28 bits; all others are float32.
+An instruction multiplies the 16 rows of a fragment by 8 columns over 32 inputs, in integers. The rows are blocks 2p and
+2p + 1 of eight outputs. The columns are x as an integer of 23 bits, cut into three signed bytes: its inputs of block 2p
+in columns 0 to 2, those of block 2p + 1 in columns 4 to 6. Columns 3 and 7 repeat the last byte and are not used, nor
+are the products of one block's values with the other block's inputs.
+
+The inputs of a warp share a step, a power of two. So an activation in bfloat16 is exact if it is at least 2**-14 of the
+largest of them; others are off by at most 2**-22 of the largest. Sums over a block are exact: integers of less than 28
+bits for the two lower bytes, of less than 20 for the highest. All other sums are float32.
 
 A row of the weight is stored (``csm.kernels.quantized_rows``) so that the 16 bytes which a thread loads of a pair of
 blocks are its four registers of a fragment. The order of the dimensions makes Triton load them in the threads that need
@@ -21,12 +24,12 @@ from csm.kernels.quantized_rows import BLOCK
 
 PAIR = constexpr(2 * BLOCK)
 OUTPUTS = constexpr(8)  # of a fragment
-BITS = constexpr(21)  # a row's largest magnitude becomes 2**21 to 2**22
+BITS = constexpr(21)  # the largest magnitude becomes 2**21 to 2**22
 # Added to an integer of less than 2**22, it makes a float32 from 2**23 to 2**24, whose step is 1. Of its lower 23 bits,
 # bytes 0 and 1 hold a digit of x plus 128, and byte 2 holds one plus 64.
 OFFSET = constexpr(float(0x800000 + 0x408080))
-MARGIN = constexpr(1.02)  # the offset leaves no room above 0x3F7F7F, 
-SMALLEST = constexpr(40)  # biased exponent of a row's largest magnitude: below it a row counts as this large
+MARGIN = constexpr(1.02)  # the offset leaves no room above 0x3F7F7F
+SMALLEST = constexpr(22)  # biased exponent of 2**-105: what is smaller counts as this large
 BYTES_ASM = constexpr(
     "{ .reg .b32 ab, cd, low, mid, high; "
     "prmt.b32 ab, $3, $4, 0x5140; prmt.b32 cd, $5, $6, 0x5140; "
@@ -37,12 +40,11 @@ BYTES_ASM = constexpr(
 )
 
 
-def _warps_of(warps: int, pairs: int) -> int:
-    """Warps that share the pairs of blocks."""
-    return min(warps, pairs)
+def _smaller(a: int, b: int) -> int:
+    return min(a, b)
 
 
-warps_of = smaller = constexpr_function(_warps_of)
+smaller = constexpr_function(_smaller)
 
 
 @jit
@@ -50,7 +52,7 @@ def int8_weight_tile(weight_ptr, n_N, N: tl.constexpr, WIDTH: tl.constexpr, BLOC
     """Rows ``n_N`` of a weight whose rows have WIDTH bytes, zero outside it: (P, R * H * O, 32) int8, P as (I, W)."""
     R: tl.constexpr = n_N.shape[0] // OUTPUTS
     P: tl.constexpr = BLOCK_K // PAIR
-    W: tl.constexpr = warps_of(num_warps(), P)
+    W: tl.constexpr = smaller(num_warps(), P)
     t = tl.arange(0, 4)[:, None, None, None, None, None]
     w = tl.arange(0, W)[None, None, :, None, None, None]
     i = tl.arange(0, P // W)[None, None, None, :, None, None]
@@ -66,7 +68,7 @@ def int8_scale_tile(scale_ptr, n_N, N: tl.constexpr, BLOCKS: tl.constexpr, BLOCK
     """The scales that a thread multiplies its sums with: (I, W, R, O, T), those of block T // 2 of a pair."""
     R: tl.constexpr = n_N.shape[0] // OUTPUTS
     P: tl.constexpr = BLOCK_K // PAIR
-    W: tl.constexpr = warps_of(num_warps(), P)
+    W: tl.constexpr = smaller(num_warps(), P)
     t = tl.arange(0, 4)[:, None, None, None, None]
     w = tl.arange(0, W)[None, None, :, None, None]
     i = tl.arange(0, P // W)[None, None, None, :, None]
@@ -79,7 +81,7 @@ def int8_scale_tile(scale_ptr, n_N, N: tl.constexpr, BLOCKS: tl.constexpr, BLOCK
 @jit
 def int8_row(ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """A row of K elements, padded with zeros: (BLOCK_K,). The order of the dimensions gives a warp its own inputs."""
-    W: tl.constexpr = warps_of(num_warps(), BLOCK_K // PAIR)
+    W: tl.constexpr = smaller(num_warps(), BLOCK_K // PAIR)
     CHUNK: tl.constexpr = smaller(BLOCK_K // W, 256)  # 16 bytes a thread
     w, j = tl.arange(0, W)[:, None, None], tl.arange(0, BLOCK_K // W // CHUNK)[None, :, None]
     k = w * (BLOCK_K // W) + j * CHUNK + tl.arange(0, CHUNK)[None, None, :]
@@ -88,17 +90,17 @@ def int8_row(ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @jit
 def larger(a, b):
-    """The larger of two, NaN if one is."""
+    """The larger of two, NaN if one is NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit
 def largest(x_K):
-    """Of the inputs of each warp the largest magnitude, NaN if one is: (W,)."""
-    W: tl.constexpr = warps_of(num_warps(), x_K.shape[0] // PAIR)
+    """The largest magnitude of each warp's inputs, NaN if one is NaN: (W,)."""
+    W: tl.constexpr = smaller(num_warps(), x_K.shape[0] // PAIR)
     magnitude_WK = tl.reshape(tl.abs(x_K), (W, x_K.shape[0] // W))
-    if INTERPRETED:
-        bound_W = tl.max(magnitude_WK, axis=1)
+    if INTERPRETED:  # its maximum leaves out NaN
+        bound_W = tl.max(magnitude_WK, axis=1) + tl.sum(magnitude_WK * 0.0, axis=1)
     else:
         bound_W = tl.reduce(magnitude_WK, 1, larger)
     return bound_W
@@ -106,7 +108,7 @@ def largest(x_K):
 
 @jit
 def powers_of_two(bound_W):
-    """What makes x of at most ``bound`` an integer, and its reciprocal: NaN if ``bound`` is not finite."""
+    """The factor that makes x an integer, and its reciprocal, NaN if ``bound`` is not finite: (W,) each."""
     exponent = tl.maximum((bound_W * MARGIN).to(tl.int32, bitcast=True) >> 23, SMALLEST)
     up = ((0 - exponent + (254 + BITS)) << 23).to(tl.float32, bitcast=True)
     down = ((exponent - BITS) << 23).to(tl.float32, bitcast=True)
@@ -115,7 +117,7 @@ def powers_of_two(bound_W):
 
 @jit
 def three_bytes(x_K, up_W):
-    """The digits of round(x * up), int8, the least first: their sum with weights 1, 256 and 65536 is the integer."""
+    """round(x * up) as int8 digits to the base 256, the lowest first: three times (BLOCK_K,)."""
     W: tl.constexpr = up_W.shape[0]
     shifted_K = tl.reshape(tl.reshape(x_K, (W, x_K.shape[0] // W)) * up_W[:, None] + OFFSET, x_K.shape)
     if INTERPRETED:
@@ -132,7 +134,7 @@ def three_bytes(x_K, up_W):
 @jit
 def in_order(x_K, P: tl.constexpr):
     """A row in the order of ``int8_weight_tile``: (P, H, 1, 32)."""
-    W: tl.constexpr = warps_of(num_warps(), P)
+    W: tl.constexpr = smaller(num_warps(), P)
     x_IWHB = tl.permute(tl.reshape(x_K, (W, P // W, 2, PAIR // 2)), (1, 0, 2, 3))
     return tl.reshape(x_IWHB, (P, 2, 1, PAIR // 2))
 
@@ -142,7 +144,7 @@ def int8_product(weight_PMB, scale_IWROT, x_K):
     """A tile of weights, (P, R * H * O, B), and its scales times a row (BLOCK_K,): (N,) float32."""
     P: tl.constexpr = weight_PMB.shape[0]
     R: tl.constexpr = weight_PMB.shape[1] // (2 * OUTPUTS)
-    W: tl.constexpr = warps_of(num_warps(), P)
+    W: tl.constexpr = smaller(num_warps(), P)
     up_W, down_W = powers_of_two(largest(x_K))
     low_K, mid_K, high_K = three_bytes(x_K, up_W)
     c = tl.arange(0, 4)[None, None, :, None]

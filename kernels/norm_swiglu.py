@@ -31,7 +31,7 @@ def norm_swiglu_reference(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Weight, ep
 
 @jit
 def gate_up_rows(first, N: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """The rows of ``gate_up_2FD`` for the outputs from ``first`` on, GROUP of gate and of up in turns: (2 * BLOCK_N,)."""
+    """The rows of ``gate_up_2FD`` for the outputs from ``first`` on, GROUP of gate, then of up: (2 * BLOCK_N,)."""
     i_I = tl.arange(0, 2 * BLOCK_N)
     return first + i_I // (2 * GROUP) * GROUP + i_I % GROUP + i_I // GROUP % 2 * N
 

@@ -44,10 +44,10 @@ def row_width(k: int, kind: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedRows:
-    """(N, K), or (L, N, K): ``values`` int8, uint8 or e4m3 (N, W) and ``scales`` float16 (N, J) or float32 (N,), L before.
+    """(N, K), or (L, N, K): ``values`` (N, W) and ``scales``, float16 (N, J) or float32 (N,), L before.
 
-    ``dtype`` is that of its inputs. With ``keep``, kernels ask the GPU to keep the weight in its L2 cache. It answers
-    what ops and model ask of a weight; it cannot be trained.
+    ``values`` are int8, uint8 (int4) or e4m3, ``dtype`` is that of the weight's inputs. With ``keep``, kernels ask the
+    GPU to keep the weight in its L2 cache. It answers what ops and model ask of a weight; it cannot be trained.
     """
 
     values: Tensor

@@ -54,8 +54,8 @@ def weight_tile(
 ):
     """Rows ``n_N`` of a weight (N, K), zero outside it: (BLOCK_N, BLOCK_K), int4 (BLOCK_N, BLOCK_K // 2).
 
-    int8: in the order of ``int8_weight_tile``. Weights do not fit the L2 cache from one use to the next: they are evicted first, so that activations and the KV
-    cache stay. Those that are kept in it are evicted last.
+    int8: in the order of ``int8_weight_tile``. Weights do not fit the L2 cache from one use to the next: they are
+    evicted first, so that activations and the KV cache stay. Those that are kept in it are evicted last.
     """
     WIDTH: tl.constexpr = row_width(K, KIND)
     if KIND == "int8":
@@ -80,8 +80,9 @@ def scale_tile(
 ):
     """The scales of ``weight_tile``: fp8 (BLOCK_N,), int4 one for every 16 bytes, (BLOCK_N, C); dense 1.
 
-    int8: in the order of ``int8_scale_tile``. int4: the order of the pointers makes Triton give a thread the scales of its own bytes: threads follow each other along
-    the first dimension where neither is contiguous, which the compiler is kept from seeing.
+    int8: in the order of ``int8_scale_tile``. int4: the order of the pointers makes Triton give a thread the scales of
+    its own bytes. Threads follow each other along the first dimension where neither is contiguous, which the compiler
+    is kept from seeing.
     """
     scale = 1.0
     if KIND == "fp8":
@@ -156,11 +157,7 @@ def load_row(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
 @jit
 def load_input(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr):
     """``load_row`` of a product's input, in the threads that a weight of its kind needs it in."""
-    if KIND == "int8":
-        x_K = int8_row(x_ptr, K, BLOCK_K)
-    else:
-        x_K = load_row(x_ptr, K, BLOCK_K)
-    return x_K
+    return int8_row(x_ptr, K, BLOCK_K) if KIND == "int8" else load_row(x_ptr, K, BLOCK_K)
 
 
 @jit
@@ -226,7 +223,8 @@ def dense_tile(
 ):
     """Inputs ``k_K``, of whole blocks, and outputs ``n_N`` of a weight (N, K) in DTYPE: (BLOCK_K, BLOCK_N).
 
-    The inputs are stored at ``at_K`` of a row, int4 in ggml's order. fp8 is not scaled yet: ``matmul_tile`` scales the products.
+    They are at ``at_K`` of a row, but in int4, which has ggml's order. fp8 is not scaled yet: ``matmul_tile`` scales
+    the products.
     """
     WIDTH: tl.constexpr = row_width(K, KIND)
     at_K = k_K // QUANT_BLOCK * 16 + k_K % 16 if KIND == "int4" else at_K

@@ -30,8 +30,8 @@ FP8_ARCH = 89  # the first with fp8
 TRIGGER, WAIT = "PREEXIT", "ACQBULK"
 WARP = 32
 # Multiply-adds that a quarter of a multiprocessor does in a cycle through mma.sync, for integers (IMMA) and for 16-bit
-# floats with float32 sums (HMMA): from the dense rates of NVIDIA's data sheets. Hopper's instruction for warps reaches
-# about 60 % of its data sheet (https://arxiv.org/abs/2402.13499); half is assumed. GeForce sums in float32 at half rate.
+# floats with float32 sums (HMMA): from the dense rates of NVIDIA's data sheets. On Hopper mma.sync reaches about 60 %
+# of them (https://arxiv.org/abs/2402.13499), and half is assumed.
 MMA_PER_CYCLE = {80: (512, 256), 89: (256, 64), 90: (512, 256), 120: (256, 64)}
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, on every architecture here
 TYPES = {
