@@ -76,7 +76,7 @@ def norm_swiglu_rows(
     gate_up_IK, scale = weight_and_scale(weight_ptr, scale_ptr, row_I, 2 * N, K, BLOCK_K, KIND, EVICT)
     norm_K = load_input(norm_ptr, K=K, BLOCK_K=BLOCK_K, KIND=KIND)
     wait_for_inputs(PDL)
-    for row in tl.range(ROWS, loop_unroll_factor=2):
+    for row in tl.range(ROWS, loop_unroll_factor=2, num_stages=1):
         x_K = load_input(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K, KIND=KIND)
         x_K = rms_norm_row(x_K, norm_K, K=K, EPS=EPS)
         gate_N, up_N = split_gate_up(gemv_tile(gate_up_IK, scale, x_K, KIND), GROUP)

@@ -120,7 +120,7 @@ def norm_rope_cache_rows(
     weight_NK, scale = weight_and_scale(weight_ptr, scale_ptr, n_N, (H + 2 * G) * d, K, BLOCK_K, KIND, EVICT)
     norm_K = load_input(norm_ptr, K=K, BLOCK_K=BLOCK_K, KIND=KIND)
     wait_for_inputs(PDL)
-    for row in tl.range(ROWS, loop_unroll_factor=2):
+    for row in tl.range(ROWS, loop_unroll_factor=2, num_stages=1):
         row_offset = row // T * position_stride + row % T
         cache_offset = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + row_offset) * d
         cos_P, sin_P = load_rope(rope_ptr + row_offset * d, n_N, d, ROTATED=(H + G) * d)
