@@ -60,8 +60,7 @@ def norm_linear_rows(
     norm_K = load_input(norm_ptr, K=K, BLOCK_K=BLOCK_K, KIND=KIND)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2, num_stages=1):
-        x_K = load_input(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K, KIND=KIND)
-        x_K = rms_norm_row(x_K, norm_K, K=K, EPS=EPS)
+        x_K = rms_norm_row(load_input(x_ptr + row * x_stride, K, BLOCK_K, KIND), norm_K, K=K, EPS=EPS)
         out_N = gemv_tile(weight_NK, scale, x_K, KIND)
         tl.store(out_ptr + row * N + n_N, out_N.to(x_ptr.dtype.element_ty), mask=n_N < N)
 

@@ -77,8 +77,7 @@ def norm_swiglu_rows(
     norm_K = load_input(norm_ptr, K=K, BLOCK_K=BLOCK_K, KIND=KIND)
     wait_for_inputs(PDL)
     for row in tl.range(ROWS, loop_unroll_factor=2, num_stages=1):
-        x_K = load_input(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K, KIND=KIND)
-        x_K = rms_norm_row(x_K, norm_K, K=K, EPS=EPS)
+        x_K = rms_norm_row(load_input(x_ptr + row * x_stride, K, BLOCK_K, KIND), norm_K, K=K, EPS=EPS)
         gate_N, up_N = split_gate_up(gemv_tile(gate_up_IK, scale, x_K, KIND), GROUP)
         tl.store(out_ptr + row * N + n_N, swiglu(gate_N, up_N).to(x_ptr.dtype.element_ty), mask=n_N < N)
 

@@ -124,8 +124,7 @@ def norm_rope_cache_rows(
         row_offset = row // T * position_stride + row % T
         cache_offset = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + row_offset) * d
         cos_P, sin_P = load_rope(rope_ptr + row_offset * d, n_N, d, ROTATED=(H + G) * d)
-        x_K = load_input(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K, KIND=KIND)
-        x_K = rms_norm_row(x_K, norm_K, K=K, EPS=EPS)
+        x_K = rms_norm_row(load_input(x_ptr + row * x_stride, K, BLOCK_K, KIND), norm_K, K=K, EPS=EPS)
         out_N = rotate_pair_tile(gemv_tile(weight_NK, scale, x_K, KIND).to(x_ptr.dtype.element_ty), cos_P, sin_P)
         write_heads(out_N, n_N, q_ptr + row * (H * d), k_ptr, v_ptr, cache_offset, head_stride, H, G, d)
 

@@ -3,7 +3,7 @@
 There are two ways to multiply a few rows by a weight (N, K). *Rows* (up to 8 rows): a program loads BLOCK_N whole rows
 of the weight once and, with programmatic dependent launch, before the previous kernel has ended. It then multiplies the
 tile by one row of ``x`` after another in float32, always in the same order, so a row's result does not depend on the
-batch. *Matmul*: tensor cores, over blocks of K.
+batch. int8 weights are multiplied in integers (``int8_product``). *Matmul*: tensor cores, over blocks of K.
 """
 
 from __future__ import annotations
@@ -203,16 +203,20 @@ def inverse_rms(x_ptr, stride, m_M, ROWS: tl.constexpr, K: tl.constexpr, EPS: tl
 
 
 @jit
-def int8_input(at):
-    """Which input a row of int8 values holds at ``at``."""
-    return at // 64 * 64 + at // 4 % 2 * 32 + at // 8 % 2 * 16 + at // 16 % 4 * 4 + at % 4
+def stored_at(k, KIND: tl.constexpr):
+    """Where a row of a weight has the inputs ``k``, in elements as they are stored."""
+    at = k
+    if KIND == "int8":  # block, half of it, thread and byte of a fragment: thread, half, block, byte
+        at = k // 64 * 64 + k // 4 % 4 * 16 + k // 16 % 2 * 8 + k // 32 % 2 * 4 + k % 4
+    if KIND == "int4":
+        at = k // QUANT_BLOCK * 16 + k % 16
+    return at
 
 
 @jit
 def dense_tile(
     weight_ptr,
     scale_ptr,
-    at_K,
     k_K,
     n_N,
     N: tl.constexpr,
@@ -223,11 +227,10 @@ def dense_tile(
 ):
     """Inputs ``k_K``, of whole blocks, and outputs ``n_N`` of a weight (N, K) in DTYPE: (BLOCK_K, BLOCK_N).
 
-    They are at ``at_K`` of a row, but in int4, which has ggml's order. fp8 is not scaled yet: ``matmul_tile`` scales
-    the products.
+    fp8 is not scaled yet: ``matmul_tile`` scales the products.
     """
     WIDTH: tl.constexpr = row_width(K, KIND)
-    at_K = k_K // QUANT_BLOCK * 16 + k_K % 16 if KIND == "int4" else at_K
+    at_K = stored_at(k_K, KIND)
     mask_KN = (k_K < K)[:, None] & (n_N < N)[None, :]
     weight_ptr_KN = weight_ptr + n_N[None, :] * WIDTH + at_K[:, None]
     weight_KN = tl.load(weight_ptr_KN, mask=mask_KN, other=0.0, eviction_policy=EVICT)
@@ -268,18 +271,15 @@ def matmul_tile(
     With NORM, x is first scaled by ``scale_M`` and the norm's weight; without, both are ignored.
     """
     acc_MN = tl.zeros((m_M.shape[0], n_N.shape[0]), dtype=tl.float32)
-    for first in range(0, row_width(K, "int8") if KIND == "int8" else K, BLOCK_K):
-        at_K = first + tl.arange(0, BLOCK_K)
-        k_K = at_K
-        if KIND == "int8":  # the inputs in the order in which the weight has them
-            k_K = int8_input(at_K)
+    for first in range(0, K, BLOCK_K):
+        k_K = first + tl.arange(0, BLOCK_K)
         mask_MK = (m_M < ROWS)[:, None] & (k_K < K)[None, :]
         x_MK = tl.load(x_ptr + m_M[:, None] * x_stride + k_K[None, :], mask=mask_MK, other=0.0)
         if NORM:
             norm_K = tl.load(norm_ptr + k_K, mask=k_K < K, other=0.0).to(tl.float32)
             rounded_MK = (x_MK.to(tl.float32) * scale_M[:, None]).to(x_MK.dtype).to(tl.float32)
             x_MK = (rounded_MK * norm_K[None, :]).to(x_MK.dtype)
-        weight_KN = dense_tile(weight_ptr, scale_ptr, at_K, k_K, n_N, N, K, x_MK.dtype, KIND, EVICT)
+        weight_KN = dense_tile(weight_ptr, scale_ptr, k_K, n_N, N, K, x_MK.dtype, KIND, EVICT)
         if INTERPRETED:
             x_MK, weight_KN = x_MK.to(tl.float32), weight_KN.to(tl.float32)
         acc_MN = tl.dot(x_MK, weight_KN, acc_MN, input_precision="ieee")
