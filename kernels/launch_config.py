@@ -100,6 +100,7 @@ def by_rule(op: str, n: int, k: int, size: int, m: int, kind: str = "dense") -> 
     if m:
         block_n = 32 if n // tiles >= 32 * MIN_MATMUL_PROGRAMS else 16
         block_k = 32 if size == 4 else 128 if m < 64 and not quantized else 64  # unpacked tiles spill at 128 on sm_80
+        block_k = max(PAIR, block_k) if kind == "int8" else block_k
         return LaunchConfig(4, {"M": m, "BLOCK_N": block_n, "BLOCK_K": block_k})
     if kind == "int8":
         return int8_by_rule(op, n, k)

@@ -203,14 +203,9 @@ def inverse_rms(x_ptr, stride, m_M, ROWS: tl.constexpr, K: tl.constexpr, EPS: tl
 
 
 @jit
-def stored_at(k, KIND: tl.constexpr):
-    """Where a row of a weight has the inputs ``k``, in elements as they are stored."""
-    at = k
-    if KIND == "int8":  # block, half of it, thread and byte of a fragment: thread, half, block, byte
-        at = k // 64 * 64 + k // 4 % 4 * 16 + k // 16 % 2 * 8 + k // 32 % 2 * 4 + k % 4
-    if KIND == "int4":
-        at = k // QUANT_BLOCK * 16 + k % 16
-    return at
+def int8_input(at):
+    """Which input a row of int8 weights holds at ``at``: thread, half, block, byte become block, half, thread, byte."""
+    return at // 64 * 64 + at // 4 % 2 * 32 + at // 8 % 2 * 16 + at // 16 % 4 * 4 + at % 4
 
 
 @jit
@@ -230,10 +225,13 @@ def dense_tile(
     fp8 is not scaled yet: ``matmul_tile`` scales the products.
     """
     WIDTH: tl.constexpr = row_width(K, KIND)
-    at_K = stored_at(k_K, KIND)
-    mask_KN = (k_K < K)[:, None] & (n_N < N)[None, :]
+    at_K = k_K // QUANT_BLOCK * 16 + k_K % 16 if KIND == "int4" else k_K
+    mask_KN = (at_K < WIDTH)[:, None] & (n_N < N)[None, :]
     weight_ptr_KN = weight_ptr + n_N[None, :] * WIDTH + at_K[:, None]
     weight_KN = tl.load(weight_ptr_KN, mask=mask_KN, other=0.0, eviction_policy=EVICT)
+    if KIND == "int8":  # loaded in the order of memory, and put in order at last
+        k_K = int8_input(at_K)
+        mask_KN = (k_K < K)[:, None] & (n_N < N)[None, :]
     if KIND == "int8" or KIND == "int4":
         if KIND == "int4":
             shift_K = (k_K % QUANT_BLOCK // 16 * 4).to(tl.uint8)
@@ -243,6 +241,9 @@ def dense_tile(
         scale_ptr_KN = scale_ptr + n_N[None, :] * num_blocks(K) + (k_K // QUANT_BLOCK)[:, None]
         scale_KN = tl.load(scale_ptr_KN, mask=mask_KN, other=0.0, eviction_policy=EVICT).to(tl.float32)
         dense_KN = (value_KN * scale_KN).to(DTYPE)
+        if KIND == "int8":
+            dense_PTSH4N = tl.reshape(dense_KN, (k_K.shape[0] // 64, 4, 2, 2, 4, n_N.shape[0]))
+            dense_KN = tl.reshape(tl.permute(dense_PTSH4N, (0, 3, 2, 1, 4, 5)), dense_KN.shape)
     else:
         dense_KN = weight_KN.to(DTYPE)
     return dense_KN
