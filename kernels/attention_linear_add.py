@@ -166,7 +166,7 @@ def attention_linear_add(
         return native.attention_linear_add(q_BTHd, k_cache_BGSd, v_cache_BGSd, position_BT, weight_DE, residual_BTD)
     context = covered_positions(bias_BTS, context)
     constants = _constants(H, G, d, weight_DE.shape[0], context)
-    fits = isinstance(weight_DE, Tensor) or _fits(weight_DE, H * d, constants)
+    fits = isinstance(weight_DE, Tensor) or _fits(weight_DE.kind, H * d, constants)
     fused = B * T == 1 and context <= MAX_FUSED_CONTEXT and fits and use_kernels(q_BTHd, 1)
     config = launch_config("attention_linear_add", weight_DE, 1) if fused else None
     if config is None:
@@ -193,9 +193,9 @@ def attention_linear_add(
     return out_BTD
 
 
-def _fits(weight: Weight, k: int, constants: dict[str, Any]) -> bool:
+def _fits(kind: str, k: int, constants: dict[str, Any]) -> bool:
     """Whether the kernel can read a quantised weight: no padded heads, and whole pairs of blocks in int8."""
-    return k == constants["GROUPS"] * constants["R"] * constants["D"] and (weight.kind != "int8" or k % PAIR == 0)
+    return k == constants["GROUPS"] * constants["R"] * constants["D"] and (kind != "int8" or k % PAIR == 0)
 
 
 def _constants(H: int, G: int, d: int, N: int, context: int) -> dict[str, Any]:
