@@ -20,6 +20,7 @@ from csm.kernels.launch_config import launch_config, weight_arguments
 from csm.kernels.linear_add import linear_add
 from csm.kernels.native import ops as native
 from csm.kernels.quantized import Weight
+from csm.kernels.quantized_rows import PAIR
 from csm.kernels.tiles import gemv_tile, release_next_kernel, scale_tile, wait_for_inputs, weight_tile
 
 MAX_FUSED_CONTEXT = 32  # and a single row: every program repeats the attention and holds its tiles in registers
@@ -73,15 +74,12 @@ def attend_all_heads(
 
 
 @jit
-def one_row(attended_MD, DTYPE: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr):
+def one_row(attended_MD, DTYPE: tl.constexpr, HEADS: tl.constexpr):
     """The first HEADS heads one after the other, rounded to DTYPE: (HEADS * D,) float32."""
     M: tl.constexpr = attended_MD.shape[0]
     K: tl.constexpr = HEADS * attended_MD.shape[1]
     attended_MD = tl.where((tl.arange(0, M) < HEADS)[:, None], attended_MD, 0.0)
     attended_K = tl.sum(tl.reshape(attended_MD, (M // HEADS, K)), axis=0).to(DTYPE)  # drops the padded heads
-    if KIND == "int8":
-        # All elements in their order. Without it the compiler moves the unpacked weights into this row's layout.
-        attended_K = tl.gather(attended_K, tl.arange(0, K), axis=0)
     return attended_K.to(tl.float32)
 
 
@@ -147,7 +145,7 @@ def attention_linear_add_row(
     offset_MD, mask_MD = head_offsets(m_M[:, None] * D + tl.arange(0, D)[None, :], H, G, d, GROUPS, R, D)
     q_MD = tl.load(q_ptr + offset_MD, mask=mask_MD, other=0.0)
     attended_MD = attend_all_heads(q_MD, k_ptr, v_ptr, position_ptr, head_stride, scale, G, CONTEXT, d, GROUPS, R, S)
-    attended_K = one_row(attended_MD, q_ptr.dtype.element_ty, GROUPS * R, KIND)
+    attended_K = one_row(attended_MD, q_ptr.dtype.element_ty, GROUPS * R)
     out_N = residual_N + gemv_tile(weight_NK, weight_scale, attended_K, KIND)
     tl.store(out_ptr + n_N, out_N.to(q_ptr.dtype.element_ty), mask=n_N < N)
 
@@ -168,7 +166,7 @@ def attention_linear_add(
         return native.attention_linear_add(q_BTHd, k_cache_BGSd, v_cache_BGSd, position_BT, weight_DE, residual_BTD)
     context = covered_positions(bias_BTS, context)
     constants = _constants(H, G, d, weight_DE.shape[0], context)
-    fits = isinstance(weight_DE, Tensor) or H * d == constants["GROUPS"] * constants["R"] * constants["D"]
+    fits = isinstance(weight_DE, Tensor) or _fits(weight_DE.kind, H * d, constants)
     fused = B * T == 1 and context <= MAX_FUSED_CONTEXT and fits and use_kernels(q_BTHd, 1)
     config = launch_config("attention_linear_add", weight_DE, 1) if fused else None
     if config is None:
@@ -193,6 +191,11 @@ def attention_linear_add(
         **constants,
     )
     return out_BTD
+
+
+def _fits(kind: str, k: int, constants: dict[str, Any]) -> bool:
+    """Whether the kernel can read a quantised weight: no padded heads, and whole pairs of blocks in int8."""
+    return k == constants["GROUPS"] * constants["R"] * constants["D"] and (kind != "int8" or k % PAIR == 0)
 
 
 def _constants(H: int, G: int, d: int, N: int, context: int) -> dict[str, Any]:

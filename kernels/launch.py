@@ -25,9 +25,9 @@ try:
     import triton
     import triton.language as tl
     from triton.errors import TritonError
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, num_warps
 except ImportError:  # some builds of PyTorch come without Triton; every op then runs its reference
-    triton = tl = gdc_launch_dependents = gdc_wait = None
+    triton = tl = gdc_launch_dependents = gdc_wait = num_warps = None
 
 MAX_ROWS = 64  # above this the step is compute-bound rather than bound by reading weights, and cuBLAS is faster
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -40,6 +40,13 @@ if triton is not None:
 
 # Triton's interpreter stores bfloat16 as integers and cannot multiply it: kernels cast to float32 there.
 INTERPRETED = triton and tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+if INTERPRETED:
+
+    def num_warps() -> int:
+        """Of a program; the interpreter has one."""
+        return 1
 
 
 def constexpr(value: Any) -> Any:

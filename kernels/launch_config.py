@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from csm.kernels.launch import gpu_arch, power_of_two
 from csm.kernels.quantized import QuantizedWeight, Weight
-from csm.kernels.quantized_rows import BLOCK, KINDS, QuantizedRows
+from csm.kernels.quantized_rows import BLOCK, KINDS, PAIR, QuantizedRows
 
 TABLE = Path(__file__).parent / "tuned.json"
 MAX_GEMV_ROWS = 8  # up to here a program multiplies its weight tile by one row after another; above, tensor cores
@@ -24,6 +24,7 @@ PROGRAM_WEIGHT_BYTES = 1 << 15
 MIN_PROGRAM_WEIGHT_BYTES = 1 << 14  # not less, if there would otherwise be fewer than MIN_PROGRAMS
 MIN_PROGRAMS = 264  # two per multiprocessor of an H100
 MIN_MATMUL_PROGRAMS = 128  # of the tensor-core kernels, which have more work per program
+INT8_OUTPUTS = 8  # of a tensor core's fragment, the least for which a program has int8 weights
 # A program computes with as many quantised weights as with weights of this many bytes: registers hold them unpacked.
 QUANTIZED_SIZE = 2
 NUM_WEIGHT_TILES = {"norm_swiglu": 2}  # ops whose program reads several rows per output (gate and up)
@@ -69,7 +70,7 @@ def weight_arguments(weight: Weight) -> dict[str, Any]:
 
 @cache
 def _launch_config(op: str, n: int, k: int, dtype: str, size: int, m: int, gpu: str) -> LaunchConfig | None:
-    rule = by_rule(op, n, k, size, m, quantized=dtype in KINDS)
+    rule = by_rule(op, n, k, size, m, kind=dtype if dtype in KINDS else "dense")
     tuned = tuned_configs().get(gpu, {}).get(key(op, n, k, dtype, m), {})
     if "fallback" in tuned:
         return None
@@ -89,17 +90,20 @@ def key(op: str, n: int, k: int, dtype: str, m: int) -> str:
     return f"{op} {n}x{k} {dtype} {f'matmul {m}' if m else 'rows'}"
 
 
-def by_rule(op: str, n: int, k: int, size: int, m: int, quantized: bool = False) -> LaunchConfig:
+def by_rule(op: str, n: int, k: int, size: int, m: int, kind: str = "dense") -> LaunchConfig:
     """Configuration of a product that is not in the table. ``size`` is bytes per element; ``m`` is M or 0.
 
-    Quantised weights take three instructions each to unpack and multiply. Where few programs share a multiprocessor,
-    these instructions are what a frame waits for, so more warps share them.
+    Weights in int4 and fp8 take three instructions each to unpack and multiply. Where few programs share a
+    multiprocessor, these instructions are what a frame waits for, so more warps share them.
     """
-    tiles, block_k = NUM_WEIGHT_TILES.get(op, 1), max(BLOCK, power_of_two(k))
+    tiles, block_k, quantized = NUM_WEIGHT_TILES.get(op, 1), max(BLOCK, power_of_two(k)), kind in KINDS
     if m:
         block_n = 32 if n // tiles >= 32 * MIN_MATMUL_PROGRAMS else 16
         block_k = 32 if size == 4 else 128 if m < 64 and not quantized else 64  # unpacked tiles spill at 128 on sm_80
+        block_k = max(PAIR, block_k) if kind == "int8" else block_k
         return LaunchConfig(4, {"M": m, "BLOCK_N": block_n, "BLOCK_K": block_k})
+    if kind == "int8":
+        return int8_by_rule(op, n, k)
     row_bytes = tiles * block_k * size
     block_n = max(1, PROGRAM_WEIGHT_BYTES // row_bytes)
     while n // tiles < block_n * MIN_PROGRAMS and block_n * row_bytes > MIN_PROGRAM_WEIGHT_BYTES:
@@ -107,3 +111,19 @@ def by_rule(op: str, n: int, k: int, size: int, m: int, quantized: bool = False)
     few_programs = n // tiles < block_n * MIN_PROGRAMS
     num_warps = 8 if op == "attention_linear_add" or block_k >= 8192 or (quantized and few_programs) else 4
     return LaunchConfig(num_warps, {"BLOCK_N": max(2, block_n), "BLOCK_K": block_k})  # RoPE rotates pairs of outputs
+
+
+def int8_by_rule(op: str, n: int, k: int) -> LaunchConfig:
+    """Of an int8 weight and few rows: programs of as few outputs as there can be, 8 warps each.
+
+    Fewer warps, which repeat fewer instructions, where many programs share a multiprocessor; more, which leave fewer
+    inputs to each, where one has it for itself and its rows are long.
+    """
+    tiles, block_k = NUM_WEIGHT_TILES.get(op, 1), max(PAIR, power_of_two(k))
+    programs, program_bytes = n // (tiles * INT8_OUTPUTS), tiles * INT8_OUTPUTS * block_k
+    num_warps = 8
+    if program_bytes <= MIN_PROGRAM_WEIGHT_BYTES and programs >= 2 * MIN_PROGRAMS:
+        num_warps = 4
+    if program_bytes > PROGRAM_WEIGHT_BYTES and programs <= MIN_PROGRAMS // 2:
+        num_warps = 16
+    return LaunchConfig(num_warps, {"BLOCK_N": INT8_OUTPUTS, "BLOCK_K": block_k})

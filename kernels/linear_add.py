@@ -11,7 +11,7 @@ from csm.kernels.native import ops as native
 from csm.kernels.quantized import Weight, dense
 from csm.kernels.tiles import (
     gemv_tile,
-    load_row,
+    load_input,
     matmul_tile,
     release_next_kernel,
     wait_for_inputs,
@@ -47,9 +47,9 @@ def linear_add_rows(
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_NK, scale = weight_and_scale(weight_ptr, scale_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
     wait_for_inputs(PDL)
-    for row in tl.range(ROWS, loop_unroll_factor=2):
+    for row in tl.range(ROWS, loop_unroll_factor=2, num_stages=1):
         residual_N = tl.load(residual_ptr + row * residual_stride + n_N, mask=n_N < N, other=0.0).to(tl.float32)
-        x_K = load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K).to(tl.float32)
+        x_K = load_input(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K, KIND=KIND).to(tl.float32)
         out_N = residual_N + gemv_tile(weight_NK, scale, x_K, KIND)
         tl.store(out_ptr + row * N + n_N, out_N.to(x_ptr.dtype.element_ty), mask=n_N < N)
 

@@ -12,7 +12,7 @@ from csm.kernels.quantized import Weight, dense
 from csm.kernels.tiles import (
     gemv_tile,
     inverse_rms,
-    load_row,
+    load_input,
     matmul_tile,
     release_next_kernel,
     rms_norm_row,
@@ -57,10 +57,10 @@ def norm_linear_rows(
     release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_NK, scale = weight_and_scale(weight_ptr, scale_ptr, n_N, N, K, BLOCK_K, KIND, EVICT)
-    norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
+    norm_K = load_input(norm_ptr, K=K, BLOCK_K=BLOCK_K, KIND=KIND)
     wait_for_inputs(PDL)
-    for row in tl.range(ROWS, loop_unroll_factor=2):
-        x_K = rms_norm_row(load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
+    for row in tl.range(ROWS, loop_unroll_factor=2, num_stages=1):
+        x_K = rms_norm_row(load_input(x_ptr + row * x_stride, K, BLOCK_K, KIND), norm_K, K=K, EPS=EPS)
         out_N = gemv_tile(weight_NK, scale, x_K, KIND)
         tl.store(out_ptr + row * N + n_N, out_N.to(x_ptr.dtype.element_ty), mask=n_N < N)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from csm.kernels.int8_product import OUTPUTS
 from csm.kernels.launch import jit, launch, row_stride, tl, use_kernels
 from csm.kernels.launch_config import launch_config, weight_arguments
 from csm.kernels.native import ops as native
@@ -13,7 +14,7 @@ from csm.kernels.quantized import Weight, dense
 from csm.kernels.tiles import (
     gemv_tile,
     inverse_rms,
-    load_row,
+    load_input,
     matmul_tile,
     release_next_kernel,
     rms_norm_row,
@@ -29,10 +30,18 @@ def norm_swiglu_reference(x_BTD: Tensor, norm_D: Tensor, gate_up_2FD: Weight, ep
 
 
 @jit
-def gate_up_rows(first, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The rows of ``gate_up_2FD`` for the outputs from ``first`` on, gate and up in turns: (2 * BLOCK_N,)."""
+def gate_up_rows(first, N: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The rows of ``gate_up_2FD`` for the outputs from ``first`` on, GROUP of gate, then of up: (2 * BLOCK_N,)."""
     i_I = tl.arange(0, 2 * BLOCK_N)
-    return first + i_I // 2 + i_I % 2 * N
+    return first + i_I // (2 * GROUP) * GROUP + i_I % GROUP + i_I // GROUP % 2 * N
+
+
+@jit
+def split_gate_up(gate_up_I, GROUP: tl.constexpr):
+    """The products with ``gate_up_rows``, gate and up apart: (BLOCK_N,) each."""
+    BLOCK_N: tl.constexpr = gate_up_I.shape[0] // 2
+    gate, up = tl.split(tl.permute(tl.reshape(gate_up_I, (BLOCK_N // GROUP, 2, GROUP)), (0, 2, 1)))
+    return tl.reshape(gate, (BLOCK_N,)), tl.reshape(up, (BLOCK_N,))
 
 
 @jit
@@ -62,13 +71,14 @@ def norm_swiglu_rows(
     """``norm_swiglu`` of up to MAX_GEMV_ROWS rows."""
     release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_I = gate_up_rows(tl.program_id(0) * BLOCK_N, N, BLOCK_N)
+    GROUP: tl.constexpr = OUTPUTS if KIND == "int8" else 1
+    row_I = gate_up_rows(tl.program_id(0) * BLOCK_N, N, BLOCK_N, GROUP)
     gate_up_IK, scale = weight_and_scale(weight_ptr, scale_ptr, row_I, 2 * N, K, BLOCK_K, KIND, EVICT)
-    norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
+    norm_K = load_input(norm_ptr, K=K, BLOCK_K=BLOCK_K, KIND=KIND)
     wait_for_inputs(PDL)
-    for row in tl.range(ROWS, loop_unroll_factor=2):
-        x_K = rms_norm_row(load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
-        gate_N, up_N = tl.split(tl.reshape(gemv_tile(gate_up_IK, scale, x_K, KIND), (BLOCK_N, 2)))
+    for row in tl.range(ROWS, loop_unroll_factor=2, num_stages=1):
+        x_K = rms_norm_row(load_input(x_ptr + row * x_stride, K, BLOCK_K, KIND), norm_K, K=K, EPS=EPS)
+        gate_N, up_N = split_gate_up(gemv_tile(gate_up_IK, scale, x_K, KIND), GROUP)
         tl.store(out_ptr + row * N + n_N, swiglu(gate_N, up_N).to(x_ptr.dtype.element_ty), mask=n_N < N)
 
 
@@ -94,7 +104,7 @@ def norm_swiglu_matmul(
     """``norm_swiglu`` of more rows, on tensor cores."""
     release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_I = gate_up_rows(tl.program_id(0) * BLOCK_N, N, BLOCK_N)
+    n_I = gate_up_rows(tl.program_id(0) * BLOCK_N, N, BLOCK_N, 1)
     m_M = tl.arange(0, M)
     wait_for_inputs(PDL)
     scale_M = inverse_rms(x_ptr, x_stride, m_M, ROWS=ROWS, K=K, EPS=EPS, BLOCK_K=BLOCK_K)

@@ -1,12 +1,14 @@
 """Weights in int8, int4 or fp8, row by row: the layout that the Triton kernels read.
 
-- ``int8``: blocks of 32 inputs with one float16 scale, the numbers of GGUF's q8_0. A byte holds a value plus 128.
+- ``int8``: blocks of 32 inputs with one float16 scale, the numbers of GGUF's q8_0. A pair of blocks is 64 bytes, in
+  the order of a tensor core's fragments (``csm.kernels.int8_product``): byte 16 t + 8 s + 4 h + i holds input
+  16 s + 4 t + i of block h.
 - ``int4``: the same with values of 4 bits, q4_0. A block is 16 bytes, in the order of ggml: byte i holds input i in its
   lower half and input i + 16 in its upper half, each plus 8.
 - ``fp8``: e4m3 (torch.float8_e4m3fn) with one float32 scale per output.
 
 Values and scales are tensors of their own, so that a thread loads 16 bytes of values at once, and its rows begin at
-multiples of 16 bytes: inputs are filled up with zeros to a multiple of 32.
+multiples of 16 bytes: inputs are filled up with zeros to a multiple of 32, of 64 in int8.
 
 Shapes: N outputs, K inputs, L stacked weights, J blocks, W elements of ``values`` that a row takes.
 """
@@ -21,8 +23,10 @@ from torch import Tensor
 
 BLOCK = 32  # values that share a scale
 HALF = BLOCK // 2
-BYTE_ZERO, NIBBLE_ZERO = 128, 8  # what a stored 0 is
+PAIR = 2 * BLOCK
+NIBBLE_ZERO = 8  # what int4 stores for a 0
 FP8 = torch.float8_e4m3fn
+TYPES = {"int8": torch.int8, "int4": torch.uint8, "fp8": FP8}  # of values
 KINDS = ("int8", "int4", "fp8")
 
 
@@ -33,15 +37,17 @@ def num_blocks(k: int) -> int:
 
 def row_width(k: int, kind: str) -> int:
     """Elements that a row of ``k`` inputs takes in ``values``; ``dense`` is a weight that is not quantised."""
+    if kind == "int8":
+        return -(-k // PAIR) * PAIR
     return k if kind == "dense" else -(-k // BLOCK) * (HALF if kind == "int4" else BLOCK)
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedRows:
-    """(N, K), or (L, N, K): ``values`` uint8 or e4m3 (N, W) and ``scales`` float16 (N, J) or float32 (N,), L before.
+    """(N, K), or (L, N, K): ``values`` (N, W) and ``scales``, float16 (N, J) or float32 (N,), L before.
 
-    ``dtype`` is that of its inputs. With ``keep``, kernels ask the GPU to keep the weight in its L2 cache. It answers
-    what ops and model ask of a weight; it cannot be trained.
+    ``values`` are int8, uint8 (int4) or e4m3, ``dtype`` is that of the weight's inputs. With ``keep``, kernels ask the
+    GPU to keep the weight in its L2 cache. It answers what ops and model ask of a weight; it cannot be trained.
     """
 
     values: Tensor
@@ -83,25 +89,26 @@ class QuantizedRows:
         if self.kind == "fp8":
             weight = self.values.to(wide) * self.scales.to(wide).unsqueeze(-1)
         else:
-            q = _block_values(self.values, self.kind).to(wide)
+            q = _block_values(self.values, self.kind)[..., : self.scales.shape[-1], :].to(wide)
             weight = (q * self.scales.to(wide).unsqueeze(-1)).flatten(-2)
         return weight[..., : self.shape[-1]].to(self.dtype).contiguous()
 
 
 def _block_values(values: Tensor, kind: str) -> Tensor:
-    """The values of a weight's blocks: (..., W) uint8 -> (..., J, 32) int8."""
+    """The values of a weight's blocks: (..., W) -> (..., J, 32) int8."""
     if kind == "int8":
-        return (values.to(torch.int16) - BYTE_ZERO).to(torch.int8).unflatten(-1, (-1, BLOCK))
+        return values.unflatten(-1, (-1, 4, 2, 2, 4)).transpose(-4, -2).flatten(-3).flatten(-3, -2)
     byte = values.unflatten(-1, (-1, HALF))
     return torch.cat((byte & 15, byte >> 4), dim=-1).to(torch.int8) - NIBBLE_ZERO
 
 
 def pack_rows(q_NK: Tensor, scale_NJ: Tensor, kind: str, dtype: torch.dtype) -> QuantizedRows:
     """A weight of int8 values and the scales of their blocks; ``kind`` is int8 or int4."""
-    q_NJB = torch.nn.functional.pad(q_NK, (0, -q_NK.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    filled_NK = torch.nn.functional.pad(q_NK, (0, -q_NK.shape[1] % (PAIR if kind == "int8" else BLOCK)))
     if kind == "int8":
-        values = (q_NJB.to(torch.int16) + BYTE_ZERO).to(torch.uint8)
+        values = filled_NK.unflatten(1, (-1, 2, 2, 4, 4)).transpose(-4, -2)  # h, s, t, i: t, s, h, i
     else:
+        q_NJB = filled_NK.unflatten(1, (-1, BLOCK))
         nibble = (q_NJB + NIBBLE_ZERO).to(torch.uint8)
         values = nibble[..., :HALF] | (nibble[..., HALF:] << 4)
     return QuantizedRows(values.flatten(1), scale_NJ.half().contiguous(), q_NK.shape, kind, dtype)
@@ -126,7 +133,7 @@ def stack_rows(parts: Sequence[QuantizedRows]) -> QuantizedRows:
 def empty_rows(shape: Sequence[int], kind: str, dtype: torch.dtype, device: torch.device) -> QuantizedRows:
     """A weight with memory that is not filled."""
     *outputs, k = shape
-    values = torch.empty(*outputs, row_width(k, kind), dtype=FP8 if kind == "fp8" else torch.uint8, device=device)
+    values = torch.empty(*outputs, row_width(k, kind), dtype=TYPES[kind], device=device)
     if kind == "fp8":
         scales = torch.empty(*outputs, dtype=torch.float32, device=device)
     else:

@@ -14,7 +14,7 @@ from csm.kernels.norm_linear import norm_linear
 from csm.kernels.quantized import Weight
 from csm.kernels.tiles import (
     gemv_tile,
-    load_row,
+    load_input,
     release_next_kernel,
     rms_norm_row,
     wait_for_inputs,
@@ -118,13 +118,13 @@ def norm_rope_cache_rows(
     release_next_kernel(PDL)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_NK, scale = weight_and_scale(weight_ptr, scale_ptr, n_N, (H + 2 * G) * d, K, BLOCK_K, KIND, EVICT)
-    norm_K = load_row(norm_ptr, K=K, BLOCK_K=BLOCK_K)
+    norm_K = load_input(norm_ptr, K=K, BLOCK_K=BLOCK_K, KIND=KIND)
     wait_for_inputs(PDL)
-    for row in tl.range(ROWS, loop_unroll_factor=2):
+    for row in tl.range(ROWS, loop_unroll_factor=2, num_stages=1):
         row_offset = row // T * position_stride + row % T
         cache_offset = tl.load(slot_ptr + row // T) * slot_stride + tl.load(position_ptr + row_offset) * d
         cos_P, sin_P = load_rope(rope_ptr + row_offset * d, n_N, d, ROTATED=(H + G) * d)
-        x_K = rms_norm_row(load_row(x_ptr + row * x_stride, K=K, BLOCK_K=BLOCK_K), norm_K, K=K, EPS=EPS)
+        x_K = rms_norm_row(load_input(x_ptr + row * x_stride, K, BLOCK_K, KIND), norm_K, K=K, EPS=EPS)
         out_N = rotate_pair_tile(gemv_tile(weight_NK, scale, x_K, KIND).to(x_ptr.dtype.element_ty), cos_P, sin_P)
         write_heads(out_N, n_N, q_ptr + row * (H * d), k_ptr, v_ptr, cache_offset, head_stride, H, G, d)
 

@@ -3,17 +3,18 @@
 There are two ways to multiply a few rows by a weight (N, K). *Rows* (up to 8 rows): a program loads BLOCK_N whole rows
 of the weight once and, with programmatic dependent launch, before the previous kernel has ended. It then multiplies the
 tile by one row of ``x`` after another in float32, always in the same order, so a row's result does not depend on the
-batch. *Matmul*: tensor cores, over blocks of K.
+batch. int8 weights are multiplied in integers (``int8_product``). *Matmul*: tensor cores, over blocks of K.
 """
 
 from __future__ import annotations
 
 from csm.kernels import quantized_rows
+from csm.kernels.int8_product import int8_product, int8_row, int8_scale_tile, int8_weight_tile
 from csm.kernels.launch import INTERPRETED, constexpr, constexpr_function, gdc_launch_dependents, gdc_wait, jit, tl
 
 QUANT_BLOCK = constexpr(quantized_rows.BLOCK)
 num_blocks, row_width = constexpr_function(quantized_rows.num_blocks), constexpr_function(quantized_rows.row_width)
-BYTE_ZERO, NIBBLE_ZERO = constexpr(quantized_rows.BYTE_ZERO), constexpr(quantized_rows.NIBBLE_ZERO)
+NIBBLE_ZERO = constexpr(quantized_rows.NIBBLE_ZERO)
 # Byte i of a word becomes the lowest of 0x4B000000, which is 2**23 as a float32.
 PERMUTE = "prmt.b32 ${out}, {word}, 0x4B000000, 0x744{byte};"
 BYTES_ASM = constexpr(" ".join(PERMUTE.format(out=i, word="$4", byte=i) for i in range(4)))
@@ -51,16 +52,20 @@ def weight_tile(
     KIND: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """Rows ``n_N`` of a weight (N, K) as they are stored, zero outside it: (BLOCK_N, BLOCK_K), int4 (.., BLOCK_K // 2).
+    """Rows ``n_N`` of a weight (N, K), zero outside it: (BLOCK_N, BLOCK_K), int4 (BLOCK_N, BLOCK_K // 2).
 
-    Weights do not fit the L2 cache from one use to the next: they are evicted first, so that activations and the KV
-    cache stay. Those that are kept in it are evicted last.
+    int8: in the order of ``int8_weight_tile``. Weights do not fit the L2 cache from one use to the next: they are
+    evicted first, so that activations and the KV cache stay. Those that are kept in it are evicted last.
     """
     WIDTH: tl.constexpr = row_width(K, KIND)
-    k_K = tl.arange(0, BLOCK_K // 2 if KIND == "int4" else BLOCK_K)
-    mask_NK = (n_N < N)[:, None] & (k_K < WIDTH)[None, :]
-    weight_ptr_NK = weight_ptr + n_N[:, None] * WIDTH + k_K[None, :]
-    return tl.load(weight_ptr_NK, mask=mask_NK, other=0.0, eviction_policy=EVICT)
+    if KIND == "int8":
+        tile = int8_weight_tile(weight_ptr, n_N, N, WIDTH, BLOCK_K, EVICT)
+    else:
+        k_K = tl.arange(0, BLOCK_K // 2 if KIND == "int4" else BLOCK_K)
+        mask_NK = (n_N < N)[:, None] & (k_K < WIDTH)[None, :]
+        weight_ptr_NK = weight_ptr + n_N[:, None] * WIDTH + k_K[None, :]
+        tile = tl.load(weight_ptr_NK, mask=mask_NK, other=0.0, eviction_policy=EVICT)
+    return tile
 
 
 @jit
@@ -73,18 +78,20 @@ def scale_tile(
     KIND: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """The scales of ``weight_tile``: fp8 (BLOCK_N,), int8 and int4 one for every 16 bytes, (BLOCK_N, C); else 1.
+    """The scales of ``weight_tile``: fp8 (BLOCK_N,), int4 one for every 16 bytes, (BLOCK_N, C); dense 1.
 
-    The order of the pointers makes Triton give a thread the scales of its own bytes: threads follow each other along
-    the first dimension where neither is contiguous, which the compiler is kept from seeing.
+    int8: in the order of ``int8_scale_tile``. int4: the order of the pointers makes Triton give a thread the scales of
+    its own bytes. Threads follow each other along the first dimension where neither is contiguous, which the compiler
+    is kept from seeing.
     """
     scale = 1.0
     if KIND == "fp8":
         scale = tl.load(scale_ptr + n_N, mask=n_N < N, other=0.0)
-    if KIND == "int8" or KIND == "int4":
+    if KIND == "int8":
+        scale = int8_scale_tile(scale_ptr, n_N, N, num_blocks(K), BLOCK_K, EVICT)
+    if KIND == "int4":
         BLOCKS: tl.constexpr = num_blocks(K)
-        c_C = tl.arange(0, BLOCK_K // QUANT_BLOCK * (2 if KIND == "int8" else 1))
-        j_C = c_C // 2 if KIND == "int8" else c_C * 2 // 2
+        j_C = tl.arange(0, BLOCK_K // QUANT_BLOCK) * 2 // 2
         mask_CN = (j_C < BLOCKS)[:, None] & (n_N < N)[None, :]
         scale_ptr_CN = scale_ptr + n_N[None, :] * BLOCKS + j_C[:, None]
         scale = tl.trans(tl.load(scale_ptr_CN, mask=mask_CN, other=0.0, eviction_policy=EVICT))
@@ -148,6 +155,12 @@ def load_row(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @jit
+def load_input(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr):
+    """``load_row`` of a product's input, in the threads that a weight of its kind needs it in."""
+    return int8_row(x_ptr, K, BLOCK_K) if KIND == "int8" else load_row(x_ptr, K, BLOCK_K)
+
+
+@jit
 def rms_norm_row(x_K, norm_K, K: tl.constexpr, EPS: tl.constexpr):
     """RMSNorm of a row, rounded where the reference rounds: (BLOCK_K,) float32."""
     wide_K = x_K.to(tl.float32)
@@ -160,18 +173,15 @@ def rms_norm_row(x_K, norm_K, K: tl.constexpr, EPS: tl.constexpr):
 def gemv_tile(weight_NK, scale, x_K, KIND: tl.constexpr):
     """A weight tile with its scales times a row: (BLOCK_N,) float32.
 
-    A thread sums the products of the 16 bytes that it loaded, and multiplies the sum with their scale.
+    int4: a thread sums the products of the 16 bytes that it loaded, and multiplies the sum with their scale.
     """
-    BLOCK_N: tl.constexpr = weight_NK.shape[0]
     if KIND == "int8":
-        product_NK = unpack_bytes(weight_NK, BYTE_ZERO) * x_K[None, :]
-        part_NC = tl.sum(tl.reshape(product_NK, (BLOCK_N, x_K.shape[0] // 16, 16)), axis=2)
-        out_N = tl.sum(part_NC * scale.to(tl.float32), axis=1)
+        out_N = int8_product(weight_NK, scale, x_K)
     elif KIND == "int4":
         BLOCKS: tl.constexpr = x_K.shape[0] // QUANT_BLOCK
         x_K2 = tl.reshape(tl.permute(tl.reshape(x_K, (BLOCKS, 2, 16)), (0, 2, 1)), (BLOCKS * 16, 2))
         product_NK2 = unpack_nibbles(weight_NK) * x_K2[None, :, :]
-        part_NC = tl.sum(tl.reshape(product_NK2, (BLOCK_N, BLOCKS, QUANT_BLOCK)), axis=2)
+        part_NC = tl.sum(tl.reshape(product_NK2, (weight_NK.shape[0], BLOCKS, QUANT_BLOCK)), axis=2)
         out_N = tl.sum(part_NC * scale.to(tl.float32), axis=1)
     else:
         out_N = tl.sum(weight_NK.to(tl.float32) * x_K[None, :], axis=1)
@@ -193,6 +203,12 @@ def inverse_rms(x_ptr, stride, m_M, ROWS: tl.constexpr, K: tl.constexpr, EPS: tl
 
 
 @jit
+def int8_input(at):
+    """Which input a row of int8 weights holds at ``at``: thread, half, block, byte become block, half, thread, byte."""
+    return at // 64 * 64 + at // 4 % 2 * 32 + at // 8 % 2 * 16 + at // 16 % 4 * 4 + at % 4
+
+
+@jit
 def dense_tile(
     weight_ptr,
     scale_ptr,
@@ -210,18 +226,24 @@ def dense_tile(
     """
     WIDTH: tl.constexpr = row_width(K, KIND)
     at_K = k_K // QUANT_BLOCK * 16 + k_K % 16 if KIND == "int4" else k_K
-    mask_KN = (k_K < K)[:, None] & (n_N < N)[None, :]
+    mask_KN = (at_K < WIDTH)[:, None] & (n_N < N)[None, :]
     weight_ptr_KN = weight_ptr + n_N[None, :] * WIDTH + at_K[:, None]
     weight_KN = tl.load(weight_ptr_KN, mask=mask_KN, other=0.0, eviction_policy=EVICT)
+    if KIND == "int8":  # loaded in the order of memory, and put in order at last
+        k_K = int8_input(at_K)
+        mask_KN = (k_K < K)[:, None] & (n_N < N)[None, :]
     if KIND == "int8" or KIND == "int4":
         if KIND == "int4":
             shift_K = (k_K % QUANT_BLOCK // 16 * 4).to(tl.uint8)
             value_KN = unpack_bytes((weight_KN >> shift_K[:, None]) & 15, NIBBLE_ZERO)
         else:
-            value_KN = unpack_bytes(weight_KN, BYTE_ZERO)
+            value_KN = unpack_bytes(weight_KN.to(tl.uint8, bitcast=True) ^ 128, 128)
         scale_ptr_KN = scale_ptr + n_N[None, :] * num_blocks(K) + (k_K // QUANT_BLOCK)[:, None]
         scale_KN = tl.load(scale_ptr_KN, mask=mask_KN, other=0.0, eviction_policy=EVICT).to(tl.float32)
         dense_KN = (value_KN * scale_KN).to(DTYPE)
+        if KIND == "int8":
+            dense_PTSH4N = tl.reshape(dense_KN, (k_K.shape[0] // 64, 4, 2, 2, 4, n_N.shape[0]))
+            dense_KN = tl.reshape(tl.permute(dense_PTSH4N, (0, 3, 2, 1, 4, 5)), dense_KN.shape)
     else:
         dense_KN = weight_KN.to(DTYPE)
     return dense_KN

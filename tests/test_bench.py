@@ -192,7 +192,7 @@ def test_other_dtypes_do_not_spill(batch, dtype):
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "int4-depth", "int4"])
 @pytest.mark.parametrize("batch", [1, 4, 8, 32])
 def test_machine_code_of_quantised_weights(batch, scheme, gpu_arch):
-    """Nothing spills; a thread loads 16 bytes of weights at once; integers are converted by permuted bytes alone."""
+    """Nothing spills; a thread loads 16 bytes of weights at once."""
     if scheme == "fp8" and gpu_arch < 89:
         pytest.skip("no fp8 there")
     kernels = compile_kernels(batch, "bfloat16", gpu_arch, scheme)
@@ -218,6 +218,15 @@ SASS = """
         /*00b0*/                   BRA `(.L_x_0);
         /*00c0*/                   NOP;
 """
+
+
+def test_products_on_tensor_cores_take_the_cycles_of_their_rate():
+    """From the data sheets: 1,979 TOPS of int8 and 989 TFLOPS of bfloat16 on an H200, half of them assumed."""
+    h200 = 0.5 * 1979e12 / 2 / (4 * 132 * 1.83e9)  # multiply-adds of a quarter of a multiprocessor in a cycle
+    assert Instruction("IMMA.16832.S8.S8.SAT", ()).issue_slots(90) == round(16 * 8 * 32 / h200)
+    assert Instruction("HMMA.16816.F32.BF16", ()).issue_slots(90) == round(16 * 8 * 16 / (h200 / 2))
+    assert [Instruction("HMMA.16816.F32.BF16", ()).issue_slots(gpu_arch) for gpu_arch in GPU_ARCHS] == [8, 32, 8, 32]
+    assert Instruction("FFMA", ()).issue_slots(90) == 1
 
 
 def test_machine_code_is_read():

@@ -67,7 +67,8 @@ def test_rows_have_the_numbers_of_the_cpus_tiles(kind, shape):
     assert torch.equal(rows.dequantize(), tiles.dequantize())
     if len(shape) == 3:
         assert torch.equal(rows[1][:7].dequantize(), tiles[1].dequantize()[:7])
-    width, blocks = -(-shape[-1] // 32) * (32 if kind == "int8" else 16), -(-shape[-1] // 32)
+    width = -(-shape[-1] // 64) * 64 if kind == "int8" else -(-shape[-1] // 32) * 16
+    blocks = -(-shape[-1] // 32)
     assert rows.values.shape == (*shape[:-1], width) and rows.scales.shape == (*shape[:-1], blocks)
 
 
@@ -98,6 +99,16 @@ def test_empty_rows_have_the_shapes_of_full_ones(kind):
         assert getattr(full, name).dtype == getattr(empty, name).dtype
     with pytest.raises(IndexError):
         full[:2]
+
+
+def test_a_pair_of_int8_blocks_has_the_order_of_a_fragment():
+    """mma.m16n8k32 of the PTX ISA: register 2s + h of thread t has inputs 16s + 4t to 16s + 4t + 3 of block h."""
+    q = torch.arange(-64, 64).to(torch.int8).view(2, 64)
+    rows = pack_rows(q, torch.ones(2, 2), "int8", torch.float32)
+    for t, s, h, i in torch.cartesian_prod(torch.arange(4), torch.arange(2), torch.arange(2), torch.arange(4)).tolist():
+        at = 16 * t + 4 * (2 * s + h) + i
+        assert torch.equal(rows.values[:, at], q[:, 32 * h + 16 * s + 4 * t + i])
+    assert torch.equal(rows.dequantize(), q.float())
 
 
 def test_schemes_by_preset():

@@ -19,7 +19,16 @@ from test_triton import (  # noqa: F401
     wide,
 )
 
-from csm.kernels import attention, attention_linear_add, linear_add, norm_linear, norm_rope_cache, norm_swiglu, tiles
+from csm.kernels import (
+    attention,
+    attention_linear_add,
+    int8_product,
+    linear_add,
+    norm_linear,
+    norm_rope_cache,
+    norm_swiglu,
+    tiles,
+)
 from csm.kernels.launch import launches
 from csm.kernels.quantized_rows import KINDS, QuantizedRows, pack_rows, quantize_fp8, stack_rows
 
@@ -164,3 +173,75 @@ def test_the_assembly_unpacks_every_value():
         lower = [byte & 15 for byte in range(first, first + 4)]
         upper = [byte >> 4 for byte in range(first, first + 4)]
         assert [x - 2**23 for x in permuted(tiles.NIBBLES_ASM.value, word)] == lower + upper
+
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="what the interpreter does instead of a GPU")
+
+
+@interpreted
+@pytest.mark.parametrize("warps", [2, 4])
+def test_int8_inputs_divided_among_warps(warps, monkeypatch):
+    """The interpreter has one warp; a GPU's divide the inputs among them, and each has a step of its own."""
+    monkeypatch.setattr(int8_product, "num_warps", lambda: warps)
+    x, residual = randn(1, 1, 250, dtype=torch.float32), randn(1, 1, 20, dtype=torch.float32, seed=1)
+    x[:, :, 200:] *= 1e-4
+    weight = quantized(20, 250, "int8", torch.float32)
+    close(linear_add(x, weight, residual), linear_add(*wide(x), exact(weight), *wide(residual)), torch.float32)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30], ids=str)
+def test_int8_products_are_as_exact_as_in_float32(magnitude):
+    """Of 1,000 inputs an element is off by at most half a step of 2**-21 of the largest."""
+    x = randn(1, 1, 1000, dtype=torch.float32) * magnitude
+    weight, zero = quantized(16, 1000, "int8", torch.float32), torch.zeros(1, 1, 16, device=DEVICE)
+    error = (linear_add(x, weight, zero).double() - linear_add(*wide(x), exact(weight), zero.double())).abs()
+    assert (error <= 2**-22 * x.abs().max() * exact(weight).abs().sum(1)).all()
+    rms = (exact(weight) ** 2).sum(1).sqrt() * x.double().square().mean().sqrt()
+    assert (error <= 2e-6 * rms).all()
+
+
+def test_int8_products_of_bfloat16_are_exact():
+    """Activations of 8 bits over 14 powers of two: with integers as weights, the result is the integer."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-128, 129, (1, 1, 64), generator=generator).bfloat16() * 2.0 ** (torch.arange(64) % 7 - 7)
+    x[0, 0, 0] = 128
+    q = torch.randint(-127, 128, (16, 64), generator=generator, dtype=torch.int8)
+    weight = pack_rows(q, torch.ones(16, 2), "int8", torch.float32).to(DEVICE)
+    result = linear_add(x.float().to(DEVICE), weight, torch.zeros(1, 1, 16, device=DEVICE))
+    assert torch.equal(result[0, 0].double(), exact(weight) @ x[0, 0].double().to(DEVICE))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_int8_products_keep_what_is_not_finite(value):
+    x, weight = randn(1, 1, 64, dtype=torch.float32), quantized(16, 64, "int8", torch.float32)
+    x[0, 0, 5] = value
+    assert not linear_add(x, weight, torch.zeros(1, 1, 16, device=DEVICE)).isfinite().any()
+    zero = linear_add(torch.zeros_like(x), weight, torch.ones(1, 1, 16, device=DEVICE))
+    assert torch.equal(zero, torch.ones_like(zero))
+
+
+def assembled(asm, inputs, first):
+    """What inline assembly makes of words: its outputs, ``first`` of them, by their numbers."""
+    registers = {f"${first + i}": word for i, word in enumerate(inputs)}
+    for statement in re.findall(r"(?:xor|add|prmt)\.[bu]32 [^;]+", asm):
+        name, operands = statement.split(" ", 1)
+        target, *sources = [part.strip() for part in operands.split(",")]
+        a, b, *selector = [registers[part] if part in registers else int(part, 0) for part in sources]
+        if name == "prmt.b32":
+            pool = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+            registers[target] = int.from_bytes(bytes(pool[selector[0] >> 4 * i & 7] for i in range(4)), "little")
+        else:
+            registers[target] = (a ^ b if name == "xor.b32" else a + b) & 0xFFFFFFFF
+    return [registers[f"${i}"].to_bytes(4, "little") for i in range(first)]
+
+
+def test_the_assembly_cuts_integers_into_bytes():
+    """The statements computed here, for integers over the whole range: the digits give the integer again."""
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(-0x3F7F7F, 0x3F7F80, (400,), generator=generator).tolist()
+    integers += [0, 1, -1, 127, 128, -128, -129, 0x7FFF, 0x8000, -0x8000, 0x3F7F7F, -0x3F7F7F]
+    for first in range(0, len(integers), 4):
+        group = integers[first : first + 4]
+        words = [struct.unpack("<I", struct.pack("<f", n + int8_product.OFFSET.value))[0] for n in group]
+        digits = [struct.unpack("<4b", word) for word in assembled(int8_product.BYTES_ASM.value, words, first=3)]
+        assert [low + 256 * mid + 65536 * high for low, mid, high in zip(*digits, strict=True)] == group

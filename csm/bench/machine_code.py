@@ -8,6 +8,7 @@ LDGSTS into shared memory; LDL and STL are spills.
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -28,6 +29,10 @@ GPU_ARCHS = (80, 89, 90, 120)
 FP8_ARCH = 89  # the first with fp8
 TRIGGER, WAIT = "PREEXIT", "ACQBULK"
 WARP = 32
+# Multiply-adds that a quarter of a multiprocessor does in a cycle through mma.sync, for integers (IMMA) and for 16-bit
+# floats with float32 sums (HMMA): from the dense rates of NVIDIA's data sheets. On Hopper mma.sync reaches about 60 %
+# of them (https://arxiv.org/abs/2402.13499), and half is assumed.
+MMA_PER_CYCLE = {80: (512, 256), 89: (256, 64), 90: (512, 256), 120: (256, 64)}
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, on every architecture here
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -59,6 +64,14 @@ class Instruction(NamedTuple):
         sizes = re.findall(r"\.[US]?(8|16|64|128|256)\b", self.opcode)
         return int(sizes[-1]) if sizes else 32
 
+    def issue_slots(self, gpu_arch: int) -> int:
+        """1; of a product on tensor cores (mma.sync), the cycles for which a warp occupies those of its quarter."""
+        shape = re.match(r"([IH])MMA\.(16)(8)(\d+)\b", self.opcode)
+        if not shape:
+            return 1
+        integer, float_ = MMA_PER_CYCLE[gpu_arch]
+        return math.prod(int(size) for size in shape.groups()[1:]) // (integer if shape[1] == "I" else float_)
+
     @property
     def loaded_registers(self) -> set[int]:
         """Registers that a load into registers writes."""
@@ -85,7 +98,8 @@ class Compiled(NamedTuple):
     are what a program asks for before it waits for the previous kernel, ``late_bytes`` what it asks for afterwards.
     ``used_before_trigger`` counts loaded registers that an instruction before the trigger needs: the next kernel cannot
     start until they have arrived. ``instructions`` and ``after_wait`` are of one warp, loops counted once; without
-    dependent launch (before sm_90) all are after the wait, and nothing is early.
+    dependent launch (before sm_90) all are after the wait, and nothing is early. ``issue_slots`` are those of the
+    instructions after the wait.
     """
 
     kernel: str
@@ -103,6 +117,7 @@ class Compiled(NamedTuple):
     used_before_trigger: int
     instructions: int
     after_wait: int
+    issue_slots: int
 
 
 def distinct(launches: list[Launch]) -> Iterator[Launch]:
@@ -191,6 +206,7 @@ def examine(launch: Launch, gpu_arch: int) -> Compiled:
         used_before_trigger=used_before_trigger(code),
         instructions=len(code),
         after_wait=len(code) - wait,
+        issue_slots=sum(one.issue_slots(gpu_arch) for one in code[wait:]),
     )
 
 

@@ -10,7 +10,8 @@ multiprocessors) programs of each kernel:
 - Weights share the memory's bandwidth in the order of their requests. Those that a program loads before its wait are
   requested when it starts; all others when its wait is over.
 - The wait is over RELEASE_US after the last program of the previous kernel has ended. Then inputs come from L2, and a
-  program's instructions take issue slots, of which a multiprocessor has four a cycle.
+  program's instructions take issue slots, of which a multiprocessor has four a cycle. A product on tensor cores counts
+  as many as the cycles for which it occupies them (``machine_code.MMA_PER_CYCLE``).
 - Weights come from L2 if everything that was read since their last use fits it. The depth decoder's layers do not:
   222 MB in bfloat16, read 31 times a frame, against 50 MB (H100, H200), 72 MB (4090) and 96 MB (5090). Quantised
   weights that are kept there (``csm.quantize.keep_in_cache``) come from it from their second use on.
@@ -270,7 +271,7 @@ def launch_work(launch: Launch, compiled: Compiled, cache: L2) -> Work:
         weight_bytes=size,
         early_bytes=compiled.early_bytes,
         late_bytes=compiled.late_bytes * turns,
-        after_wait=compiled.after_wait * turns,
+        after_wait=compiled.issue_slots * turns,
         triggers_late=compiled.used_before_trigger > 0,
         round_trips=-(-turns // PIPELINE_STAGES) if launch.name.endswith("_matmul") else 1,
         in_l2=hit,
