@@ -67,7 +67,7 @@ def random_tensor(shape: tuple[int, ...], kind: str, random: np.random.Generator
 def _write(path: Path, config: TransformerConfig, model: CSMConfig) -> None:
     gguf, vocab = package(), model.audio_vocab_size
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_positions)
+    writer.add_context_length(max(config.max_positions, CONTEXT))
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.num_layers)
     writer.add_feed_forward_length(config.hidden_dim)
