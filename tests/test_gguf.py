@@ -442,7 +442,7 @@ def test_both_files_of_a_comparison_take_the_tokenizer(tmp_path, monkeypatch, ca
     assert "--tokenizer" in capsys.readouterr().err
     assert main(["compare", NOISE, path, "--quiet", "--tokenizer", str(tmp_path / "files")]) == 0
     assert main(["compare", path, "--scheme", "int4", "--quiet", "--tokenizer", str(tmp_path / "files")]) == 0
-    assert capsys.readouterr().out.count("| KL divergence, codebook 0 |") == 2
+    assert capsys.readouterr().out.count("| speech: KL divergence, codebook 0 |") == 2
 
 
 def test_config_and_tokenizer_beside_the_file_or_named(tmp_path):

@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> str:
 
 
 def _load(args: argparse.Namespace) -> Generator:
-    return Generator.from_pretrained(
+    """The generator with its codec, so that a bad file is an error before the recogniser is loaded."""
+    generator = Generator.from_pretrained(
         args.model,
         None if args.device == "auto" else args.device,
         codec=args.codec_weights,
@@ -99,6 +100,8 @@ def _load(args: argparse.Namespace) -> Generator:
         quantize=args.quantize,
         tokenizer=args.tokenizer,
     )
+    _ = generator.codec
+    return generator
 
 
 def _check(args: argparse.Namespace) -> None:
