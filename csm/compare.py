@@ -12,6 +12,7 @@ Shapes: N rows of prompt and codes, T frames, K codebooks, V ids, D dim.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from csm.cache import KVCache
 from csm.command_line import add_tokenizer_option
 from csm.errors import CSMError
 from csm.evaluate.command import read_lines
-from csm.evaluate.measure import Evaluator, GenerationSettings, evaluate_speech
+from csm.evaluate.measure import Evaluator, GenerationSettings, Sentence, evaluate_speech
 from csm.evaluate.report import summary
 from csm.evaluate.report import table as speech_table
 from csm.generator import Generator
@@ -148,15 +149,16 @@ def report(errors: Mapping[str, float], speech: Sequence[Divergence], random: Di
     return "\n".join(lines)
 
 
-def transcribed(a: Generator, b: Generator, path: Path, seeds: int, progress: bool) -> str:
-    """Word error rate, seconds and share of ended utterances of both models on a file's sentences: a table."""
-    sentences = read_lines(path)
-    evaluator = Evaluator()
+def transcribed(
+    evaluator: Evaluator, a: Generator, b: Generator, sentences: Sequence[Sentence], seeds: int, progress: bool
+) -> str:
+    """Word error rate, seconds and share of ended utterances of both models on these sentences: a table."""
     settings = GenerationSettings(seeds=seeds)
     made = {
         name: evaluate_speech(evaluator, g, sentences, settings, progress=progress) for name, g in (("A", a), ("B", b))
     }
-    ratio = sum(one.seconds for one in made["B"]) / sum(one.seconds for one in made["A"])
+    seconds = {name: sum(one.seconds for one in utterances) for name, utterances in made.items()}
+    ratio = seconds["B"] / seconds["A"] if seconds["A"] else math.nan
     summaries = {name: summary(utterances) for name, utterances in made.items()}
     return f"{speech_table(summaries)}\n\nB's audio is {ratio:.2f} times as long as A's."
 
@@ -196,8 +198,8 @@ def run(args: argparse.Namespace) -> str:
     """Compare the models; return the tables."""
     if args.seeds < 1:
         raise CSMError(f"--seeds must be at least 1, not {args.seeds}")
-    if args.sentences is not None:
-        read_lines(args.sentences)  # an error before the models are loaded
+    sentences = None if args.sentences is None else read_lines(args.sentences)
+    evaluator = None if sentences is None else Evaluator()  # a missing package is an error before the models are loaded
     a, b = load(args, args.a), load(args, args.b or args.a, args.scheme)
     if a.config != b.config:
         raise CSMError(f"{args.a} and {args.b} are models of different shapes")
@@ -207,6 +209,6 @@ def run(args: argparse.Namespace) -> str:
     parts = [compare_sentence(a, b, tokenizer, text, seed) for seed, text in enumerate(bar)]
     greedy = [greedy_agreement(a, b, text) for text in SENTENCES]
     text = report(weight_errors(a.model, b.model), parts, compare_random(a, b), greedy)
-    if args.sentences is None:
+    if evaluator is None or sentences is None:
         return text
-    return f"{text}\n\n{transcribed(a, b, args.sentences, args.seeds, not args.quiet)}"
+    return f"{text}\n\n{transcribed(evaluator, a, b, sentences, args.seeds, not args.quiet)}"

@@ -187,6 +187,7 @@ class Engine:
         self._decoder: AudioDecoder | None = None
         self._slots: list[_Active | None] = [None] * max_slots
         self._queue: deque[Ticket] = deque()
+        self._is_admitting = False
         self._in_flight: deque[_Flight] = deque()
         self._lock = threading.Lock()  # of the queue
         self._stepping = threading.RLock()
@@ -229,7 +230,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether no request is waiting, active or in flight."""
-        return not (self._queue or self.num_active or self._in_flight)
+        return not (self._queue or self._is_admitting or self.num_active or self._in_flight)
 
     # One round
 
@@ -303,16 +304,18 @@ class Engine:
             with self._lock:
                 if free is None or not self._queue:
                     return None
+                self._is_admitting = True  # neither in the queue nor in a slot
                 ticket = self._queue.popleft()
             try:
                 job = self._begin(ticket.request, free)
+                self._slots[free] = active = _Active(ticket, free, job)
+                return active
             except BaseException as error:
                 ticket._finish("error", error)
                 if not isinstance(error, Exception):
                     raise
-                continue
-            self._slots[free] = active = _Active(ticket, free, job)
-            return active
+            finally:
+                self._is_admitting = False
 
     def _begin(self, request: Request, slot: int) -> PrefillJob:
         """Prepare a slot for a request, and begin to prefill its prompt."""

@@ -33,7 +33,7 @@ from csm.request import SpeechRequest
 from csm.sampling import SamplingParams
 from csm.selfcheck import MIN_CAPABILITY, default_dtype
 from csm.stream import Speech, SpeechStream, TicketKeeper
-from csm.threads import choose_threads
+from csm.threads import ThreadChoice
 from csm.voices import SESAME_PROMPTS, Voice, find_voice, load_voice
 from csm.weights import Checkpoint, open_checkpoint, read_codec, read_generation_defaults, read_model
 from csm.worker import Worker
@@ -69,8 +69,7 @@ class Generator:
         self._max_streams = max_streams
         self._graphs = graphs
         self._progress = progress
-        self._threads = threads
-        choose_threads(model, threads)  # a wrong number is an error now
+        self._choose_threads = ThreadChoice(model, threads)
         self._worker: Worker | None = None
         self._prefix_cache = PrefixCache(PREFIX_POSITIONS * kv_bytes_per_position(model.config.backbone, model.dtype))
         self._voices: dict[tuple[Path, int], Voice] = {}
@@ -108,8 +107,8 @@ class Generator:
                 positions (64 MB for CSM-1B in bfloat16).
             quantize: weights in "int8", "fp8", "int4-depth", "int4" or by part, "backbone=int4,depth=int4,heads=int8"
                 (docs/quantization.md). A folder that ``python -m csm quantize`` wrote is quantised already.
-            threads: on a CPU, compute threads; None is ``CSM_THREADS``, else one for a small model and PyTorch's number
-                for a large one.
+            threads: on a CPU, compute threads; None is ``CSM_THREADS``, else ``OMP_NUM_THREADS``, else one for a small
+                model and the cores that are free for a large one.
             tokenizer: the tokenizer.json of a GGUF file that has no tokenizer, or its folder.
 
         Raises:
@@ -464,7 +463,7 @@ class Generator:
                     self._graphs,
                     self._progress,
                 )
-                worker = self._worker = Worker(engine, lambda: choose_threads(self.model, self._threads))
+                worker = self._worker = Worker(engine, self._choose_threads)
             return worker
 
 

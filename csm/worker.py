@@ -23,7 +23,10 @@ class Worker:
     """Runs one engine; any number of threads may submit and read."""
 
     def __init__(self, engine: Engine, num_threads: Callable[[], int] = torch.get_num_threads):
-        """``num_threads`` is asked at each request, in the caller's thread: PyTorch keeps the number per thread."""
+        """``num_threads`` is asked at each request that finds the engine idle.
+
+        What runs keeps its number, because PyTorch's ops may round differently with another one.
+        """
         self.engine = engine
         self._work = threading.Condition()
         self._changed = False
@@ -40,8 +43,9 @@ class Worker:
         with self._work:
             if self._closed:
                 raise RuntimeError("the engine is closed: the process is ending")
+            if self.engine.idle:
+                self._num_threads = self._choose_threads()
             ticket = self.engine.submit(request, max_unread, notify)
-            self._num_threads = self._choose_threads()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="csm-engine", daemon=True)
                 self._thread.start()

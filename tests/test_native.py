@@ -185,16 +185,19 @@ def test_block_is_its_ops(dtype, bits, batch, rows, monkeypatch):
         assert torch.equal(actual, expected)
 
 
-def whole_block(dtype, bits, batch, rows):
+SMALL_BLOCK, LARGE_BLOCK = (6, 2, 8, 48, 80, 20), (8, 4, 32, 576, 640, 300)  # H, G, d, dim, hidden, context
+
+
+def whole_block(dtype, bits, batch, rows, size=SMALL_BLOCK):
     """A function that runs a block: its output, and its keys and values."""
-    H, G, d, dim, hidden, context = 6, 2, 8, 48, 80, 20
+    H, G, d, dim, hidden, context = size
     shapes = (((H + 2 * G) * d, dim), (dim, H * d), (2 * hidden, dim), (dim, hidden))
     weights = [randn(*shape, dtype=dtype, seed=i) / math.sqrt(shape[1]) for i, shape in enumerate(shapes)]
     qkv, output, gate_up, down = (w if bits is None else quantized(w, bits, dtype) for w in weights)
     norms = [1 + randn(dim, dtype=dtype, seed=i) / 4 for i in range(2)]
     x = randn(batch, 2 * rows, dim, dtype=dtype)[:, ::2]  # rows that are not contiguous
     x = x if batch == 1 else x.contiguous()
-    position = (torch.arange(rows) + torch.arange(batch)[:, None] + 5).contiguous()
+    position = (torch.arange(rows) + torch.arange(batch)[:, None] + context - 15).contiguous()
     angle = position[..., None] * 0.1 ** torch.arange(d // 2)
     rope = torch.stack((angle.cos(), angle.sin()), dim=-1).float()
     bias = torch.zeros(batch, rows, context, dtype=dtype)
@@ -228,10 +231,14 @@ def with_threads():
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (3, 1), (2, 3)])
 def test_a_block_does_not_depend_on_the_number_of_threads(kind, batch, rows, with_threads):
-    """All of its ops: norm, product, rotation and cache; attention, output and residual; the MLP's two."""
+    """All of its ops: norm, product, rotation and cache; attention, output and residual; the MLP's two.
+
+    Each product has at least 32 tiles of 16 outputs, and a thread takes at least 4; attention is beyond the size up to
+    which one thread does all of it.
+    """
     bits = int(kind[3:]) if kind.startswith("int") else None
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
-    first, *others = with_threads(whole_block(dtype, bits, batch, rows))
+    first, *others = with_threads(whole_block(dtype, bits, batch, rows, LARGE_BLOCK))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 

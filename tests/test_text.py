@@ -283,14 +283,18 @@ def test_any_text_is_normalised(text):
 
 
 @pytest.mark.parametrize(
-    "piece", ["[pause ", "[x](", "a.", "a@", "**a", "_a ", "<a ", "&lt;a", "http://", "| a ", "1. "]
+    "piece",
+    [
+        *("[pause ", "[x](", "a.", "a@", "**a", "_a ", "<a ", "&lt;a", "<!-- ", "http://", "| a ", "1. "),
+        *("\n", " \n", "\t", "\r\n", "\n- "),
+    ],
 )
 def test_time_grows_with_the_text_alone(piece):
     """Ten times as much of what begins something and does not end it: a quadratic rule takes 100 times as long."""
 
     def seconds(count):
         started = time.process_time()
-        normalize(piece * count)
+        normalize(f"a{piece * count}b")
         return time.process_time() - started
 
     seconds(10)

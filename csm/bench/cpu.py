@@ -107,7 +107,7 @@ class Worker:
         """The medians of all turns beside ``busy`` loops.
 
         GB/s count the depth decoder's weights in each of its passes, most of which a cache serves. The percentage of
-        the bandwidth that a sum reads counts every weight once.
+        the bandwidth that a sum reads counts every weight once; llama.cpp's has one head of the depth decoder, not 31.
         """
         result: dict[str, Any] = {"weights": self.name, "threads": self.threads, "busy_loops": busy}
         if self.reason:
@@ -194,14 +194,14 @@ def folders(model: str | None, names: Sequence[str], where: Path, quiet: bool) -
     return found
 
 
-def reason_not_to_time(name: str, folder: Path) -> str:
+def reason_not_to_time(name: str, folder: Path, threads: int) -> str:
     """What a row computes wrongly; empty if nothing. In a process that ends, so that it leaves no trace in memory."""
     if name == "transformers":
         frame = differing_frame(CONFIGURATIONS["transformers"].make, load("tiny", "cpu", None), 1)
         return "" if frame is None else f"its greedy codes differ from the eager step's from frame {frame} on"
     if name == "llama.cpp":
         return ""
-    worker = Worker.start(name, folder, torch.get_num_threads())
+    worker = Worker.start(name, folder, threads)
     try:
         result = worker.ask("check", CHECKED_ROWS)
     except CSMError as reason:
@@ -229,7 +229,9 @@ def cpu_report(
     bandwidth = {number: read_bandwidth(number) for number in threads}
     with tempfile.TemporaryDirectory() as where:
         found = folders(model, names, Path(where), quiet)
-        wrong = {name: reason_not_to_time(name, found[name]) for name in tqdm(names, "checking", disable=quiet)}
+        wrong = {
+            name: reason_not_to_time(name, found[name], max(threads)) for name in tqdm(names, "checking", disable=quiet)
+        }
         workers = [Worker.start(name, found[name], number) for number in threads for name in names]
         for worker in workers:
             worker.reason = wrong[worker.name]

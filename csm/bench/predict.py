@@ -16,8 +16,9 @@ multiprocessors) programs of each kernel:
   222 MB in bfloat16, read 31 times a frame, against 50 MB (H100, H200), 72 MB (4090) and 96 MB (5090). Quantised
   weights that are kept there (``csm.quantize.keep_in_cache``) come from it from their second use on.
 
-Left out: clock changes, DRAM refresh and page conflicts, uneven placement of programs, instruction cache misses, and
-how often the loop of the sampling kernel runs (once).
+Left out: Hopper's wgmma, which Triton uses from 64 rows on and which counts as one issue slot; clock changes, DRAM
+refresh and page conflicts, uneven placement of programs, instruction cache misses, and how often the loop of the
+sampling kernel runs (once).
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from csm.doctor.gpu import CudaProbe
 from csm.kernels.native import NativeUnavailableWarning
 from csm.kernels.native.ops import is_available, isa
 from csm.selfcheck import MIN_CAPABILITY, read_results, results_path
+from csm.threads import quota
 from csm.weights.hub import MIMI_BYTES, free_bytes, size_in_words
 
 PYTHONS = ((3, 10), (3, 13))  # the oldest and newest supported
@@ -90,10 +91,7 @@ def probe_cores() -> Cores:
     """Ask the system. A container's quota counts as fewer usable cores."""
     total = os.cpu_count() or 1
     usable: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, period = quota.read_text().split()
-        usable = usable if limit == "max" else min(usable, int(limit) / int(period))
+    usable = min(usable, quota())
     return Cores(total, usable, torch.get_num_threads(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0)
 
 

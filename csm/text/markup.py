@@ -70,6 +70,15 @@ def _table_row(match: re.Match[str]) -> str:
     return "\n" + ", ".join(cell for cell in cells if cell) + "."
 
 
+def _without_comments(match: re.Match[str]) -> str:
+    """The text without comments, in one pass: many that begin and do not end would take quadratic time."""
+    text, kept, at = match[0], [], 0
+    while (begin := text.find("<!--", at)) >= 0 and (end := text.find("-->", begin)) >= 0:
+        kept.append(text[at:begin])
+        at = end + len("-->")
+    return "".join(kept) + text[at:]
+
+
 def _aside(match: re.Match[str]) -> str:
     return f", {match[1].strip()}, "
 
@@ -90,11 +99,14 @@ ELEMENTS = (
 TARGET = r"(?:[^()]|\([^()]*\))*"  # of a link, which may hold parentheses
 M, IGNORE_CASE = re.MULTILINE, re.IGNORECASE
 MARKUP_RULES: list[Rule] = [
+    # Rules below begin with any amount of white space: for each of its characters they look at all that follow.
+    (re.compile(r"[^\S\n]{9,}"), " " * 8),
+    (re.compile(r"\n(?:[^\S\n]*\n){2,}"), "\n\n"),
     (re.compile(r"&lt;(/?[a-zA-Z!?][^&<>\n]*)&gt;"), r" \1 "),  # a tag that the text shows
     (re.compile(r"&(?:#\d+|#x[0-9a-fA-F]+|[a-zA-Z]\w+);"), lambda match: html.unescape(match[0])),
     (re.compile(r"(?s).+"), lambda match: match[0].translate(TYPOGRAPHY)),
     (re.compile(r"^\s*(?:```|~~~).*$", M), ""),
-    (re.compile(r"<!--.*?-->", re.DOTALL), ""),
+    (re.compile(r"(?s)<!--.*"), _without_comments),
     (re.compile(r"<br\s*/?>", IGNORE_CASE), " "),
     (re.compile(rf"</[a-zA-Z][\w:-]*\s*>|<(?:{ELEMENTS})\s*/?>", IGNORE_CASE), ""),
     (re.compile(rf"<[a-zA-Z][\w:-]*(?:(?:\s+{ATTRIBUTE})+\s*/?|\s*/)>"), ""),
