@@ -165,6 +165,7 @@ def weight_bytes(kernel):
     return WEIGHT_SIZES[sizes["KIND"]] * int(sizes["BLOCK_N"]) * inputs * (2 if "swiglu" in kernel.kernel else 1)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu_that_is_not_here():
     kernels = compile_kernels(1, "bfloat16", 90)
     assert {"norm_swiglu_rows", "linear_add_rows", "sample_slot"} <= {kernel.kernel for kernel in kernels}

@@ -131,9 +131,9 @@ def test_the_sampler_copies_the_row_of_its_code(monkeypatch, dtype, ops, heads):
     [
         (1, torch.float32, None),
         (1, torch.bfloat16, None),
-        (4, torch.float16, None),
+        pytest.param(4, torch.float16, None, marks=pytest.mark.slow),
         SLOW_BATCH,
-        (1, torch.bfloat16, "int8"),
+        pytest.param(1, torch.bfloat16, "int8", marks=pytest.mark.slow),
         (4, torch.float32, "int4"),
         (1, torch.float32, "fp8"),
     ],

@@ -141,6 +141,8 @@ CSM_1B_HEADS = (8, 2, 128), (32, 8, 64)
 CASES += [(CSM_1B_HEADS[0], (1, 1), 32), (CSM_1B_HEADS[0], (1, 2), 32)]
 CASES += [(CSM_1B_HEADS[1], (1, 1), 30), (CSM_1B_HEADS[1], (2, 1), 130)]
 CASES = CASES[::3] if DEVICE.type == "cuda" else CASES
+SLOW_CASES = [one for one in CASES if one[1] == (17, 1) and one[2] >= 65]  # seconds each in the interpreter
+MARKED_CASES = [pytest.param(*one, marks=[pytest.mark.slow] if one in SLOW_CASES else []) for one in CASES]
 
 
 def attention_metadata(batch, rows, context, head_dim):
@@ -156,7 +158,7 @@ def attention_metadata(batch, rows, context, head_dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "rows", "context"), CASES, ids=str)
+@pytest.mark.parametrize(("heads", "rows", "context"), MARKED_CASES, ids=str)
 class TestCacheOps:
     @pytest.mark.parametrize("fused", [True, False])
     def test_rope_cache(self, dtype, heads, rows, context, fused):

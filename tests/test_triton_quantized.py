@@ -112,8 +112,18 @@ def test_heads_are_views_of_stacked_weights(kind):
         close(norm_linear(x, norm, head, 1e-5), norm_linear(*wide(x, norm), exact(head), 1e-5), torch.float32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("heads", [(8, 2, 128), (4, 2, 16), (3, 1, 8)], ids=str)  # the last is padded in the kernel
+HEADS = [(8, 2, 128), (4, 2, 16), (3, 1, 8)]  # the last is padded in the kernel
+
+
+def cost(kind, heads):
+    """The interpreter takes half a minute for the products of int8 at the depth decoder's size."""
+    return [pytest.mark.slow] if (kind, heads) == ("int8", HEADS[0]) else []
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [pytest.param(kind, heads, marks=cost(kind, heads), id=f"{heads}-{kind}") for kind in KINDS for heads in HEADS],
+)
 @pytest.mark.parametrize("rows", [(1, 1), (3, 2)], ids=str)
 class TestAttention:
     def test_norm_rope_cache(self, kind, heads, rows):
