@@ -398,6 +398,11 @@ def test_files_that_are_no_voices_are_the_servers_fault(running, healed, folder,
     for name in ("nobody", "a" * 200, "\N{GOTHIC LETTER AHSA}" * 64):
         response = running.speak("Hi.", voice=name)
         assert response.status_code == 400 and response.json()["error"]["code"] == "voice_not_found"
+    with connect(running.url.replace("http", "ws") + "/v1/audio/stream") as connection:  # an error before any text
+        connection.send(json.dumps({"type": "start", "voice": "foreign"}))
+        events = [json.loads(connection.recv(10)) for _ in range(3)]
+    assert [event["type"] for event in events] == ["ready", "started", "error"]
+    assert events[2]["error"]["code"] == "voice_file_failed"
     assert upload(running, clip(1), name="bad").status_code == 400
     assert running.http.delete("/v1/audio/voices/bad").json()["deleted"]
     assert not (folder / "bad.safetensors").exists()
@@ -416,7 +421,7 @@ def test_a_voice_that_cannot_be_written_is_the_servers_fault(running, healed, mo
 
 
 def test_a_slow_folder_holds_up_no_other_request(running, healed, monkeypatch):
-    """Three lists and an upload wait for the disk: others are answered meanwhile, speech too."""
+    """Three lists, two of OpenAI's names and an upload wait for the disk: others are answered meanwhile."""
     store, disk, waiting, given_up = running.service.voices, threading.Event(), [], []
 
     def slowly(method):
@@ -430,15 +435,17 @@ def test_a_slow_folder_holds_up_no_other_request(running, healed, monkeypatch):
 
     for name in ("files", "check_new"):
         monkeypatch.setattr(store, name, slowly(getattr(store, name)))
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(6) as pool:
         lists = [pool.submit(running.http.get, "/v1/audio/voices") for _ in range(3)]
+        lists += [pool.submit(running.speak, "Hi.", voice="alloy") for _ in range(2)]
+        until(lambda: running.service._in_use == 2)
         added = pool.submit(upload, running, clip(1), name="slow")
         until(lambda: len(waiting) == 2)  # lists have one thread
         assert running.http.get("/health").status_code == 200
         assert running.speak("Hi.", voice="speaker_1").status_code == 200
         assert not any(each.done() for each in (*lists, added))
         disk.set()
-        assert [each.result().status_code for each in (*lists, added)] == [200] * 4
+        assert [each.result().status_code for each in (*lists, added)] == [200] * 6
     assert not given_up
     monkeypatch.undo()
     assert running.http.delete("/v1/audio/voices/slow").status_code == 200
@@ -560,6 +567,10 @@ def test_behind_a_proxy(generator):  # noqa: F811
     with Running(generator, host="0.0.0.0", max_streams=2, allowed_hosts=("tts.example.com",)) as running:
         assert statuses(running, FORWARDED | PAGE) == (200, 101)
         assert statuses(running, {"Host": "evil.example"}) == (403, 403)
+        for path, status in (("/health", 200), ("/ready", 200), ("/metrics", 403)):  # a probe names an address
+            assert running.http.get(path, headers={"Host": "10.0.0.7:8000"}).status_code == status
+        elsewhere = {"Host": "10.0.0.7:8000", "Origin": "https://evil.example"}
+        assert running.http.get("/health", headers=elsewhere).status_code == 403
     options = parse_arguments(["serve", "--allowed-host", "tts.example.com", "--allowed-host", "localhost2"])
     assert read_settings(options).allowed_hosts == ("tts.example.com", "localhost2")
     for name in ("https://tts.example.com", "tts.example.com:8443"):

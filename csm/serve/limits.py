@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from csm.serve.errors import ApiError, response_of
 from csm.serve.settings import MAX_FORM, MAX_JSON, MAX_VALUES, Settings
 
-OPEN_PATHS = ("/health", "/ready", "/")  # for load balancers, which have no key; and the page, which asks for one
+PROBES = ("/health", "/ready")  # for load balancers, which have no key and may name the server by its address
+OPEN_PATHS = (*PROBES, "/")  # the page asks for a key
 OPEN_FOLDER = "/static/"
 SUBPROTOCOL = "csm.v1"
 KEY_SUBPROTOCOL = "csm.key."  # followed by the key in Base64 (URL alphabet, no padding)
@@ -38,7 +39,7 @@ class Gate:
             return
         headers = Headers(scope=scope)
         try:
-            self._check_host(headers)
+            self._check_host(scope, headers)
             scope.setdefault("state", {})["owner"] = self._owner(scope, headers)
             if scope["type"] == "http":
                 is_form = headers.get("content-type", "").startswith("multipart/")
@@ -50,14 +51,18 @@ class Gate:
             return
         await self._app(scope, receive, send)
 
-    def _check_host(self, headers: Headers) -> None:
-        """A page of another site, opened in a browser on this machine, must not reach a server without keys."""
+    def _check_host(self, scope: Scope, headers: Headers) -> None:
+        """A page of another site, opened in a browser on this machine, must not reach a server without keys.
+
+        Probes may name any host; they say nothing but whether the server runs.
+        """
         host, origin = headers.get("host", ""), headers.get("origin")
         try:
             name, site = urlsplit(f"//{host}").hostname, urlsplit(origin or "").netloc
         except ValueError as error:
             raise ApiError(400, "the headers Host or Origin cannot be read") from error
-        if not self._settings.allows_host(name):
+        is_probe = scope["type"] == "http" and scope["path"] in PROBES
+        if not is_probe and not self._settings.allows_host(name):
             message = "this server answers to localhost only, and to the names given with --allowed-host"
             raise ApiError(403, message, code="host_not_allowed")
         if origin is not None and site != host:

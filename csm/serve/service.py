@@ -147,7 +147,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     async def list_voices(self) -> Mapping[str, Path]:
-        """Voices with a file, by id. A large folder takes seconds, so no request for speech waits for this thread."""
+        """Voices with a file, by id. A large folder takes seconds, so this has a thread of its own."""
         return await asyncio.get_running_loop().run_in_executor(self._lister, self.voices.files)
 
     async def generator(self) -> Generator:

@@ -32,7 +32,7 @@ from csm.metrics import Listener
 from csm.serve.errors import ApiError, api_error
 from csm.serve.schema import SpeechBody, Turn
 from csm.serve.service import Service, encode_turns
-from csm.serve.voices import Chosen, read_recording
+from csm.serve.voices import OPENAI_NAMES, Chosen, read_recording, voice_for
 from csm.watermark import StreamMarker
 
 PLAIN_MODELS = ("tts-1", "tts-1-hd")  # OpenAI's models without SSE
@@ -68,7 +68,7 @@ class Job:
         service, body = self.service, self.body
         self._contexts.enter_context(service.admitted())
         generator = self._generator = await service.generator()
-        chosen = await service.in_thread(choose_voice, service, body)
+        chosen = await choose_voice(service, body)
         check_voice(generator, body.voice_id, chosen)
         turns = await service.in_thread(encode_context, generator, body.context)
         if self._session is not None:
@@ -180,10 +180,16 @@ def choose_watermark(service: Service, body: SpeechBody, added_voice: bool) -> W
     return watermark if wanted else None
 
 
-def choose_voice(service: Service, body: SpeechBody) -> Chosen:
-    """The body's voice. Raises ApiError, or VoiceFileError for a file that cannot be read."""
+async def choose_voice(service: Service, body: SpeechBody) -> Chosen:
+    """The body's voice; one of OpenAI's names without a file of its own leads to another voice.
+
+    Raises ApiError, or VoiceFileError for a file that cannot be read.
+    """
+    voices, voice_id = service.voices, body.voice_id
+    if voice_id in OPENAI_NAMES and not await service.in_thread(voices.has_file, voice_id):
+        voice_id = voice_for(voice_id, await service.list_voices())
     try:
-        return service.voices.choose(body.voice_id, body.speaker)
+        return await service.in_thread(voices.choose, voice_id, body.speaker)
     except VoiceFileError:
         raise
     except CSMError as error:

@@ -22,7 +22,7 @@ from csm.serve.errors import ApiError
 from csm.serve.messages import Start
 from csm.serve.service import Service, recent_turns, within
 from csm.serve.settings import MAX_PENDING
-from csm.serve.speech import Job, choose_voice, encode_context, encoded
+from csm.serve.speech import Job, check_voice, choose_voice, encode_context, encoded
 from csm.text import ClauseBuffer
 
 SECONDS_PER_CHARACTER = 0.07  # of ordinary speech, until a clause of the turn is complete and says more
@@ -124,7 +124,8 @@ class Turn:
     async def _prepare(self) -> None:
         """Check the voice and encode the context. The generator is not kept: an idle model may be unloaded."""
         generator = await self._service.generator()
-        await self._service.in_thread(choose_voice, self._service, self._start.body("-", 0))  # an error before any text
+        body = self._start.body("-", 0)
+        check_voice(generator, body.voice_id, await choose_voice(self._service, body))  # an error before any text
         self._sample_rate, self._frame_size = generator.sample_rate, generator.codec.frame_size
         self._max_positions = generator.config.backbone.max_positions
         self.history += await self._service.in_thread(encode_context, generator, self._start.context)

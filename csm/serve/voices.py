@@ -83,17 +83,11 @@ class VoiceStore:
         return version, True
 
     def choose(self, voice_id: str, speaker: int | None) -> Chosen:
-        """The voice with this id. Raises VoiceError, or VoiceFileError for a file that cannot be read.
+        """The voice with this id, which has a file or is built in. The folder is not listed.
 
-        OpenAI's names are spread over the voices that have a file, or else over the built-in ones. A file of that name
-        goes first.
+        Raises VoiceError, or VoiceFileError for a file that cannot be read.
         """
         path = self._file(voice_id)
-        if voice_id in OPENAI_NAMES and path is None:
-            files = self.files()
-            known = list(files) or list(BUILT_IN)
-            voice_id = known[OPENAI_NAMES.index(voice_id) % len(known)]
-            path = files.get(voice_id)
         if path is not None:
             voice = self._load(path)
             speaker = voice.speaker if speaker is None else speaker
@@ -101,6 +95,10 @@ class VoiceStore:
         if voice_id in BUILT_IN:
             return Chosen(BUILT_IN.index(voice_id) if speaker is None else speaker)
         raise VoiceError(f"no voice is called {voice_id[:64]!r}; GET /v1/audio/voices lists them")
+
+    def has_file(self, voice_id: str) -> bool:
+        """Whether there is a file of this name. The folder is not listed."""
+        return self._file(voice_id) is not None
 
     def _file(self, voice_id: str) -> Path | None:
         """A voice's file, without listing a folder that may have many. Only a name becomes part of a path."""
@@ -148,6 +146,12 @@ class VoiceStore:
 def all_ids(files: Iterable[str]) -> list[str]:
     """Ids of voices with a file, then of the built-in voices, then OpenAI's."""
     return list(dict.fromkeys([*files, *BUILT_IN, *OPENAI_NAMES]))
+
+
+def voice_for(name: str, files: Iterable[str]) -> str:
+    """The id that one of OpenAI's names leads to: they are spread over ``files``, or else over the built-in voices."""
+    known = list(files) or list(BUILT_IN)
+    return known[OPENAI_NAMES.index(name) % len(known)]
 
 
 def _version(path: Path) -> Version:
