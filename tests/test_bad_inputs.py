@@ -312,13 +312,28 @@ SHOW_ROWS = [
     (["voice", "show", "nobody"], UNKNOWN, ANNA),
     (["voice", "show", "anna", "bea"], "unrecognized arguments: bea", ANNA),
 ]
+REMOVE = ["voice", "remove"]
+NOT_YOURS = "safetensors: no such voice of yours"
 REMOVE_ROWS = [
-    *((["voice", "remove", name], NAMED, ANNA) for name in NAMES),
-    *models(["voice", "remove", "anna"], ANNA, CHECKPOINTS),
-    (["voice", "remove"], "required: name", ANNA),
-    (["voice", "remove", "nobody"], "no such voice of yours", ANNA),
-    (["voice", "remove", "anna"], "no such voice of yours", {HOME: folder}),
-    (["voice", "remove", "anna", "bea"], "unrecognized arguments: bea", ANNA),
+    *(([*REMOVE, name], re.escape(f"not {name!r}"), ANNA) for name in [*NAMES, "\U00020000" * 64, "caf\udce9", "a\0b"]),
+    ([*REMOVE, "--", "-anna"], "not '-anna'", ANNA),
+    (REMOVE, "required: name", ANNA),
+    ([*REMOVE, "nobody"], f"nobody.{NOT_YOURS}", ANNA),
+    ([*REMOVE, "ANNA"], f"ANNA.{NOT_YOURS}", ANNA),
+    ([*REMOVE, "anna.safetensors"], f"anna.safetensors.{NOT_YOURS}", ANNA),
+    ([*REMOVE, "anna"], "anna.safetensors: is a folder", {HOME: folder}),
+    ([*REMOVE, "anna"], f"home/voices/anna.{NOT_YOURS}", {"home": text_file("")}),
+    ([*REMOVE, "bea", "--model", "m"], f"bea.{NOT_YOURS}", {"m/voices/bea.safetensors": voice_file()}),
+    (
+        [*REMOVE, "conversational_a", "--model", "m"],
+        f"conversational_a.{NOT_YOURS}",
+        {"m/prompts/conversational_a.wav": recording()},
+    ),
+    ([*REMOVE, "anna", "bea"], "unrecognized arguments: bea", ANNA),
+    ([*REMOVE, "anna", "--model"], "--model: expected one argument", ANNA),
+    ([*REMOVE, "anna", "--device", "cpu"], "unrecognized arguments: --device cpu", ANNA),
+    ([*REMOVE, "anna", "--tokenizer", "t.json"], "unrecognized arguments: --tokenizer t.json", ANNA),
+    ([*REMOVE, "anna", "--colour"], "unrecognized arguments: --colour", ANNA),
 ]
 EXPORT = ["voice", "export", "anna", "--out", "x.safetensors"]
 EXPORT_ROWS = [
