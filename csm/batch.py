@@ -191,10 +191,10 @@ def make_job(generator: Generator, number: int, line: BatchLine, options: BatchO
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RoomWarning)  # the request will warn
         generator.stream_frames(speech)  # raises what the request would; generates nothing
-    return Job(number, line.id, speech, _key(speech, generator.defaults, options.identity))
+    return Job(number, line.id, speech, _key(speech, voice, generator.defaults, options.identity))
 
 
-def _key(speech: SpeechRequest, defaults: GenerationDefaults, identity: str) -> str:
+def _key(speech: SpeechRequest, voice: Voice | None, defaults: GenerationDefaults, identity: str) -> str:
     """A digest of a request, with the checkpoint's defaults in place of values that are None."""
     values = [
         speech.text,
@@ -204,7 +204,7 @@ def _key(speech: SpeechRequest, defaults: GenerationDefaults, identity: str) -> 
         defaults.top_k if speech.topk is None else speech.topk,
         speech.seed,
         identity,
-        _voice_digest(speech.voice),
+        _voice_digest(voice),
     ]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 

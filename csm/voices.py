@@ -238,5 +238,5 @@ def describe(files: dict[str, Path]) -> Iterator[str]:
         yield f"{name}: {clips}, {voice.num_frames * 0.08:.2f} s, speaker {voice.speaker}, {path}"
     if failed and len(failed) == len(files):
         raise VoiceFileError("; ".join(map(str, failed)))
-    for error in failed:
-        log.warning("skipped: %s", error)
+    for failure in failed:
+        log.warning("skipped: %s", failure)

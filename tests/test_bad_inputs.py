@@ -137,6 +137,27 @@ GENERATE_ROWS = [
             (["--srt", "a.txt", "--vtt", "a.txt"], "--vtt a.txt: would overwrite a file that is written", {}),
             ([*REF, "--out", "ref.wav"], r"--out ref.wav: would overwrite a file that is read \(--ref\)", WAV),
             ([*REF, "--json", "link"], r"--json link: would overwrite .*\(--ref\)", WAV | {"link": link_to("ref.wav")}),
+            (
+                ["--tokenizer", "t.json", "--json", "t.json"],
+                r"--json t.json: would overwrite .*\(--tokenizer\)",
+                {"t.json": text_file("{}")},
+            ),
+            (
+                ["--tokenizer", "t", "--json", "t/tokenizer.json"],
+                r"would overwrite .*\(--tokenizer\)",
+                {"t/tokenizer.json": text_file("{}")},
+            ),
+            (["--model", "m", "--json", "m/config.json"], r"would overwrite .*\(--model\)", {"m": model()}),
+            (
+                ["--model", "m", "--stream-to", "m/model.safetensors"],
+                r"--stream-to m/model.safetensors: would overwrite .*\(--model\)",
+                {"m": model()},
+            ),
+            (
+                ["--codec", "c.bin", "--srt", "c.bin"],
+                r"--srt c.bin: would overwrite .*\(--codec\)",
+                {"c.bin": text_file("")},
+            ),
             (["--stream-to", "no/such/pipe"], "no/such/pipe: cannot be written", {}),
             (["--stream-format", "mp4"], "--stream-format: invalid choice", {}),
             (["--watermark", "sonic"], "--watermark: invalid choice", {}),
@@ -160,6 +181,11 @@ GENERATE_ROWS = [
     *options(
         SCRIPT,
         [
+            (
+                ["--split", "--out", "talk", "--ref", "talk/0001-0.wav", "--ref-text", "La la."],
+                r"--split talk/0001-0.wav: would overwrite a file that is read \(--ref\)",
+                TALK | {"talk/0001-0.wav": recording()},
+            ),
             (["--srt", "talk.txt"], r"--srt talk.txt: would overwrite a file that is read \(--script\)", TALK),
             ([], "talk.txt: cannot be read as text: .*No such file", {}),
             ([], "talk.txt: cannot be read as text: .*Is a directory", {"talk.txt": folder}),
