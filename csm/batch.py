@@ -34,6 +34,7 @@ from csm.stream import Speech
 from csm.text import Pause, normalize, parse_pauses, strip_markup
 from csm.voices import Voice, check_name
 from csm.watermark import Watermark
+from csm.weights import GenerationDefaults
 
 MANIFEST, ERRORS = "manifest.jsonl", "errors.jsonl"
 ENTRY_START = b'{"id": '  # of a manifest's line
@@ -168,7 +169,7 @@ class BatchOptions:
 
 
 def identified(options: BatchOptions, generator: Generator) -> BatchOptions:
-    """The options with hashes of model and codec: keys depend on the weights, whatever these are called."""
+    """The options with hashes of model, tokenizer and codec: keys depend on their contents, not their names."""
     weights = f"{fingerprint(generator, ())} {codec_fingerprint(generator)}"
     return replace(options, identity=f"{options.identity} {weights}")
 
@@ -190,9 +191,22 @@ def make_job(generator: Generator, number: int, line: BatchLine, options: BatchO
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RoomWarning)  # the request will warn
         generator.stream_frames(speech)  # raises what the request would; generates nothing
-    values = [speech.text, speech.speaker, seconds, line.temperature, line.top_k, speech.seed, options.identity]
-    digest = hashlib.sha256(json.dumps([*values, _voice_digest(voice)]).encode())
-    return Job(number, line.id, speech, digest.hexdigest()[:32])
+    return Job(number, line.id, speech, _key(speech, voice, generator.defaults, options.identity))
+
+
+def _key(speech: SpeechRequest, voice: Voice | None, defaults: GenerationDefaults, identity: str) -> str:
+    """A digest of a request, with the checkpoint's defaults in place of values that are None."""
+    values = [
+        speech.text,
+        speech.speaker,
+        defaults.max_audio_length_ms if speech.max_audio_length_ms is None else speech.max_audio_length_ms,
+        defaults.temperature if speech.temperature is None else speech.temperature,
+        defaults.top_k if speech.topk is None else speech.topk,
+        speech.seed,
+        identity,
+        _voice_digest(voice),
+    ]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
 
 def make_jobs(

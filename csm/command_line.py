@@ -5,13 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from csm.errors import CSMError, ListError
 from csm.kernels.native import cache_folder
+
+# A model's files of text, also beside a GGUF file or a tokenizer.json.
+CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer.json", "pronunciation.json.gz")
+# Files of a model's or an adapter's folder, with the voices beside a checkpoint.
+MODEL_FILES = (
+    *CONFIG_FILES,
+    "adapter_config.json",
+    *("*.safetensors", "*.index.json", "*.pt", "prompts/*.wav", "voices/*.safetensors"),
+)
 
 
 class UsageError(CSMError):
@@ -68,9 +77,11 @@ def printable(error: Exception) -> str:
     return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(x.split())) for x in lines)
 
 
-def check_overwrites(inputs: Mapping[str, str | Path | None], outputs: Iterable[tuple[str, str | Path | None]]) -> None:
-    """Raise CSMError where an output is a file that is read, or is another output. ``inputs``: by what reads them."""
-    taken = {os.path.realpath(path): f"is read ({name})" for name, path in inputs.items() if path is not None}
+def check_overwrites(
+    inputs: Iterable[tuple[str, str | Path | None]], outputs: Iterable[tuple[str, str | Path | None]]
+) -> None:
+    """Raise CSMError where an output is a file that is read, or is another output. ``inputs``: with what reads them."""
+    taken = {os.path.realpath(path): f"is read ({name})" for name, path in inputs if path is not None}
     for name, path in outputs:
         if path is None or (Path(path).exists() and not Path(path).is_file()):  # a pipe or a device
             continue
@@ -78,6 +89,23 @@ def check_overwrites(inputs: Mapping[str, str | Path | None], outputs: Iterable[
         if place in taken:
             raise CSMError(f"{name} {path}: would overwrite a file that {taken[place]}; give another name")
         taken[place] = f"is written ({name})"
+
+
+def model_inputs(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+    """The files that --model, --tokenizer, --codec and --lora read, those of a folder included, each with its option.
+
+    A checkpoint of the hub has none here: its files are in the hub's cache.
+    """
+    for option, patterns in (("model", MODEL_FILES), ("lora", MODEL_FILES), ("tokenizer", CONFIG_FILES)):
+        value = getattr(args, option)
+        path = None if value is None else Path(value)
+        if path is not None and path.is_dir():
+            yield from ((f"--{option}", file) for pattern in patterns for file in path.glob(pattern))
+        elif path is not None and path.is_file():
+            names = (path.name, *CONFIG_FILES, f"{path.stem}.codec.safetensors")  # of a GGUF file, or a tokenizer.json
+            yield from ((f"--{option}", path.with_name(name)) for name in names)
+    if args.codec is not None:
+        yield "--codec", args.codec
 
 
 def add_tokenizer_option(parser: argparse._ActionsContainer) -> None:

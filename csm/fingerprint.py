@@ -21,8 +21,9 @@ SAMPLED = 4096  # values of each tensor that are read
 
 
 def fingerprint(generator: Generator, references: Sequence[Segment]) -> str:
-    """A hash of the model (configuration, type, device, values of every tensor) and of the voices' codes."""
+    """A hash of the model (configuration, type, device, tensors' values), its tokenizer and the voices' codes."""
     digest = hashlib.sha256(f"csm-book-1 {generator.config} {generator.model.dtype} {generator.device.type}".encode())
+    digest.update(generator.tokenizer.fingerprint().encode())
     tensors = [*sorted(generator.model.state_dict().items()), *quantised_tensors(generator.model)]
     _add(digest, tensors)
     for segment in references:

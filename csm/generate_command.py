@@ -44,6 +44,7 @@ from csm.command_line import (
     add_tokenizer_option,
     check_overwrites,
     execute,
+    model_inputs,
     suggest_once,
 )
 
@@ -286,31 +287,40 @@ def narrate(
 Sink = audio_file.AtomicWriter | player.StreamWriter | player.Player
 
 
-def check_outputs(args: argparse.Namespace) -> None:
+def split_files(args: argparse.Namespace, items: list[script.Item]) -> list[Path]:
+    """The files of --split: one for each entry of the script, in order."""
+    speakers = [
+        next(item.speaker for item in group if isinstance(item, script.Line)) for group in script.entries(items)
+    ]
+    return [args.out / f"{number:04}-{speaker}.{args.split}" for number, speaker in enumerate(speakers, start=1)]
+
+
+def check_outputs(args: argparse.Namespace, items: list[script.Item]) -> None:
     """Raise CSMError for an output that cannot be, before anything is loaded."""
     joins.check_speed(args.speed)
-    stream = None if args.stream_to == "-" else args.stream_to
-    written = [
-        ("--out", None if args.split else args.out),
-        ("--stream-to", stream),
-        *((f"--{k}", getattr(args, k)) for k in subtitles.SUBTITLES),
-    ]
-    check_overwrites({"--file": args.file, "--script": args.script, "--ref": args.ref}, written)
-    for kind in subtitles.SUBTITLES:
-        path = getattr(args, kind)
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise CSMError(f"{path}: cannot be written: it is a folder, or is in none")
     if args.split is not None:
         if args.script is None or args.out is None:
             raise CSMError("--split writes a file for each entry of a --script into the folder --out")
         audio_file.check_suffix(Path(f"x.{args.split}"))
         if not args.out.is_dir() and (args.out.exists() or not args.out.parent.is_dir()):
             raise CSMError(f"{args.out}: --split needs a folder here, or a name for a new one")
+    read = [("--file", args.file), ("--script", args.script), ("--ref", args.ref), *model_inputs(args)]
+    written = [
+        *(("--split", file) for file in (split_files(args, items) if args.split else [])),
+        ("--out", None if args.split else args.out),
+        ("--stream-to", None if args.stream_to == "-" else args.stream_to),
+        *((f"--{kind}", getattr(args, kind)) for kind in subtitles.SUBTITLES),
+    ]
+    check_overwrites(read, written)
+    for kind in subtitles.SUBTITLES:
+        path = getattr(args, kind)
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise CSMError(f"{path}: cannot be written: it is a folder, or is in none")
 
 
-def open_outputs(args: argparse.Namespace, stack: ExitStack) -> list[Sink]:
+def open_outputs(args: argparse.Namespace, items: list[script.Item], stack: ExitStack) -> list[Sink]:
     """Everything that audio is written to, but the files of --split. Raises before anything is loaded."""
-    check_outputs(args)
+    check_outputs(args, items)
     outputs: list[Sink] = []
     if args.play:
         outputs.append(stack.enter_context(player.Player()))
@@ -346,14 +356,14 @@ def write_audio(
     """Write the whole narration to the outputs, and with --split each entry to a file. Returns the samples."""
     num_samples = 0
     groups = script.entries(narration.items) if args.split else [list(narration.items)]
+    files = split_files(args, list(narration.items)) if args.split else [None]
     if args.split:
         args.out.mkdir(exist_ok=True)
-    for number, items in enumerate(groups, start=1):
+    for path, items in zip(files, groups, strict=True):
         with ExitStack() as stack:
             sinks = list(outputs)
-            if args.split:
-                speaker = next(item.speaker for item in items if isinstance(item, script.Line))
-                file = stack.enter_context(audio_file.open_writer(args.out / f"{number:04}-{speaker}.{args.split}"))
+            if path is not None:
+                file = stack.enter_context(audio_file.open_writer(path))
                 for sink in (own := watermark.marked(stack, [file], mark)):
                     sink.begin(narration.sample_rate)
                 sinks += own
@@ -372,7 +382,7 @@ def generate(args: argparse.Namespace) -> str:
     SamplingParams(**{name: value for name, value in given.items() if value is not None})  # checked before loading
     Guards.without(*args.no_guards)
     with ExitStack() as stack:
-        outputs = open_outputs(args, stack)
+        outputs = open_outputs(args, items, stack)
         mark = open_watermark(args)
         generator = load(args)
         progress, meter = Progress(generator.sample_rate, args.quiet), metrics.Meter()

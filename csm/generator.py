@@ -135,6 +135,10 @@ class Generator:
         return self.model.device
 
     @property
+    def tokenizer(self) -> TextTokenizer:
+        return self._tokenizer
+
+    @property
     def codec(self) -> Codec:
         """The Mimi codec, loaded when audio is first asked for."""
         with self._lock:

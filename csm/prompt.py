@@ -10,6 +10,7 @@ Shapes: T rows or frames, C columns of a row, K codebooks.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import re
 from collections.abc import Sequence
@@ -80,6 +81,14 @@ class TextTokenizer:
         self._begin, self._end = (self._special(path, token, vocab_size) for token in (BEGIN, END))
         self._path, self._vocab_size = path, vocab_size
         self._cached = lru_cache(CACHED_TEXTS)(self._encode)  # each turn of a conversation has all earlier texts
+
+    def fingerprint(self) -> str:
+        """A hash of its files."""
+        digest = hashlib.sha256()
+        for path in (self._path, self._path.with_name(PRONUNCIATION_FILE)):
+            if path.is_file():
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
 
     def _special(self, path: Path, token: str, vocab_size: int) -> int:
         index = self._tokenizer.token_to_id(token)

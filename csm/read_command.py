@@ -34,7 +34,7 @@ from csm.book import (
     plan,
     read_book,
 )
-from csm.command_line import add_guard_options, check_overwrites
+from csm.command_line import add_guard_options, check_overwrites, model_inputs
 from csm.fingerprint import fingerprint
 from csm.formats import import_av
 from csm.generate_command import (
@@ -218,7 +218,8 @@ def check_options(args: argparse.Namespace, book: Book) -> Target:
         for file in target.files
         if getattr(args, kind) is not None
     ]
-    read = {"the book": None if args.book == "-" else args.book, "--script": args.script, "--ref": args.ref}
+    book_file = None if args.book == "-" else args.book
+    read = [("the book", book_file), ("--script", args.script), ("--ref", args.ref), *model_inputs(args)]
     check_overwrites(read, written)
     return target
 

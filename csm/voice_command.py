@@ -73,7 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export.add_argument("--replace", action="store_true", help="replace a file of this name")
     for action in (add, say, export):
         action.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    for action in actions.choices.values():
+    remove.add_argument("--model", help="not used: voices beside a checkpoint are not removed")
+    for action in (add, actions.choices["list"], show, say, export):
         action.add_argument(
             "--model", help="hub name, folder, GGUF file, or tiny: also finds the voices beside this checkpoint"
         )
@@ -196,8 +197,6 @@ def _say(args: argparse.Namespace) -> str:
 
 
 def _remove(args: argparse.Namespace) -> str:
-    check_name(args.name)
-    _folder(args)  # a model that cannot be is an error, although a checkpoint's own voices are not removed
     return f"{remove_voice(args.name)}: removed"
 
 

@@ -207,18 +207,24 @@ def _voice(name: str, metadata: dict[str, str], tensors: dict[str, Tensor]) -> V
 def remove_voice(name: str) -> Path:
     """Delete one of this user's voices; return its file. Raises VoiceError for others."""
     path = voices_folder() / f"{check_name(name)}{SUFFIX}"
+    if path.is_dir():
+        raise VoiceError(f"{path}: is a folder, not a voice's file")
     if not path.is_file():
         raise VoiceError(f"{path}: no such voice of yours; python -m csm voice list shows them")
-    path.unlink()
+    try:
+        path.unlink()
+    except OSError as error:
+        raise VoiceError(f"{path}: cannot be removed: {error.strerror}") from error
     return path
 
 
 def describe(files: dict[str, Path]) -> Iterator[str]:
     """A line for each voice: name, clips, seconds and file.
 
-    Of several files, one that cannot be read is left out, with a warning in the log (on stderr, where no handler is
-    set). Raises VoiceFileError if the only file cannot be read.
+    A file that cannot be read is left out, with a warning in the log (on stderr, where no handler is set). Raises
+    VoiceFileError if none can be read.
     """
+    failed: list[VoiceFileError] = []
     for name, path in files.items():
         if path.suffix == ".wav":
             yield f"{name}: a recording, {path}"
@@ -226,9 +232,11 @@ def describe(files: dict[str, Path]) -> Iterator[str]:
         try:
             voice = load_voice(path)
         except VoiceFileError as error:
-            if len(files) == 1:
-                raise
-            log.warning("skipped: %s", error)
+            failed.append(error)
             continue
         clips = f"{len(voice.texts)} clip{'s' if len(voice.texts) > 1 else ''}"
         yield f"{name}: {clips}, {voice.num_frames * 0.08:.2f} s, speaker {voice.speaker}, {path}"
+    if failed and len(failed) == len(files):
+        raise VoiceFileError("; ".join(map(str, failed)))
+    for failure in failed:
+        log.warning("skipped: %s", failure)

@@ -137,6 +137,27 @@ GENERATE_ROWS = [
             (["--srt", "a.txt", "--vtt", "a.txt"], "--vtt a.txt: would overwrite a file that is written", {}),
             ([*REF, "--out", "ref.wav"], r"--out ref.wav: would overwrite a file that is read \(--ref\)", WAV),
             ([*REF, "--json", "link"], r"--json link: would overwrite .*\(--ref\)", WAV | {"link": link_to("ref.wav")}),
+            (
+                ["--tokenizer", "t.json", "--json", "t.json"],
+                r"--json t.json: would overwrite .*\(--tokenizer\)",
+                {"t.json": text_file("{}")},
+            ),
+            (
+                ["--tokenizer", "t", "--json", "t/tokenizer.json"],
+                r"would overwrite .*\(--tokenizer\)",
+                {"t/tokenizer.json": text_file("{}")},
+            ),
+            (["--model", "m", "--json", "m/config.json"], r"would overwrite .*\(--model\)", {"m": model()}),
+            (
+                ["--model", "m", "--stream-to", "m/model.safetensors"],
+                r"--stream-to m/model.safetensors: would overwrite .*\(--model\)",
+                {"m": model()},
+            ),
+            (
+                ["--codec", "c.bin", "--srt", "c.bin"],
+                r"--srt c.bin: would overwrite .*\(--codec\)",
+                {"c.bin": text_file("")},
+            ),
             (["--stream-to", "no/such/pipe"], "no/such/pipe: cannot be written", {}),
             (["--stream-format", "mp4"], "--stream-format: invalid choice", {}),
             (["--watermark", "sonic"], "--watermark: invalid choice", {}),
@@ -160,6 +181,11 @@ GENERATE_ROWS = [
     *options(
         SCRIPT,
         [
+            (
+                ["--split", "--out", "talk", "--ref", "talk/0001-0.wav", "--ref-text", "La la."],
+                r"--split talk/0001-0.wav: would overwrite a file that is read \(--ref\)",
+                TALK | {"talk/0001-0.wav": recording()},
+            ),
             (["--srt", "talk.txt"], r"--srt talk.txt: would overwrite a file that is read \(--script\)", TALK),
             ([], "talk.txt: cannot be read as text: .*No such file", {}),
             ([], "talk.txt: cannot be read as text: .*Is a directory", {"talk.txt": folder}),
@@ -312,13 +338,28 @@ SHOW_ROWS = [
     (["voice", "show", "nobody"], UNKNOWN, ANNA),
     (["voice", "show", "anna", "bea"], "unrecognized arguments: bea", ANNA),
 ]
+REMOVE = ["voice", "remove"]
+NOT_YOURS = "safetensors: no such voice of yours"
 REMOVE_ROWS = [
-    *((["voice", "remove", name], NAMED, ANNA) for name in NAMES),
-    *models(["voice", "remove", "anna"], ANNA, CHECKPOINTS),
-    (["voice", "remove"], "required: name", ANNA),
-    (["voice", "remove", "nobody"], "no such voice of yours", ANNA),
-    (["voice", "remove", "anna"], "no such voice of yours", {HOME: folder}),
-    (["voice", "remove", "anna", "bea"], "unrecognized arguments: bea", ANNA),
+    *(([*REMOVE, name], re.escape(f"not {name!r}"), ANNA) for name in [*NAMES, "\U00020000" * 64, "caf\udce9", "a\0b"]),
+    ([*REMOVE, "--", "-anna"], "not '-anna'", ANNA),
+    (REMOVE, "required: name", ANNA),
+    ([*REMOVE, "nobody"], f"nobody.{NOT_YOURS}", ANNA),
+    ([*REMOVE, "ANNA"], f"ANNA.{NOT_YOURS}", ANNA),
+    ([*REMOVE, "anna.safetensors"], f"anna.safetensors.{NOT_YOURS}", ANNA),
+    ([*REMOVE, "anna"], "anna.safetensors: is a folder", {HOME: folder}),
+    ([*REMOVE, "anna"], f"home/voices/anna.{NOT_YOURS}", {"home": text_file("")}),
+    ([*REMOVE, "bea", "--model", "m"], f"bea.{NOT_YOURS}", {"m/voices/bea.safetensors": voice_file()}),
+    (
+        [*REMOVE, "conversational_a", "--model", "m"],
+        f"conversational_a.{NOT_YOURS}",
+        {"m/prompts/conversational_a.wav": recording()},
+    ),
+    ([*REMOVE, "anna", "bea"], "unrecognized arguments: bea", ANNA),
+    ([*REMOVE, "anna", "--model"], "--model: expected one argument", ANNA),
+    ([*REMOVE, "anna", "--device", "cpu"], "unrecognized arguments: --device cpu", ANNA),
+    ([*REMOVE, "anna", "--tokenizer", "t.json"], "unrecognized arguments: --tokenizer t.json", ANNA),
+    ([*REMOVE, "anna", "--colour"], "unrecognized arguments: --colour", ANNA),
 ]
 EXPORT = ["voice", "export", "anna", "--out", "x.safetensors"]
 EXPORT_ROWS = [

@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,21 @@ from safetensors.torch import save_file
 from conftest import tensors_of
 from csm import SpeechRequest
 from csm.__main__ import main
-from csm.batch import LineError, Output, check_id, read_lines, seed_of
+from csm.batch import (
+    BatchLine,
+    BatchOptions,
+    LineError,
+    Output,
+    check_id,
+    identified,
+    make_job,
+    read_lines,
+    seed_of,
+)
 from csm.errors import CSMError
 from csm.kernels.native import cache_folder
+from csm.prompt import TextTokenizer
+from csm.pronounce import Pronouncer
 from csm.voices import Voice, save_voice, voices_folder
 from noise import NOISE
 
@@ -62,6 +76,29 @@ def audio_of(out):
 
 def entries_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def key_of(generator, **values):
+    """Of a line, in a run without options."""
+    return make_job(generator, 1, BatchLine("a", "Hi.", **values), identified(BatchOptions(), generator)).key
+
+
+def test_a_key_has_the_checkpoints_defaults_and_its_tokenizer(noisy, monkeypatch, tmp_path):
+    defaults, keys = noisy.defaults, [key_of(noisy)]
+    assert keys[0] == key_of(noisy, temperature=defaults.temperature, top_k=defaults.top_k)
+    for change in ({"temperature": 0.5}, {"top_k": 9}, {"max_audio_length_ms": 240}):
+        with monkeypatch.context() as patch:
+            patch.setattr(noisy, "defaults", replace(defaults, **change))
+            keys.append(key_of(noisy))
+    path = tmp_path / "tokenizer.json"
+    path.write_text((Path(NOISE) / "tokenizer.json").read_text() + "\n")
+    for has_stage in (False, True):
+        if has_stage:
+            Pronouncer({}, dict.fromkeys(string.ascii_lowercase, "ə")).write(tmp_path / "pronunciation.json.gz")
+        with monkeypatch.context() as patch:
+            patch.setattr(noisy, "_tokenizer", TextTokenizer(path, noisy.config.text_vocab_size))
+            keys.append(key_of(noisy))
+    assert len(set(keys)) == 6
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from csm.joins import Level, join, loudness
 from csm.kernels import native
 from csm.metrics import GenerationMetrics
 from csm.script import Line, entries, parse_script
-from csm.text import Pause
+from csm.text import Pause, normalize
 from csm.voices import save_voice, voices_folder
 from csm.weights.recipe.sentences import sentences
 from noise import NOISE
@@ -153,6 +153,14 @@ def test_an_epub_with_navigation(tmp_path):
         spine='<itemref idref="nav"/><itemref idref="a"/><itemref idref="c"/>',
     )
     assert [title for title, _ in chapters(read_book(path))] == ["I", "II"]
+
+
+def test_tags_that_an_epub_shows_are_text(tmp_path):
+    page = "<p>Write <code>&lt;div&gt;</code> or &lt;b class='x'&gt;, if 2 &lt; 3.</p>"
+    (chapter,) = read_book(
+        write_epub(tmp_path / "n.epub", {"OEBPS/text/a b.xhtml": page, "OEBPS/c.xhtml": ""})
+    ).chapters
+    assert normalize(chapter.text) == "Write div or b class 'x', if two is less than three."
 
 
 def test_an_epub_without_contents(tmp_path):

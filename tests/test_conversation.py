@@ -122,6 +122,7 @@ def test_speech_of_twenty_turns_is_that_of_generations_from_scratch(tiny, one_th
         largest, num_codes = max(largest, float(below_TK.max())), num_codes + codes_TK.numel()
         others += int((below_TK > 0).sum())
     assert talk.stats.num_evicted > 0
+    assert equal == 20
     print(
         f"{num_codes} codes of 20 turns, {talk.stats.num_evicted} turns evicted: {equal} turns equal a free generation "
         f"from scratch; teacher-forced, {others} codes are not the first choice, by at most {largest:.1e}"

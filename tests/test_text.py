@@ -216,6 +216,8 @@ It is so[^3]. => It is so.
 *** =>
 <b>Bold</b> text. => Bold text.
 Line<br>break. => Line break.
+Write `<div>` or ``</p>`` here. => Write div or /p here.
+The `tag` <b>is</b> a `word`. => The tag is a word.
 a <b and c> d => A b and c d
 Dear <name>, hello. => Dear name, hello.
 A <div class="x" hidden>box</div> and <input disabled>. => A box and.

@@ -188,7 +188,7 @@ def test_the_life_of_a_voice(capsys, tmp_path):
     assert main(export) == 2
     assert Path("copy.safetensors").read_text() == "something else"
     assert main([*export, "--replace"]) == 0
-    assert main(["voice", "remove", "anna"]) == 0
+    assert main(["voice", "remove", "anna", "--model", "nobody/no-model"]) == 0  # no checkpoint is opened
     assert voice_files() == {}
     assert main(["voice", "add", "bea", "--file", "copy.safetensors"]) == 0
     assert load_voice(find_voice("bea")).consent == "It is a tone."
@@ -210,6 +210,17 @@ def test_a_file_that_is_no_voice_does_not_end_the_list(capsys, monkeypatch):
     assert f"skipped: {voices_folder() / 'bad.safetensors'}: cannot be read as a voice" in line
     assert main(["voice", "show", "bad"]) == 2
     assert "bad.safetensors: cannot be read as a voice" in capsys.readouterr().err
+
+
+def test_a_list_of_files_that_are_no_voices_is_an_error(capsys):
+    voices_folder().mkdir(parents=True)
+    for name in ("bad", "worse"):
+        (voices_folder() / f"{name}.safetensors").write_bytes(b"not a voice")
+    assert main(["voice", "list"]) == 2
+    listed = capsys.readouterr()
+    assert listed.out == "" and len(listed.err.splitlines()) == 1
+    for name in ("bad", "worse"):
+        assert f"{name}.safetensors: cannot be read as a voice" in listed.err
 
 
 @pytest.mark.parametrize("texts", ["not JSON", "[" * 100_000, "[]"])

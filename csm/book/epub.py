@@ -40,6 +40,7 @@ BLOCKS = {
     *("tr", "ul"),
 }
 CELLS = {"td", "th"}
+SHOWN_TAG = re.compile(r"<(/?[a-zA-Z!?][^<>\n]*)>")  # of the text, not markup: without brackets it is not removed
 HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
 
 
@@ -305,7 +306,7 @@ def _chapters(documents: list[tuple[str, list[Block]]], marks: dict[tuple[str, s
                 titles.append(title or block.text[:60])
                 texts.append([])
                 title = None
-            texts[-1].append(block.text)
+            texts[-1].append(SHOWN_TAG.sub(r" \1 ", block.text))
     return [Chapter(title, "\n\n".join(parts)) for title, parts in zip(titles, texts, strict=True)]
 
 

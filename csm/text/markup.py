@@ -60,6 +60,10 @@ def _email(match: re.Match[str]) -> str:
     return f"{' plus '.join(spell_address(part) for part in user.split(' plus '))} at {spell_address(match[2])}"
 
 
+def _code(match: re.Match[str]) -> str:
+    return re.sub(r"<(/?[a-zA-Z!?][^<>]*)>", r" \1 ", match[0])  # a tag that the text shows
+
+
 def _heading(match: re.Match[str]) -> str:
     title = match[1].rstrip(" #")
     return title if title[-1:] in ".!?:" else f"{title}."
@@ -105,6 +109,7 @@ MARKUP_RULES: list[Rule] = [
     (re.compile(r"&lt;(/?[a-zA-Z!?][^&<>\n]*)&gt;"), r" \1 "),  # a tag that the text shows
     (re.compile(r"&(?:#\d+|#x[0-9a-fA-F]+|[a-zA-Z]\w+);"), lambda match: html.unescape(match[0])),
     (re.compile(r"(?s).+"), lambda match: match[0].translate(TYPOGRAPHY)),
+    (re.compile(r"(?<!`)`+[^`\n]+`+"), _code),
     (re.compile(r"^\s*(?:```|~~~).*$", M), ""),
     (re.compile(r"(?s)<!--.*"), _without_comments),
     (re.compile(r"<br\s*/?>", IGNORE_CASE), " "),
