@@ -310,6 +310,7 @@ def test_a_device_without_kernels_gets_dequantised_weights(files, monkeypatch):
         read_gguf(open_checkpoint(files / "q8_0.gguf"), "int8", torch.float32, device=torch.device("mps"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 def test_the_kernels_generate_the_codes_of_a_file(files):
     """int4 blocks, int8 blocks and dense heads in one frame. Also what the self-check of such a model covers."""
