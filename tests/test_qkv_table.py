@@ -195,7 +195,7 @@ def test_without_kernels_there_is_no_table(monkeypatch):
     monkeypatch.setenv("CSM_OPS", "triton")
     model.precompute_depth_qkv()
     assert model.depth_qkv is not None and model.code_qkv(1, 1) is not None
-    enable_kernels(DEVICE, False)
+    enable_kernels(model.device, False)
     try:
         assert model.code_qkv(1, 1) is None
         assert frame_launches(model, 1) == []

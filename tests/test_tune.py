@@ -54,6 +54,7 @@ def test_neighbours_are_one_step_away():
         {**entry, "num_warps": 2},
         {**entry, "num_warps": 8},
         {**entry, "BLOCK_N": 4},
+        {**entry, "num_warps": 8, "BLOCK_N": 4},
     ]
 
 

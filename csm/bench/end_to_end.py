@@ -55,7 +55,8 @@ class BenchGenerator(Generator):
         if self._random_codec is None:
             codec_config = self._setup.codec_config
             with torch.inference_mode(False):  # its buffers are written by later calls, in any mode
-                weights = {n: torch.randn(s) / 50 for n, s in target_shapes(mimi_table(codec_config)).items()}
+                shapes = target_shapes(mimi_table(codec_config))
+                weights = {name: torch.randn(shape, device=self.device) / 50 for name, shape in shapes.items()}
                 self._random_codec = Codec(codec_config, self._setup.config.num_codebooks, weights, self._setup.device)
         return self._random_codec
 

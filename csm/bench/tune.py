@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from csm.bench.model_setup import forced_ops, milliseconds, random_weights
+from csm.bench.model_setup import forced_ops, random_weights
 from csm.bench.report import table
 from csm.config import CSMConfig
 from csm.errors import CSMError
@@ -30,6 +30,7 @@ from csm.model import CSM
 
 POSITION, CONTEXT_BUCKET = 200, 256  # of the backbone's layer
 LEAST_GAIN = 0.005  # of a segment's time: less is noise
+SEGMENT_RUNS, REPLAYS = 8, 20  # a graph of so many segments in a row, as in a frame; and how often it is timed
 # A configuration that needs more registers or shared memory than the GPU has.
 DOES_NOT_FIT: tuple[type[Exception], ...] = (RuntimeError, *COMPILE_ERRORS)
 
@@ -74,14 +75,17 @@ def products(seen: Sequence[Launch]) -> list[Product]:
 
 
 def neighbours(product: Product, entry: Entry) -> Iterator[Entry]:
-    """Entries one step away: half or twice the outputs a program, warps or, on tensor cores, inputs a block."""
+    """Entries one step away: half or twice the outputs a program, warps, both or, on tensor cores, inputs a block."""
     limits = {"num_warps": (1, 16), "BLOCK_N": (16, 128) if product.m else (2, 64)}
     if product.m:
         limits["BLOCK_K"] = (32, 256)
-    for name, (least, most) in limits.items():
-        for value in (entry[name] // 2, entry[name] * 2):
-            if least <= value <= most:
-                yield {**entry, name: value}
+    for names in (("num_warps",), ("BLOCK_N",), ("num_warps", "BLOCK_N"), ("BLOCK_K",)):
+        if not limits.keys() >= set(names):
+            continue
+        for factor in (0.5, 2):
+            changed = {name: int(entry[name] * factor) for name in names}
+            if all(limits[name][0] <= value <= limits[name][1] for name, value in changed.items()):
+                yield {**entry, **changed}
 
 
 def segments(config: CSMConfig, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Step]:
@@ -173,10 +177,22 @@ def tune(
 
 
 def graph_seconds(step: Step, device: torch.device) -> float:
-    """Seconds of a step, captured: the median of several replays."""
-    captured = Graph(step, dict, device)
-    times = [milliseconds(captured.replay, device) for _ in range(12)]
-    return statistics.median(times[2:]) / 1000
+    """Seconds of a step: the median of several replays of a graph with SEGMENT_RUNS steps."""
+
+    def steps() -> None:
+        for _ in range(SEGMENT_RUNS):
+            step()
+
+    captured = Graph(steps, dict, device)
+    times = []
+    for _ in range(REPLAYS):
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started.record()
+        captured.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(started.elapsed_time(ended) / 1000)
+    return statistics.median(times) / SEGMENT_RUNS
 
 
 def tune_report(
