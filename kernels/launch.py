@@ -30,6 +30,7 @@ except ImportError:  # some builds of PyTorch come without Triton; every op then
     triton = tl = gdc_launch_dependents = gdc_wait = num_warps = None
 
 MAX_ROWS = 64  # above this the step is compute-bound rather than bound by reading weights, and cuBLAS is faster
+DEFAULT_STAGES = 3  # blocks that a pipelined loop has in flight: Triton's own default
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PDL_CAPABILITY = (9, 0)  # programmatic dependent launch needs Hopper or later
 PDL_DRIVER = 12030  # CUDA 12.3: the first driver whose graphs keep programmatic dependencies
@@ -60,12 +61,13 @@ def constexpr_function(function: Callable[..., Any]) -> Any:
 
 
 class Launch(NamedTuple):
-    """One recorded launch: the kernel, its grid, its arguments by name, and num_warps."""
+    """One recorded launch: the kernel, its grid, its arguments by name, and Triton's options num_warps and num_stages."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     num_warps: int
+    num_stages: int
 
     @property
     def name(self) -> str:
@@ -142,7 +144,15 @@ def driver_version() -> int:
     return version.value
 
 
-def launch(kernel: Any, grid: Sequence[int], *, num_warps: int = 4, dependent: bool = True, **arguments: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: Sequence[int],
+    *,
+    num_warps: int = 4,
+    num_stages: int = DEFAULT_STAGES,
+    dependent: bool = True,
+    **arguments: Any,
+) -> None:
     """Launch a kernel on the device of its tensors. Every argument is passed by the name of its parameter.
 
     From Hopper on, with a driver of CUDA 12.3 or later, kernels use programmatic dependent launch: a kernel may start
@@ -152,14 +162,15 @@ def launch(kernel: Any, grid: Sequence[int], *, num_warps: int = 4, dependent: b
     is not ``dependent`` starts when all earlier kernels have ended, as PyTorch's do, and releases no other early.
     """
     for recorded in _observers:
-        recorded.append(Launch(kernel, tuple(grid), arguments, num_warps))
+        recorded.append(Launch(kernel, tuple(grid), arguments, num_warps, num_stages))
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type == "meta":
         return
     pdl = dependent and supports_pdl(device) and os.environ.get("CSM_PDL") != "0"
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+    options |= {"launch_pdl": True} if pdl else {}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton uses the current device
-        kernel[tuple(grid)](**arguments, PDL=pdl, num_warps=num_warps, **options)
+        kernel[tuple(grid)](**arguments, PDL=pdl, **options)
 
 
 @contextmanager

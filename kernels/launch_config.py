@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csm.kernels.launch import gpu_arch, power_of_two
+from csm.kernels.launch import DEFAULT_STAGES, gpu_arch, power_of_two
 from csm.kernels.quantized import QuantizedWeight, Weight
 from csm.kernels.quantized_rows import BLOCK, KINDS, PAIR, QuantizedRows
 
@@ -31,10 +31,14 @@ NUM_WEIGHT_TILES = {"norm_swiglu": 2}  # ops whose program reads several rows pe
 
 
 class LaunchConfig(NamedTuple):
-    """``constants`` holds BLOCK_N, BLOCK_K and, for tensor cores, M: the number of rows rounded up."""
+    """``constants`` holds BLOCK_N, BLOCK_K and, for tensor cores, M: the number of rows rounded up.
+
+    ``num_stages``: how many blocks of K the loop of a tensor-core kernel has in flight; the others have no such loop.
+    """
 
     num_warps: int
     constants: dict[str, int]
+    num_stages: int = DEFAULT_STAGES
 
     def num_programs(self, n: int) -> int:
         """Programs for ``n`` outputs."""
@@ -42,7 +46,8 @@ class LaunchConfig(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"num_warps": self.num_warps, **self.constants}
+        pipeline = {"num_stages": self.num_stages} if "M" in self.constants else {}
+        return {"num_warps": self.num_warps, **pipeline, **self.constants}
 
 
 def launch_config(op: str, weight: Weight, num_rows: int) -> LaunchConfig | None:
@@ -75,7 +80,7 @@ def _launch_config(op: str, n: int, k: int, dtype: str, size: int, m: int, gpu: 
     if "fallback" in tuned:
         return None
     constants = {name: tuned.get(name, value) for name, value in rule.constants.items()}
-    return LaunchConfig(tuned.get("num_warps", rule.num_warps), constants)
+    return LaunchConfig(tuned.get("num_warps", rule.num_warps), constants, tuned.get("num_stages", rule.num_stages))
 
 
 @cache

@@ -133,7 +133,7 @@ def kind(launch: Launch) -> tuple[Any, ...]:
     """What a kernel is compiled for: launches of the same kind share their machine code."""
     multiples = tuple(_sixteenfold(value) for value in launch.args)
     types = tuple(signature(launch).items())
-    return launch.name, types, multiples, tuple(launch.constants.items()), launch.num_warps
+    return launch.name, types, multiples, tuple(launch.constants.items()), launch.num_warps, launch.num_stages
 
 
 def signature(launch: Launch) -> dict[str, str]:
@@ -176,7 +176,8 @@ def compile_for(launch: Launch, gpu_arch: int) -> Any:
     types |= dict.fromkeys(constants, "constexpr")
     source = triton.compiler.ASTSource(launch.kernel, types, constants, attributes)
     target = triton.backends.compiler.GPUTarget("cuda", gpu_arch, 32)
-    options = {"num_warps": launch.num_warps, **({"launch_pdl": True} if pdl else {})}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options |= {"launch_pdl": True} if pdl else {}
     return triton.compile(source, target=target, options=options)
 
 

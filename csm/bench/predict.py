@@ -48,7 +48,6 @@ ISSUE_PER_CYCLE = 4  # warp instructions of a multiprocessor
 CYCLES_PER_INSTRUCTION = 4  # of one warp alone: it waits for its own results, 4 cycles in arithmetic
 GRAPH_GAP_US = 1.3  # between two kernels of a graph without dependent launch
 PLAIN_OP_US = 0.7  # of a PyTorch op over a few elements
-PIPELINE_STAGES = 3  # tiles in flight of a product on tensor cores: Triton's default
 RESERVED_SHARED = 1024  # bytes that CUDA takes of a program's shared memory
 
 WEIGHTS = ("weight_ptr", "scale_ptr")  # one tensor if the weight is not quantised
@@ -274,7 +273,7 @@ def launch_work(launch: Launch, compiled: Compiled, cache: L2) -> Work:
         late_bytes=compiled.late_bytes * turns,
         after_wait=compiled.issue_slots * turns,
         triggers_late=compiled.used_before_trigger > 0,
-        round_trips=-(-turns // PIPELINE_STAGES) if launch.name.endswith("_matmul") else 1,
+        round_trips=-(-turns // launch.num_stages) if launch.name.endswith("_matmul") else 1,
         in_l2=hit,
     )
 

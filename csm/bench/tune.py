@@ -75,15 +75,20 @@ def products(seen: Sequence[Launch]) -> list[Product]:
 
 
 def neighbours(product: Product, entry: Entry) -> Iterator[Entry]:
-    """Entries one step away: half or twice the outputs a program, warps, both or, on tensor cores, inputs a block."""
-    limits = {"num_warps": (1, 16), "BLOCK_N": (16, 128) if product.m else (2, 64)}
+    """Entries one step away: half or twice the outputs a program, warps, or both.
+
+    On tensor cores also half or twice the inputs a block, and two blocks in flight more or less.
+    """
+    limits = {"num_warps": (1, 16), "BLOCK_N": (8, 128) if product.m else (2, 64)}
+    steps = [("num_warps",), ("BLOCK_N",), ("num_warps", "BLOCK_N")]
     if product.m:
-        limits["BLOCK_K"] = (32, 256)
-    for names in (("num_warps",), ("BLOCK_N",), ("num_warps", "BLOCK_N"), ("BLOCK_K",)):
-        if not limits.keys() >= set(names):
-            continue
+        limits |= {"BLOCK_K": (32, 256), "num_stages": (3, 9)}
+        steps += [("num_stages",), ("BLOCK_K",)]
+    for names in steps:
         for factor in (0.5, 2):
             changed = {name: int(entry[name] * factor) for name in names}
+            if names == ("num_stages",):
+                changed = {"num_stages": entry["num_stages"] + (2 if factor > 1 else -2)}
             if all(limits[name][0] <= value <= limits[name][1] for name, value in changed.items()):
                 yield {**entry, **changed}
 
