@@ -61,7 +61,7 @@ def constexpr_function(function: Callable[..., Any]) -> Any:
 
 
 class Launch(NamedTuple):
-    """One recorded launch: the kernel, its grid, its arguments by name, and Triton's options num_warps and num_stages."""
+    """One recorded launch: the kernel, its grid, its arguments by name, and Triton's num_warps and num_stages."""
 
     kernel: Any
     grid: tuple[int, ...]

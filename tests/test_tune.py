@@ -124,6 +124,22 @@ def test_when_the_time_is_over_the_best_so_far_stays(noisy):
     assert launch_config.tuned_configs()["cpu"] == {}
 
 
+def test_the_time_can_be_over_between_two_products(noisy):
+    """The product that is not reached keeps its rule, and the result is written all the same."""
+    step = segments(noisy.config, 1, CPU, torch.float32)["depth pass"]
+    with launches() as seen:
+        step()
+
+    def seconds(step, device):
+        tuning_ended[0].deadline = 0.0  # after the first measurement of a candidate
+        return 1.0
+
+    tuning_ended = [Tuning(step, CPU, lambda step, device: 1.0, time.perf_counter() + 60)]
+    tuning_ended[0].seconds = seconds
+    tuning_ended[0].run(products(seen), quiet=True)
+    assert launch_config.tuned_configs()["cpu"] == {}
+
+
 def test_the_fallback_can_win():
     weight = torch.empty(64, 64)
     launch_config.tuned_configs().setdefault("cpu", {})[launch_config.key("linear_add", 64, 64, "float32", 0)] = {

@@ -147,7 +147,7 @@ class Tuning:
             if took < self.best * (1 - LEAST_GAIN):
                 self.best, kept, improved = took, candidate, True
         if kept is None:
-            del self.table[product.key]
+            self.table.pop(product.key, None)
         else:
             self.table[product.key] = kept
         launch_config._launch_config.cache_clear()
