@@ -8,7 +8,7 @@ vocabulary.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from csm.config import CSMConfig, RopeScaling, TransformerConfig
 from csm.kernels import (
     BlockWeights,
     block,
+    blocks,
     can_gather_qkv,
     causal_bias,
     embed_rows,
@@ -99,6 +100,10 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
+    def weights(self) -> BlockWeights:
+        attention, mlp = self.attention, self.mlp
+        return BlockWeights(attention.norm, attention.qkv, attention.output, mlp.norm, mlp.gate_up, mlp.down)
+
     def forward(
         self,
         x_BTD: Tensor,
@@ -108,11 +113,10 @@ class Block(nn.Module):
         meta: AttentionMetadata,
         q_BTHd: Tensor | None = None,
     ) -> Tensor:
-        attention, mlp = self.attention, self.mlp
         return block(
             x_BTD=x_BTD,
-            weights=BlockWeights(attention.norm, attention.qkv, attention.output, mlp.norm, mlp.gate_up, mlp.down),
-            eps=attention.eps,
+            weights=self.weights(),
+            eps=self.attention.eps,
             rope_BTp2=meta.rope_BTp2,
             bias_BTS=meta.bias_BTS,
             k_cache_BGSd=k_BGSd,
@@ -158,10 +162,19 @@ class Transformer(nn.Module):
 
         With ``q_BTHd``, the queries of layer 0, that layer's keys and values are in the cache already.
         """
-        for index, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, cache.k_LBGSd[index], cache.v_LBGSd[index], cache.slot_B1, meta, q_BTHd)
-            q_BTHd = None
-        return x_BTD
+        return blocks(
+            x_BTD=x_BTD,
+            layers=[cast(Block, layer).weights() for layer in self.layers],
+            eps=self.config.norm_eps,
+            rope_BTp2=meta.rope_BTp2,
+            bias_BTS=meta.bias_BTS,
+            k_cache_LBGSd=cache.k_LBGSd,
+            v_cache_LBGSd=cache.v_LBGSd,
+            slot_B1=cache.slot_B1,
+            position_BT=meta.position_BT,
+            context=meta.context,
+            q_BTHd=q_BTHd,
+        )
 
 
 class CSM(nn.Module):

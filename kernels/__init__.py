@@ -10,7 +10,7 @@ N outputs (rows of the weight) and K inputs of a program's weight tile, M rows o
 from csm.kernels.advance_frame import advance_frame
 from csm.kernels.attention import attention, causal_bias
 from csm.kernels.attention_linear_add import attention_linear_add
-from csm.kernels.block import BlockWeights, block
+from csm.kernels.block import BlockWeights, block, blocks
 from csm.kernels.embed_rows import embed_rows
 from csm.kernels.launch import use_kernels
 from csm.kernels.linear_add import linear_add
@@ -27,6 +27,7 @@ __all__ = [
     "attention",
     "attention_linear_add",
     "block",
+    "blocks",
     "can_gather_qkv",
     "causal_bias",
     "draw_noise",

@@ -9,7 +9,7 @@ from test_kernels import TOLERANCE, close, normed, randn
 from csm.kernels import (
     BlockWeights,
     attention_linear_add,
-    block,
+    blocks,
     draw_noise,
     linear_add,
     native,
@@ -177,10 +177,13 @@ class TestCacheOps:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (3, 1), (2, 3)])
-def test_block_is_its_ops(dtype, bits, batch, rows, monkeypatch):
-    run = whole_block(dtype, bits, batch, rows)
+def test_blocks_are_their_ops(dtype, bits, batch, rows, monkeypatch):
+    run = whole_blocks(dtype, bits, batch, rows)
+    native_blocks, calls = ops.blocks, []
+    monkeypatch.setattr(ops, "blocks", lambda *args: calls.append(args) or native_blocks(*args))
     whole = run()
-    monkeypatch.setattr(ops, "use_native_block", lambda *_: False)
+    assert len(calls) == 1
+    monkeypatch.setattr(ops, "use_native_blocks", lambda *_: False)
     for actual, expected in zip(whole, run(), strict=True):
         assert torch.equal(actual, expected)
 
@@ -188,8 +191,8 @@ def test_block_is_its_ops(dtype, bits, batch, rows, monkeypatch):
 SMALL_BLOCK, LARGE_BLOCK = (6, 2, 8, 48, 80, 20), (8, 4, 32, 576, 640, 300)  # H, G, d, dim, hidden, context
 
 
-def whole_block(dtype, bits, batch, rows, size=SMALL_BLOCK):
-    """A function that runs a block: its output, and its keys and values."""
+def whole_blocks(dtype, bits, batch, rows, size=SMALL_BLOCK, layers=3):
+    """A function that runs blocks of equal weights: their output, and their keys and values."""
     H, G, d, dim, hidden, context = size
     shapes = (((H + 2 * G) * d, dim), (dim, H * d), (2 * hidden, dim), (dim, hidden))
     weights = [randn(*shape, dtype=dtype, seed=i) / math.sqrt(shape[1]) for i, shape in enumerate(shapes)]
@@ -205,9 +208,10 @@ def whole_block(dtype, bits, batch, rows, size=SMALL_BLOCK):
     slots = torch.arange(batch)[:, None]
 
     def run():
-        k, v = (randn(batch, G, context, d, dtype=dtype, seed=i) for i in range(2))
+        k, v = (randn(layers, batch, G, context, d, dtype=dtype, seed=i) for i in range(2))
         parts = BlockWeights(norms[0], qkv, output, norms[1], gate_up, down)
-        return block(x, parts, 1e-5, rope, bias, k, v, slots, position), k, v
+        with torch.no_grad():
+            return blocks(x, [parts] * layers, 1e-5, rope, bias, k, v, slots, position), k, v
 
     return run
 
@@ -238,7 +242,7 @@ def test_a_block_does_not_depend_on_the_number_of_threads(kind, batch, rows, wit
     """
     bits = int(kind[3:]) if kind.startswith("int") else None
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
-    first, *others = with_threads(whole_block(dtype, bits, batch, rows, LARGE_BLOCK))
+    first, *others = with_threads(whole_blocks(dtype, bits, batch, rows, LARGE_BLOCK))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 

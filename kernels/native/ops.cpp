@@ -267,6 +267,34 @@ void block(const T* x, int64_t x_stride, int64_t rows, const Block& w, const Cac
     linear_add<T>(hidden.data(), w.down.k, rows, w.down, h.data(), dim, out, threads);
 }
 
+// A block's weights, from Python: two norms, and kind, address, outputs and inputs of each of four weights.
+constexpr int64_t BLOCK_VALUES = 2 + 4 * 4;
+
+Block read_block(const int64_t* values, float eps) {
+    Weight weights[4];
+    for (int i = 0; i < 4; i++) {
+        const int64_t* w = values + 2 + 4 * i;
+        weights[i] = {Kind(w[0]), reinterpret_cast<const void*>(w[1]), w[2], w[3]};
+    }
+    const auto norm = [&](int i) { return reinterpret_cast<const void*>(values[i]); };
+    return {norm(0), norm(1), eps, weights[0], weights[1], weights[2], weights[3]};
+}
+
+// The blocks of a transformer; each has its own part of the caches.
+template <class T>
+void blocks(const T* x, int64_t x_stride, int64_t rows, int64_t num_layers, const int64_t* layers, float eps,
+            const Cache& cache, const float* rope, T* keys, T* values, int64_t layer_stride, T* out, int64_t threads) {
+    static thread_local std::vector<T> states;
+    for (int64_t i = 0; i < num_layers; i++, keys += layer_stride, values += layer_stride) {
+        const Block w = read_block(layers + i * BLOCK_VALUES, eps);
+        const int64_t dim = w.output.n;
+        states.resize(2 * rows * dim);
+        T* to = i + 1 == num_layers ? out : states.data() + i % 2 * rows * dim;
+        block(x, x_stride, rows, w, cache, rope, keys, values, to, threads);
+        x = to, x_stride = dim;
+    }
+}
+
 }  // namespace
 }  // namespace csm
 
@@ -332,24 +360,14 @@ void csm_attention_linear_add(int64_t dtype, const void* q, int64_t rows, int64_
                                             weight, CSM_IN(T, residual), residual_stride, CSM_OUT(T, out), threads))
 }
 
-void csm_block(int64_t dtype, const void* x, int64_t x_stride, int64_t rows, const void* attention_norm,
-               const void* mlp_norm, float eps, int64_t qkv_kind, const void* qkv, int64_t qkv_n, int64_t dim,
-               int64_t output_kind, const void* output, int64_t output_n, int64_t queries, int64_t gate_up_kind,
-               const void* gate_up, int64_t gate_up_n, int64_t gate_up_k, int64_t down_kind, const void* down,
-               int64_t down_n, int64_t hidden, const float* rope, const int64_t* slots, const int64_t* positions,
-               int64_t position_stride, int64_t rows_per_slot, void* keys, void* values, int64_t slot_stride,
-               int64_t head_stride, int64_t num_heads, int64_t head_dim, void* out, int64_t threads) {
+void csm_blocks(int64_t dtype, const void* x, int64_t x_stride, int64_t rows, int64_t num_layers, const int64_t* layers,
+                float eps, const float* rope, const int64_t* slots, const int64_t* positions, int64_t position_stride,
+                int64_t rows_per_slot, void* keys, void* values, int64_t layer_stride, int64_t slot_stride,
+                int64_t head_stride, int64_t num_heads, int64_t head_dim, void* out, int64_t threads) {
     const Cache cache{slots,       positions,   position_stride, rows_per_slot,
                       slot_stride, head_stride, num_heads,       head_dim};
-    const csm::Block w{attention_norm,
-                       mlp_norm,
-                       eps,
-                       {Kind(qkv_kind), qkv, qkv_n, dim},
-                       {Kind(output_kind), output, output_n, queries},
-                       {Kind(gate_up_kind), gate_up, gate_up_n, gate_up_k},
-                       {Kind(down_kind), down, down_n, hidden}};
-    CSM_FOR_DTYPE(csm::block(CSM_IN(T, x), x_stride, rows, w, cache, rope, CSM_OUT(T, keys), CSM_OUT(T, values),
-                             CSM_OUT(T, out), threads))
+    CSM_FOR_DTYPE(csm::blocks(CSM_IN(T, x), x_stride, rows, num_layers, layers, eps, cache, rope, CSM_OUT(T, keys),
+                              CSM_OUT(T, values), layer_stride, CSM_OUT(T, out), threads))
 }
 
 void csm_sample(int64_t dtype, const void* logits, int64_t stride, int64_t slots, int64_t size, const int64_t* seeds,

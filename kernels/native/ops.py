@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from array import array
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -40,9 +41,9 @@ _ARGUMENTS: dict[str, list[Any]] = {
         *(_INT, _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
         *(_INT, _INT, _INT, _INT, *_WEIGHT, *_RESIDUAL, *_OUT),
     ],
-    "csm_block": [
-        *(*_ROWS, _POINTER, _POINTER, _FLOAT, *_WEIGHT, *_WEIGHT, *_WEIGHT, *_WEIGHT, _POINTER, _POINTER, _POINTER),
-        *(_INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _INT, *_OUT),
+    "csm_blocks": [
+        *(*_ROWS, _INT, _POINTER, _FLOAT, _POINTER, _POINTER, _POINTER, _INT, _INT),
+        *(_POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, *_OUT),
     ],
     "csm_sample": [*_ROWS, _INT, *[_POINTER] * 4, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER],
     "csm_quantize": [_INT, _POINTER, _INT, _INT, _POINTER, _INT, _FLOAT, _FLOAT, _POINTER, _INT, *_OUT],
@@ -89,13 +90,12 @@ def use_native_sampling(like: Weight) -> bool:
     return like.device.type == "cpu" and like.dtype in DTYPES and not os.environ.get("CSM_OPS") and _ops() is not None
 
 
-def use_native_block(x: Tensor, num_rows: int, weights: BlockWeights) -> bool:
-    """Whether a whole block runs natively, in one call."""
-    return (
-        num_rows <= MAX_ROWS
-        and use_native(x, num_rows, weights.qkv_ED)
-        and all(type(weight) is type(weights.qkv_ED) for weight in (weights.output_DE, weights.gate_up_2FD))
-    )
+def use_native_blocks(x: Tensor, num_rows: int, layers: Sequence[BlockWeights]) -> bool:
+    """Whether a transformer's blocks run natively, in one call."""
+    if num_rows > MAX_ROWS or torch.is_grad_enabled() or not use_native(x, num_rows, layers[0].qkv_ED):
+        return False
+    kind = type(layers[0].qkv_ED)
+    return all(type(w.qkv_ED) is type(w.output_DE) is type(w.gate_up_2FD) is type(w.down_DF) is kind for w in layers)
 
 
 def _rows(x_BTD: Tensor) -> tuple[int, int, int, int]:
@@ -194,26 +194,28 @@ def attention_linear_add(
     return out_BTD
 
 
-def block(
+def blocks(
     x_BTD: Tensor,
-    weights: BlockWeights,
+    layers: Sequence[BlockWeights],
     eps: float,
     rope_BTp2: Tensor,
-    k_cache_BGSd: Tensor,
-    v_cache_BGSd: Tensor,
+    k_cache_LBGSd: Tensor,
+    v_cache_LBGSd: Tensor,
     slot_B1: Tensor,
     position_BT: Tensor,
 ) -> Tensor:
-    """``csm.kernels.block``."""
-    (_, T, _), (_, G, _, d) = x_BTD.shape, k_cache_BGSd.shape
+    """``csm.kernels.blocks``."""
+    (_, T, _), (_, _, G, _, d) = x_BTD.shape, k_cache_LBGSd.shape
     out_BTD = x_BTD.new_empty(x_BTD.shape)
-    norms = (weights.attention_norm_D.data_ptr(), weights.mlp_norm_D.data_ptr(), eps)
-    attention = (*_weight(weights.qkv_ED), *_weight(weights.output_DE))
-    mlp = (*_weight(weights.gate_up_2FD), *_weight(weights.down_DF))
+    values: list[int] = []
+    for norm_D, qkv_ED, output_DE, mlp_norm_D, gate_up_2FD, down_DF in layers:
+        values += norm_D.data_ptr(), mlp_norm_D.data_ptr(), *_weight(qkv_ED), *_weight(output_DE)
+        values += (*_weight(gate_up_2FD), *_weight(down_DF))
+    table = array("q", values)
+    weights = (len(layers), table.buffer_info()[0], eps)
     where = (rope_BTp2.data_ptr(), slot_B1.data_ptr(), position_BT.data_ptr(), position_BT.stride(0), T)
-    cache = (k_cache_BGSd.data_ptr(), v_cache_BGSd.data_ptr(), *k_cache_BGSd.stride()[:2], G, d)
-    out = (out_BTD.data_ptr(), torch.get_num_threads())
-    _ops().csm_block(*_rows(x_BTD), *norms, *attention, *mlp, *where, *cache, *out)
+    cache = (k_cache_LBGSd.data_ptr(), v_cache_LBGSd.data_ptr(), *k_cache_LBGSd.stride()[:3], G, d)
+    _ops().csm_blocks(*_rows(x_BTD), *weights, *where, *cache, out_BTD.data_ptr(), torch.get_num_threads())
     return out_BTD
 
 
