@@ -1,6 +1,7 @@
 """The native ops against the references' formulas in float64, over kinds of weights, odd sizes and numbers of rows."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ class TestCacheOps:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bits", [None, 8, 4, "both"])
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (3, 1), (2, 3)])
 def test_blocks_are_their_ops(dtype, bits, batch, rows, monkeypatch):
     run = whole_blocks(dtype, bits, batch, rows)
@@ -192,12 +193,21 @@ SMALL_BLOCK, LARGE_BLOCK = (6, 2, 8, 48, 80, 20), (8, 4, 32, 576, 640, 300)  # H
 
 
 def whole_blocks(dtype, bits, batch, rows, size=SMALL_BLOCK, layers=3):
-    """A function that runs blocks of equal weights: their output, and their keys and values."""
+    """A function that runs blocks over a part of larger caches: their output, and their keys and values."""
     H, G, d, dim, hidden, context = size
     shapes = (((H + 2 * G) * d, dim), (dim, H * d), (2 * hidden, dim), (dim, hidden))
-    weights = [randn(*shape, dtype=dtype, seed=i) / math.sqrt(shape[1]) for i, shape in enumerate(shapes)]
-    qkv, output, gate_up, down = (w if bits is None else quantized(w, bits, dtype) for w in weights)
-    norms = [1 + randn(dim, dtype=dtype, seed=i) / 4 for i in range(2)]
+
+    def layer(number):
+        """Weights of its own; of two kinds of quantised weights every other layer has the other."""
+        weights = [
+            randn(*shape, dtype=dtype, seed=10 * number + i) / math.sqrt(shape[1]) for i, shape in enumerate(shapes)
+        ]
+        own = bits if bits != "both" else (8, 4)[number % 2]
+        qkv, output, gate_up, down = (w if own is None else quantized(w, own, dtype) for w in weights)
+        norms = [1 + randn(dim, dtype=dtype, seed=10 * number + i) / 4 for i in range(2)]
+        return BlockWeights(norms[0], qkv, output, norms[1], gate_up, down)
+
+    parts = [layer(number) for number in range(layers)]
     x = randn(batch, 2 * rows, dim, dtype=dtype)[:, ::2]  # rows that are not contiguous
     x = x if batch == 1 else x.contiguous()
     position = (torch.arange(rows) + torch.arange(batch)[:, None] + context - 15).contiguous()
@@ -208,12 +218,48 @@ def whole_blocks(dtype, bits, batch, rows, size=SMALL_BLOCK, layers=3):
     slots = torch.arange(batch)[:, None]
 
     def run():
-        k, v = (randn(layers, batch, G, context, d, dtype=dtype, seed=i) for i in range(2))
-        parts = BlockWeights(norms[0], qkv, output, norms[1], gate_up, down)
+        k, v = (randn(layers + 1, batch + 1, G, context, d, dtype=dtype, seed=i)[1:, 1:] for i in range(2))
         with torch.no_grad():
-            return blocks(x, [parts] * layers, 1e-5, rope, bias, k, v, slots, position), k, v
+            return blocks(x, parts, 1e-5, rope, bias, k, v, slots, position), k, v
 
     return run
+
+
+@pytest.mark.parametrize("name", BlockWeights._fields)
+@pytest.mark.parametrize("spoil", [lambda w: w.repeat_interleave(2, -1)[..., ::2], torch.Tensor.double])
+def test_blocks_that_cannot_be_read_are_not(spoil, name):
+    """A weight or a norm that is strided or of another dtype, in a later layer than the first."""
+    shapes = ((16,), (24, 16), (16, 16), (16,), (8, 16), (16, 4))
+    x, *weights = (randn(*shape, dtype=torch.float32) for shape in ((1, 1, 16), *shapes))
+    layer = BlockWeights(*weights)
+    spoilt = layer._replace(**{name: spoil(getattr(layer, name))})
+    with torch.no_grad():
+        assert ops.use_native_blocks(x, 1, [layer, layer])
+        assert not ops.use_native_blocks(x, 1, [layer, spoilt])
+
+
+def test_blocks_of_several_callers_are_those_of_one():
+    """Where the threads are taken by another caller, a caller computes alone: the same bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = [whole_blocks(torch.float32, None, 1, rows, layers=2) for rows in (6, 7, 8)]
+        expected, different = [run() for run in runs], []
+
+        def call(number):
+            torch.set_num_threads(2)
+            for _ in range(400):
+                got = runs[number]()
+                different.extend(number for a, b in zip(got, expected[number], strict=True) if not torch.equal(a, b))
+
+        callers = [threading.Thread(target=call, args=(number,)) for number in range(3)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        assert different == []
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture

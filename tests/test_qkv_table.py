@@ -200,7 +200,7 @@ def test_without_kernels_there_is_no_table(monkeypatch):
         assert model.code_qkv(1, 1) is None
         assert frame_launches(model, 1) == []
     finally:
-        enable_kernels(DEVICE, True)
+        enable_kernels(model.device, True)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="weights that are packed for a CPU")

@@ -1,5 +1,6 @@
 """Tuning: the products of a frame, the candidates, and the entry that is kept. Timings come from the test."""
 
+import json
 import time
 
 import pytest
@@ -138,6 +139,37 @@ def test_the_time_can_be_over_between_two_products(noisy):
     tuning_ended[0].seconds = seconds
     tuning_ended[0].run(products(seen), quiet=True)
     assert launch_config.tuned_configs()["cpu"] == {}
+
+
+def test_a_fallback_has_to_win_again(noisy):
+    """It launches no kernel, so it is found with an empty table; other entries stay."""
+    step = segments(noisy.config, 1, CPU, torch.float32)["depth pass"]
+    first, second, *_ = tune.products_by_rule(step, CPU)
+    entry = {**second.by_rule, "num_warps": 1}
+    launch_config.tuned_configs()["cpu"].update({first.key: {"fallback": 1}, second.key: entry, "another": {"x": 1}})
+    assert [product.key for product in tune.products_by_rule(step, CPU)][:2] == [first.key, second.key]
+    assert launch_config.tuned_configs()["cpu"] == {second.key: entry, "another": {"x": 1}}
+
+
+def test_an_entry_may_leave_out_what_the_rule_has(noisy):
+    """As the entries of earlier versions, which have no num_stages."""
+    product = products_of(CSM_1B, 32)[0]
+    tuning = Tuning(lambda: None, CPU, lambda step, device: 1.0, time.perf_counter() + 60)
+    tuning.table[product.key] = {"num_warps": 8}
+    assert not tuning.improve(product)
+    assert tuning.table[product.key] == {"num_warps": 8}
+    assert {"num_stages": 5}.items() <= list(neighbours(product, product.by_rule))[-3].items()
+
+
+@pytest.mark.parametrize("gpu", sorted(json.loads(launch_config.TABLE.read_text())))
+def test_every_entry_of_the_table_is_a_configuration(gpu):
+    for key, entry in json.loads(launch_config.TABLE.read_text())[gpu].items():
+        op, shape, dtype, *way = key.split(" ")
+        n, k = map(int, shape.split("x"))
+        m = int(way[1]) if way[0] == "matmul" else 0
+        assert key == launch_config.key(op, n, k, dtype, m)
+        config = launch_config._launch_config(op, n, k, dtype, getattr(torch, dtype).itemsize, m, gpu)
+        assert config is None if entry == {"fallback": 1} else config.options.items() >= entry.items()
 
 
 def test_the_fallback_can_win():

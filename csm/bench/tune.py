@@ -34,6 +34,8 @@ SEGMENT_RUNS, REPLAYS = 8, 20  # a graph of so many segments in a row, as in a f
 # A configuration that needs more registers or shared memory than the GPU has.
 DOES_NOT_FIT: tuple[type[Exception], ...] = (RuntimeError, *COMPILE_ERRORS)
 
+FALLBACK = {"fallback": 1}
+
 Step = Callable[[], None]
 Timer = Callable[[Step, torch.device], float]  # seconds of a step
 Entry = dict[str, int]
@@ -116,6 +118,23 @@ def segments(config: CSMConfig, batch: int, device: torch.device, dtype: torch.d
     return {"depth pass": depth_pass, "backbone layer": backbone_layer}
 
 
+def products_by_rule(step: Step, device: torch.device) -> list[Product]:
+    """The products of a step without its entries in the table: one that falls back to PyTorch launches nothing.
+
+    A fallback is removed from the table, so that it has to win again.
+    """
+    table = launch_config.tuned_configs().setdefault(gpu_arch(device), {})
+    kept = dict(table)
+    table.clear()
+    launch_config._launch_config.cache_clear()
+    with launches() as seen:
+        step()
+    found = products(seen)
+    table.update({key: entry for key, entry in kept.items() if entry != FALLBACK or key not in {p.key for p in found}})
+    launch_config._launch_config.cache_clear()
+    return found
+
+
 class Tuning:
     """Coordinate descent over the entries of one segment's products. The table in memory always holds the best."""
 
@@ -135,11 +154,11 @@ class Tuning:
     def improve(self, product: Product) -> bool:
         """Try the neighbours of one product's entry, and keep the best. Whether it is better than before."""
         kept = self.table.get(product.key)
-        entry = dict(kept or product.by_rule)
+        entry = {**product.by_rule, **(kept or {})}
         if "fallback" in entry:
             return False
         improved = False
-        for candidate in [*neighbours(product, entry), {"fallback": 1}]:
+        for candidate in [*neighbours(product, entry), FALLBACK]:
             if time.perf_counter() > self.deadline:
                 break
             self.table[product.key] = candidate
@@ -168,9 +187,7 @@ def tune(
     rows = []
     with torch.inference_mode(), forced_ops("triton"):
         for name, step in segments(config, batch, device, dtype).items():
-            with launches() as seen:
-                step()
-            wanted = products(seen)
+            wanted = products_by_rule(step, device)
             tuning = Tuning(step, device, seconds, time.perf_counter() + budget / 2)
             tuning.run(wanted, quiet)
             for product in wanted:

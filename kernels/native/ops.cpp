@@ -22,7 +22,7 @@ void parallel(int64_t threads, int64_t n, const F& f) {
     if (threads > 1 && n > 1)
         Pool::instance().run(threads, n, 1, f);
     else if (n > 0)
-        f(0, n);
+        apply(f, 0, n);
 }
 
 // Buffers of the calling thread: they grow to the largest call and stay.
@@ -285,10 +285,10 @@ template <class T>
 void blocks(const T* x, int64_t x_stride, int64_t rows, int64_t num_layers, const int64_t* layers, float eps,
             const Cache& cache, const float* rope, T* keys, T* values, int64_t layer_stride, T* out, int64_t threads) {
     static thread_local std::vector<T> states;
+    const int64_t dim = read_block(layers, eps).output.n;
+    states.resize(2 * rows * dim);
     for (int64_t i = 0; i < num_layers; i++, keys += layer_stride, values += layer_stride) {
         const Block w = read_block(layers + i * BLOCK_VALUES, eps);
-        const int64_t dim = w.output.n;
-        states.resize(2 * rows * dim);
         T* to = i + 1 == num_layers ? out : states.data() + i % 2 * rows * dim;
         block(x, x_stride, rows, w, cache, rope, keys, values, to, threads);
         x = to, x_stride = dim;

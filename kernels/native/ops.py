@@ -91,11 +91,17 @@ def use_native_sampling(like: Weight) -> bool:
 
 
 def use_native_blocks(x: Tensor, num_rows: int, layers: Sequence[BlockWeights]) -> bool:
-    """Whether a transformer's blocks run natively, in one call."""
+    """Whether a transformer's blocks run natively, in one call. Where gradients are recorded, each op decides."""
     if num_rows > MAX_ROWS or torch.is_grad_enabled() or not use_native(x, num_rows, layers[0].qkv_ED):
         return False
-    kind = type(layers[0].qkv_ED)
-    return all(type(w.qkv_ED) is type(w.output_DE) is type(w.gate_up_2FD) is type(w.down_DF) is kind for w in layers)
+    return all(_readable(weight, x.dtype) for layer in layers for weight in layer)
+
+
+def _readable(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether a weight or a norm is in a layout that native ops read, for inputs of this dtype."""
+    return isinstance(weight, QuantizedWeight) or (
+        isinstance(weight, Tensor) and weight.dtype == dtype and weight.is_contiguous()
+    )
 
 
 def _rows(x_BTD: Tensor) -> tuple[int, int, int, int]:

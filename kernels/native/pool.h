@@ -30,6 +30,18 @@ inline void pause() {
 #endif
 }
 
+// All calls of a piece of work run the same instructions. Inlined in several places, the compiler could fuse its
+// multiplications and additions differently, and a result would depend on who computed it.
+#if defined(_MSC_VER)
+#define CSM_NOINLINE __declspec(noinline)
+#else
+#define CSM_NOINLINE __attribute__((noinline))
+#endif
+template <class F>
+CSM_NOINLINE void apply(const F& f, int64_t first, int64_t last) {
+    f(first, last);
+}
+
 class Pool {
    public:
     // The pool of this process: a child of a fork has none of its parent's threads.
@@ -47,12 +59,12 @@ class Pool {
     void run(int64_t threads, int64_t n, int64_t piece, const F& f) {
         threads = std::min(threads, (n + piece - 1) / piece);
         if (threads <= 1 || !taken_.try_lock()) {
-            if (n > 0) f(0, n);
+            if (n > 0) apply(f, 0, n);
             return;
         }
         std::lock_guard<std::mutex> release(taken_, std::adopt_lock);
         prepare(threads, n, piece);
-        call_ = [](const void* g, int64_t first, int64_t last) { (*static_cast<const F*>(g))(first, last); };
+        call_ = [](const void* g, int64_t first, int64_t last) { apply(*static_cast<const F*>(g), first, last); };
         context_ = &f;
         open_.store(true);
         generation_.fetch_add(1);
