@@ -282,7 +282,7 @@ def missing_arguments(program, words):
 
 
 def test_every_expression_selects_gpu_tests():
-    """The table of what no GPU has confirmed selects tests by name."""
+    """The table of what one GPU has confirmed selects tests by name."""
     page = TEXT["docs/unconfirmed.md"]
     expressions = re.findall(r"\| `([a-z_ ]+)` \|$", page[: page.index("## Speed")], flags=re.MULTILINE)
     names = re.findall(r"^def (test_\w+)", (ROOT / "tests" / "test_cuda.py").read_text(), flags=re.MULTILINE)
