@@ -11,7 +11,7 @@ from torch import Tensor
 
 from csm.audio import read_audio
 from csm.audio_file import open_writer
-from csm.command_line import add_guard_options, add_tokenizer_option
+from csm.command_line import add_guard_options, add_tokenizer_option, check_overwrites
 from csm.errors import CSMError, VoiceError
 from csm.evaluate.listen import Recogniser
 from csm.generator import Generator
@@ -181,7 +181,7 @@ def _show(args: argparse.Namespace) -> str:
 
 def _say(args: argparse.Namespace) -> str:
     guards = Guards.without(*args.no_guards)
-    find_voice(args.name, _folder(args))
+    check_overwrites([("the voice", find_voice(args.name, _folder(args)))], [("--out", args.out)])
     mark = None if args.watermark is None else load_watermark(args.watermark)
     with open_writer(args.out) as writer:
         generator = _load(args)

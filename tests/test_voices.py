@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -138,6 +139,18 @@ def test_voices_beside_the_checkpoint(tmp_path):
     files = voice_files(folder)
     assert list(files) == ["anna", "bea", "read_speech_c"]
     assert files["anna"].parent == voices_folder()  # one's own comes first
+
+
+def test_say_does_not_overwrite_the_prompt_that_it_speaks_in(tmp_path, capsys):
+    folder = shutil.copytree(NOISE, tmp_path / "model")
+    prompt = folder / "prompts" / "read_speech_c.wav"
+    prompt.parent.mkdir()
+    write_recording(prompt)
+    before = prompt.read_bytes()
+    say = ["voice", "say", "read_speech_c", "--text", "Hi.", "--model", str(folder), "--device", "cpu"]
+    assert main([*say, "--out", str(prompt)]) == 2
+    assert "would overwrite a file that is read (the voice)" in capsys.readouterr().err
+    assert prompt.read_bytes() == before
 
 
 def test_sesames_prompts(noisy, tmp_path, monkeypatch):

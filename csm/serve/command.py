@@ -55,8 +55,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
     """The settings. Raises CSMError."""
     try:
         import fastapi  # noqa: F401
-        import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import soundfile  # noqa: F401
         import uvicorn  # noqa: F401
         import websockets  # noqa: F401
