@@ -33,6 +33,9 @@ CONTEXT_SECONDS = 0.32  # audio from before a segment that is marked with it, an
 OVERLAP_SECONDS = 0.02
 PADDING_SECONDS = 0.08  # of silence, since a spectrogram loses part of its last window
 FOUND = 0.5  # confidence from which a mark counts as found
+# Of Perth's mark, which has no setting for it: a whole mark costs a recogniser words, and this much is still found
+# everywhere (docs/watermark.md).
+PERTH_STRENGTH = 0.6
 
 
 class Detection(NamedTuple):
@@ -77,8 +80,9 @@ class Perth:
             self._perth = perth.PerthImplicitWatermarker(device=device)
 
     def mark(self, audio_N: Tensor, sample_rate: int) -> Tensor:
-        """See Method."""
-        return torch.from_numpy(self._perth.apply_watermark(audio_N.numpy(), sample_rate=sample_rate))
+        """See Method. The mark is added at ``PERTH_STRENGTH``."""
+        marked_N = torch.from_numpy(self._perth.apply_watermark(audio_N.numpy(), sample_rate=sample_rate))
+        return torch.lerp(audio_N, marked_N[: audio_N.shape[0]], PERTH_STRENGTH)
 
     def confidence(self, audio_N: Tensor, sample_rate: int) -> float:
         """See Method."""
