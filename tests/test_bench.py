@@ -289,17 +289,17 @@ def test_a_wrong_row_on_a_cpu_is_not_timed(error, choice, reason, capsys, monkey
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_check_of_a_cpu_row_sees_an_op_that_is_wrong_on_single_rows(dtype, monkeypatch):
-    """A block is wrong for one row only, as in all passes of a frame but the first; many rows at once hide that."""
+    """Blocks are wrong for one row only, as in all passes of a frame but the first; many rows at once hide that."""
     model = Generator.from_pretrained("tiny", "cpu", dtype, progress=False).model
     assert cpu_worker.worst_choice(model, 4) <= 0.05
-    right = csm.model.block
+    right = csm.model.blocks
 
     def wrong(**arguments):
         out_BTD = right(**arguments)
         single = arguments["x_BTD"].shape[:2] == (1, 1) and not os.environ.get("CSM_OPS")
         return out_BTD * torch.linspace(0.5, 1.5, out_BTD.shape[-1], dtype=dtype) if single else out_BTD
 
-    monkeypatch.setattr(csm.model, "block", wrong)
+    monkeypatch.setattr(csm.model, "blocks", wrong)
     assert cpu_worker.worst_choice(model, 4) > 1
     assert cpu_worker.logit_error(model, 4) < 0.02
 
