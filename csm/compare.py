@@ -31,6 +31,7 @@ from csm.evaluate.report import summary
 from csm.evaluate.report import table as speech_table
 from csm.generator import Generator
 from csm.kernels.quantized import dense
+from csm.kernels.row_file import gather
 from csm.model import CSM
 from csm.prompt import TextTokenizer, build_prompt, text_rows
 from csm.quantize import quantized_weights
@@ -72,7 +73,7 @@ def teacher_forced_logits(model: CSM, row_NC: Tensor, mask_NC: Tensor, num_frame
     hidden_1ND = model.backbone(x_1ND, cache, model.backbone.attention_metadata(position_1N, num_rows))
     hidden_T1D = hidden_1ND[0, num_rows - num_frames - 1 : -1].unsqueeze(1)  # a row predicts the next one's codes
     code_TK = row_NC[num_rows - num_frames :, :-1]
-    code_embeddings = [F.embedding(code_TK[:, k], model.code_embedding(k)) for k in range(K - 1)]
+    code_embeddings = [gather(code_TK[:, k], model.code_embedding(k)) for k in range(K - 1)]
     x_TKD = torch.stack((model.enter_depth(hidden_T1D).squeeze(1), *code_embeddings), dim=1)
     depth_cache = KVCache.allocate(config.depth_decoder, num_frames, K, device, model.dtype)
     position_TK = torch.arange(K, device=device).repeat(num_frames, 1)

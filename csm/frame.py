@@ -18,7 +18,15 @@ from torch import Tensor
 
 from csm.cache import KVCache
 from csm.config import CSMConfig, TransformerConfig
-from csm.kernels import QKVGather, advance_frame, draw_noise, sample
+from csm.kernels import (
+    DepthWeights,
+    QKVGather,
+    advance_frame,
+    can_draw_depth_codes,
+    depth_codes,
+    draw_noise,
+    sample,
+)
 from csm.kernels.sample import Noise
 from csm.model import CSM
 
@@ -137,39 +145,59 @@ def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = Non
     The step never synchronises with the host, so that it can be captured: positions, frame counters and sampling
     parameters are read, and positions and frame counters advanced, on the device.
     """
-    num_codebooks = model.config.num_codebooks
     noise = _draw_noise(model, state)
-
-    def sample_code(codebook: int, hidden_BTD: Tensor, qkv: QKVGather | None = None) -> Tensor | None:
-        """Sample a code from the last row; return its embedding, (B, depth dim), or None for the last codebook."""
-        logits_BV = model.logits(codebook, hidden_BTD[:, -1:]).squeeze(1)
-        table_VD = model.code_embedding(codebook) if codebook + 1 < num_codebooks else None
-        return sample(logits_BV, codebook, noise, state.codes_BK, table_VD, qkv=qkv)
-
     x_B1D = model.embed_rows(state.pending_row_BC.unsqueeze(1), state.pending_mask_BC.unsqueeze(1))
     meta = model.backbone.attention_metadata(
         state.position_B.unsqueeze(1), context_bucket or state.backbone_cache.max_positions
     )
     hidden_B1D = model.backbone(x_B1D, state.backbone_cache, meta)
     projected_BD = model.enter_depth(hidden_B1D).squeeze(1)
-
-    # Depth positions: 0 reads the backbone's hidden state, i >= 1 reads code i - 1 and predicts code i.
-    depth_meta = model.depth_decoder.attention_metadata(
-        state.depth_position_BK, context_bucket=num_codebooks, max_rows=2
-    )
-    code_BD = sample_code(0, hidden_B1D)
+    code_BD = _sample_code(model, state, noise, 0, hidden_B1D)
     assert code_BD is not None
-    x_BTD = torch.stack((projected_BD, code_BD), dim=1)
-    q_BTHd: Tensor | None = None
+    # Depth positions: 0 reads the backbone's hidden state, i >= 1 reads code i - 1 and predicts code i.
+    _draw_depth_codes(model, state, noise, torch.stack((projected_BD, code_BD), dim=1))
+    _advance(model, state)
+
+
+def _draw_depth_codes(model: CSM, state: FrameState, noise: Noise, x_B2D: Tensor) -> None:
+    """Draw the codes of all codebooks but the first: a pass of the depth decoder for each."""
+    num_codebooks, cache = model.config.num_codebooks, state.depth_cache
+    meta = model.depth_decoder.attention_metadata(state.depth_position_BK, context_bucket=num_codebooks, max_rows=2)
+    weights = _depth_weights(model)
+    if can_draw_depth_codes(x_B2D, weights, noise):
+        where = (cache.k_LBGSd, cache.v_LBGSd, cache.slot_B1, state.depth_position_BK)
+        depth_codes(x_B2D, weights, meta.rope_BTp2, *where, noise, state.codes_BK)
+        return
+    x_BTD, q_BTHd = x_B2D, None
     for codebook in range(1, num_codebooks):
         first = codebook + 1 - x_BTD.shape[1]
-        hidden_BTD = model.depth_decoder(x_BTD, state.depth_cache, depth_meta.rows(first, codebook + 1), q_BTHd)
+        hidden_BTD = model.depth_decoder(x_BTD, cache, meta.rows(first, codebook + 1), q_BTHd)
         qkv = _qkv_gather(model, state, codebook)
-        code_BD = sample_code(codebook, hidden_BTD, qkv)
+        code_BD = _sample_code(model, state, noise, codebook, hidden_BTD, qkv)
         x_BTD = x_BTD if code_BD is None else code_BD.unsqueeze(1)
         q_BTHd = None if qkv is None else qkv.q_B1Hd
 
-    _advance(model, state)
+
+def _depth_weights(model: CSM) -> DepthWeights:
+    """What ``csm.kernels.depth_codes`` reads."""
+    decoder, config = model.depth_decoder, model.config
+    return DepthWeights(
+        layers=decoder.block_weights(),
+        norm_D=decoder.norm,
+        eps=decoder.config.norm_eps,
+        heads=[model.head(codebook) for codebook in range(1, config.num_codebooks)],
+        table_WD=model.depth_embedding,
+        table_step=config.audio_vocab_size,
+    )
+
+
+def _sample_code(
+    model: CSM, state: FrameState, noise: Noise, codebook: int, hidden_BTD: Tensor, qkv: QKVGather | None = None
+) -> Tensor | None:
+    """Sample a code from the last row; return its embedding, (B, depth dim), or None for the last codebook."""
+    logits_BV = model.logits(codebook, hidden_BTD[:, -1:]).squeeze(1)
+    table_VD = model.code_embedding(codebook) if codebook + 1 < model.config.num_codebooks else None
+    return sample(logits_BV, codebook, noise, state.codes_BK, table_VD, qkv=qkv)
 
 
 def _draw_noise(model: CSM, state: FrameState) -> Noise:

@@ -27,6 +27,8 @@ from csm.kernels import (
     tabulate_qkv,
     use_kernels,
 )
+from csm.kernels.quantized import Weight
+from csm.kernels.row_file import Table
 
 
 class AttentionMetadata(NamedTuple):
@@ -144,6 +146,10 @@ class Transformer(nn.Module):
         assert isinstance(block, Block)
         return block.attention
 
+    def block_weights(self) -> list[BlockWeights]:
+        """The weights of all blocks."""
+        return [cast(Block, layer).weights() for layer in self.layers]
+
     def attention_metadata(
         self, position_BT: Tensor, context_bucket: int, max_rows: int | None = None
     ) -> AttentionMetadata:
@@ -164,7 +170,7 @@ class Transformer(nn.Module):
         """
         return blocks(
             x_BTD=x_BTD,
-            layers=[cast(Block, layer).weights() for layer in self.layers],
+            layers=self.block_weights(),
             eps=self.config.norm_eps,
             rope_BTp2=meta.rope_BTp2,
             bias_BTS=meta.bias_BTS,
@@ -185,7 +191,7 @@ class CSM(nn.Module):
     """
 
     offset_K: Tensor
-    depth_embedding: Tensor
+    depth_embedding: Table
     depth_qkv: Tensor | None
 
     def __init__(self, config: CSMConfig, device: torch.device | None = None):
@@ -238,6 +244,7 @@ class CSM(nn.Module):
         decoder, attention = self.depth_decoder, self.depth_decoder.first_attention
         if self.depth_qkv is not None or not can_gather_qkv(attention.qkv, batch=1):
             return
+        assert isinstance(self.depth_embedding, Tensor)
         embedding_KVD = self.depth_embedding.unflatten(0, (-1, self.config.audio_vocab_size))
         self.depth_qkv = tabulate_qkv(
             x_KVD=embedding_KVD[1:, : self.config.codebook_size],
@@ -269,7 +276,7 @@ class CSM(nn.Module):
             row_BTC, mask_BTC, offset_K=self.offset_K, audio_WD=self.audio_embedding, text_VD=self.text_embedding
         )
 
-    def code_embedding(self, codebook: int) -> Tensor:
+    def code_embedding(self, codebook: int) -> Table:
         """Projected embeddings of the codes of one codebook, the depth decoder's input: (V, depth dim)."""
         first = codebook * self.config.audio_vocab_size
         return self.depth_embedding[first : first + self.config.audio_vocab_size]
@@ -284,6 +291,9 @@ class CSM(nn.Module):
         ``hidden_BTD`` comes from the backbone for codebook 0, and from the depth decoder for the others.
         """
         transformer = self.backbone if codebook == 0 else self.depth_decoder
+        return norm_linear(hidden_BTD, transformer.norm, self.head(codebook), transformer.config.norm_eps)
+
+    def head(self, codebook: int) -> Weight:
+        """The weight of the logits of one codebook: (codebook_size, D)."""
         head_VD = self.codebook0_head if codebook == 0 else self.depth_heads[codebook - 1]
-        head_VD = head_VD[: self.config.codebook_size]
-        return norm_linear(hidden_BTD, transformer.norm, head_VD, transformer.config.norm_eps)
+        return head_VD[: self.config.codebook_size]

@@ -148,6 +148,7 @@ def use_rows(model: CSM, device: torch.device) -> None:
         set_weight(model, name, weight.to(device))
     for name, parameter in list(model.named_parameters()):
         set_weight(model, name, nn.Parameter(parameter.to(device), requires_grad=False))
+    assert isinstance(model.depth_embedding, Tensor)
     model.offset_K, model.depth_embedding = model.offset_K.to(device), model.depth_embedding.to(device)
     for stack in (model.backbone, model.depth_decoder):
         stack.rope.rope_Sp2 = stack.rope.rope_Sp2.to(device)
@@ -267,7 +268,7 @@ def weight_bytes(model: CSM) -> dict[str, int]:
     for weight in quantized_weights(model):
         if not isinstance(weight.value, Tensor):
             sizes[weight.value.kind] += weight.value.nbytes
-    for table in (model.text_embedding, model.audio_embedding):
+    for table in (model.text_embedding, model.audio_embedding, model.depth_embedding):
         if isinstance(table, RowFile):
             sizes[str(table.dtype).removeprefix("torch.")] += table.nbytes
     return dict(sizes)

@@ -119,6 +119,7 @@ def save_quantized(
         raise CSMError("a quantised model is for the native ops, which need a C++ compiler: install g++")
     model = read_quantized(checkpoint, scheme, dtype, progress)
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert isinstance(model.depth_embedding, Tensor)
     tensors["depth_embedding"] = model.depth_embedding
     for weight in quantized_weights(model):
         value = weight.value
@@ -218,10 +219,13 @@ def _fill(model: CSM, types: dict[str, str], dtype: torch.dtype, path: Path, row
         value = QuantizedWeight(packed, weight.value.shape, BITS[types[weight.part]], dtype)
         usable: QuantizedWeight | QuantizedRows = value.to_rows() if rows else value
         set_weight(model, weight.name, usable if rows or is_available() else nn.Parameter(value.dequantize(), False))
-    model.depth_embedding = _mapped(path, "depth_embedding")
-    for name in names:
-        stays_in_file = not rows and name in ("text_embedding", "audio_embedding")
-        set_weight(model, name, _row_file(path, name, dtype) if stays_in_file else _parameter(_mapped(path, name)))
+    for name in ("depth_embedding", *names):
+        if not rows and row_file.IS_SUPPORTED and name in ("text_embedding", "audio_embedding", "depth_embedding"):
+            set_weight(model, name, _row_file(path, name, dtype))
+        elif name == "depth_embedding":
+            model.depth_embedding = _mapped(path, name)
+        else:
+            set_weight(model, name, _parameter(_mapped(path, name)))
 
 
 def _mapped(path: Path, name: str) -> Tensor:
@@ -234,10 +238,8 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _row_file(path: Path, name: str, dtype: torch.dtype) -> RowFile | nn.Parameter:
+def _row_file(path: Path, name: str, dtype: torch.dtype) -> RowFile:
     """A table of a safetensors file whose header has been checked, for a gather of few rows."""
-    if not row_file.IS_SUPPORTED:
-        return _parameter(_mapped(path, name))
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(header_size))[name]

@@ -11,6 +11,7 @@ from csm.kernels.advance_frame import advance_frame
 from csm.kernels.attention import attention, causal_bias
 from csm.kernels.attention_linear_add import attention_linear_add
 from csm.kernels.block import BlockWeights, block, blocks
+from csm.kernels.depth_codes import DepthWeights, can_draw_depth_codes, depth_codes
 from csm.kernels.embed_rows import embed_rows
 from csm.kernels.launch import use_kernels
 from csm.kernels.linear_add import linear_add
@@ -22,14 +23,17 @@ from csm.kernels.sample import draw_noise, sample
 
 __all__ = [
     "BlockWeights",
+    "DepthWeights",
     "QKVGather",
     "advance_frame",
     "attention",
     "attention_linear_add",
     "block",
     "blocks",
+    "can_draw_depth_codes",
     "can_gather_qkv",
     "causal_bias",
+    "depth_codes",
     "draw_noise",
     "embed_rows",
     "linear_add",

@@ -6,6 +6,7 @@ A memory map would do the same with less code. But Linux maps whole folios of th
 
 from __future__ import annotations
 
+import copy
 import os
 import weakref
 from collections.abc import Sequence
@@ -18,6 +19,14 @@ from torch import Tensor
 IS_SUPPORTED = hasattr(os, "preadv")
 
 
+class _OpenFile:
+    """A file descriptor, closed with the last table that reads it."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+
 class RowFile:
     """(V, D) of ``dtype``, row by row in a file from byte ``offset`` on, for a gather on the CPU. Thread-safe."""
 
@@ -25,15 +34,32 @@ class RowFile:
         self.shape = torch.Size(shape)
         self.dtype = dtype
         self.device = torch.device("cpu")
+        self.offset = offset
         self._path = path
-        self._offset = offset
-        self._file = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
+        self._opened = _OpenFile(path)
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
         return self.shape.numel() * self.dtype.itemsize
+
+    @property
+    def file(self) -> int:
+        """The descriptor of the open file."""
+        return self._opened.descriptor
+
+    def __getitem__(self, rows: slice) -> RowFile:
+        """A range of the rows, in the same file."""
+        first, stop, step = rows.indices(self.shape[0])
+        assert step == 1 and first <= stop
+        part = copy.copy(self)
+        part.shape = torch.Size((stop - first, self.shape[1]))
+        part.offset = self.offset + first * self.shape[1] * self.dtype.itemsize
+        return part
+
+    def ends_early(self, row: int) -> OSError:
+        """The error to raise where this row, or one after it, cannot be read."""
+        return OSError(f"{self._path}: the file ends before row {row}")
 
     def gather(self, ids: Tensor) -> Tensor:
         """The rows of these ids, of any shape: (*ids.shape, D). Raises IndexError, and OSError if the file shrank."""
@@ -44,8 +70,8 @@ class RowFile:
         bytes_UN = row_UD.view(torch.uint8).numpy()
         num_bytes = bytes_UN.shape[1]
         for row_N, row_id in zip(bytes_UN, unique_U.tolist(), strict=True):
-            if os.preadv(self._file, [row_N], self._offset + row_id * num_bytes) != num_bytes:
-                raise OSError(f"{self._path}: the file ends before row {row_id}")
+            if os.preadv(self.file, [row_N], self.offset + row_id * num_bytes) != num_bytes:
+                raise self.ends_early(row_id)
         return row_UD[index]
 
 

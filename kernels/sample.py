@@ -12,13 +12,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
 from csm.kernels.native import ops as native
 from csm.kernels.qkv_table import QKVGather, gather_qkv, gather_qkv_reference
 from csm.kernels.quantized import Weight
+from csm.kernels.row_file import RowFile, Table, gather
 from csm.kernels.tiles import load_row, release_next_kernel, wait_for_inputs
 
 # Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
@@ -196,7 +196,7 @@ def sample(
     codebook: int,
     noise: Noise,
     codes_BK: Tensor,
-    table_VD: Tensor | None,
+    table_VD: Table | None,
     qkv: QKVGather | None = None,
 ) -> Tensor | None:
     """Draw the code of ``codebook`` for every slot into ``codes_BK[:, codebook]``.
@@ -209,10 +209,12 @@ def sample(
         codes_BK[:, codebook] = code_B
         if qkv is not None:
             gather_qkv_reference(code_B, qkv)
-        return None if table_VD is None else F.embedding(code_B, table_VD)
+        return None if table_VD is None else gather(code_B, table_VD)
     if native.use_native_sampling(logits_BV):
         assert qkv is None, "the native op gathers no q, k and v"
-        return native.sample(logits_BV, codebook, noise[:4], codes_BK, table_VD)
+        native.sample(logits_BV, codebook, noise[:4], codes_BK)
+        return None if table_VD is None else gather(codes_BK[:, codebook], table_VD)
+    assert not isinstance(table_VD, RowFile), "a file's rows are for a CPU"
     return _launch_sample(logits_BV, codebook, noise, codes_BK, table_VD, qkv)
 
 

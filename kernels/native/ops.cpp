@@ -3,6 +3,7 @@
 // x, out, residual, q and the caches are all float32 or all bfloat16 (`dtype`, a Kind); what is between them is float32,
 // rounded where the references in PyTorch round. An output is computed by one thread from beginning to end, in an order
 // that does not depend on the number of threads.
+#include <cerrno>
 #include <cmath>
 
 #include "pool.h"
@@ -23,6 +24,21 @@ void parallel(int64_t threads, int64_t n, const F& f) {
         Pool::instance().run(threads, n, 1, f);
     else if (n > 0)
         apply(f, 0, n);
+}
+
+// Whether `size` bytes of an open file, from byte `offset` on, could be read.
+bool read_file(int64_t file, void* to, int64_t size, int64_t offset) {
+#if defined(__unix__) || defined(__APPLE__)
+    while (size > 0) {
+        const int64_t count = pread(int(file), to, size, offset);
+        if (count < 0 && errno == EINTR) continue;
+        if (count <= 0) return false;
+        to = static_cast<char*>(to) + count, offset += count, size -= count;
+    }
+    return true;
+#else
+    return false;
+#endif
 }
 
 // Buffers of the calling thread: they grow to the largest call and stay.
@@ -124,18 +140,41 @@ void linear_add(const T* x, int64_t x_stride, int64_t rows, const Weight& w, con
     });
 }
 
-// A code of each slot into codes[slot * codes_stride + codebook]; and the row of `table`, if there is one, that it names.
-template <class T>
-void sample(const T* logits, int64_t stride, int64_t slots, int64_t size, const int64_t* seeds, const int64_t* frames,
-            const float* temperatures, const int64_t* top_k, int64_t codebook, int64_t* codes, int64_t codes_stride,
-            const T* table, int64_t dim, T* out) {
-    for (int64_t slot = 0; slot < slots; slot++) {
-        const Draw draw{seeds[slot], frames[slot], codebook, top_k[slot], temperatures[slot]};
-        const int64_t id = sample_id(logits + slot * stride, size, draw);
-        codes[slot * codes_stride + codebook] = id;
-        if (table) std::copy(table + id * dim, table + (id + 1) * dim, out + slot * dim);
+// What a draw needs besides the logits, for each slot.
+struct Draws {
+    const int64_t *seeds, *frames;
+    const float* temperatures;
+    const int64_t* top_k;
+
+    Draw at(int64_t slot, int64_t codebook) const {
+        return {seeds[slot], frames[slot], codebook, top_k[slot], temperatures[slot]};
     }
+};
+
+// A code of each slot into codes[slot * codes_stride + codebook].
+template <class T>
+void sample(const T* logits, int64_t stride, int64_t slots, int64_t size, const Draws& draws, int64_t codebook,
+            int64_t* codes, int64_t codes_stride) {
+    for (int64_t slot = 0; slot < slots; slot++)
+        codes[slot * codes_stride + codebook] = sample_id(logits + slot * stride, size, draws.at(slot, codebook));
 }
+
+// A table of embeddings: rows of `dim` numbers in memory, or in an open file from byte `offset` on.
+template <class T>
+struct Table {
+    const T* rows;
+    int64_t file, offset, dim;
+
+    // Whether the row could be read.
+    bool read(int64_t index, T* to) const {
+        if (rows) {
+            std::copy(rows + index * dim, rows + (index + 1) * dim, to);
+            return true;
+        }
+        const int64_t size = dim * sizeof(T);
+        return read_file(file, to, size, offset + index * size);
+    }
+};
 
 // Where a row's keys and values are: its slot and position, and the strides of the caches (B, G, S, d).
 struct Cache {
@@ -267,32 +306,72 @@ void block(const T* x, int64_t x_stride, int64_t rows, const Block& w, const Cac
     linear_add<T>(hidden.data(), w.down.k, rows, w.down, h.data(), dim, out, threads);
 }
 
-// A block's weights, from Python: two norms, and kind, address, outputs and inputs of each of four weights.
-constexpr int64_t BLOCK_VALUES = 2 + 4 * 4;
+// A weight, from Python: kind, address, outputs and inputs. A block's weights: two norms, then four weights.
+constexpr int64_t WEIGHT_VALUES = 4, BLOCK_VALUES = 2 + 4 * WEIGHT_VALUES;
+
+Weight read_weight(const int64_t* values) {
+    return {Kind(values[0]), reinterpret_cast<const void*>(values[1]), values[2], values[3]};
+}
 
 Block read_block(const int64_t* values, float eps) {
     Weight weights[4];
-    for (int i = 0; i < 4; i++) {
-        const int64_t* w = values + 2 + 4 * i;
-        weights[i] = {Kind(w[0]), reinterpret_cast<const void*>(w[1]), w[2], w[3]};
-    }
+    for (int i = 0; i < 4; i++) weights[i] = read_weight(values + 2 + WEIGHT_VALUES * i);
     const auto norm = [&](int i) { return reinterpret_cast<const void*>(values[i]); };
     return {norm(0), norm(1), eps, weights[0], weights[1], weights[2], weights[3]};
 }
 
 // The blocks of a transformer; each has its own part of the caches.
 template <class T>
-void blocks(const T* x, int64_t x_stride, int64_t rows, int64_t num_layers, const int64_t* layers, float eps,
-            const Cache& cache, const float* rope, T* keys, T* values, int64_t layer_stride, T* out, int64_t threads) {
+struct Layers {
+    int64_t count;
+    const int64_t* weights;
+    float eps;
+    T *keys, *values;
+    int64_t stride;  // of a layer's part of the caches
+};
+
+template <class T>
+void blocks(const T* x, int64_t x_stride, int64_t rows, const Layers<T>& layers, const Cache& cache, const float* rope,
+            T* out, int64_t threads) {
     static thread_local std::vector<T> states;
-    const int64_t dim = read_block(layers, eps).output.n;
+    const int64_t dim = read_block(layers.weights, layers.eps).output.n;
     states.resize(2 * rows * dim);
-    for (int64_t i = 0; i < num_layers; i++, keys += layer_stride, values += layer_stride) {
-        const Block w = read_block(layers + i * BLOCK_VALUES, eps);
-        T* to = i + 1 == num_layers ? out : states.data() + i % 2 * rows * dim;
-        block(x, x_stride, rows, w, cache, rope, keys, values, to, threads);
+    for (int64_t i = 0; i < layers.count; i++) {
+        const Block w = read_block(layers.weights + i * BLOCK_VALUES, layers.eps);
+        T* to = i + 1 == layers.count ? out : states.data() + i % 2 * rows * dim;
+        block(x, x_stride, rows, w, cache, rope, layers.keys + i * layers.stride, layers.values + i * layers.stride, to,
+              threads);
         x = to, x_stride = dim;
     }
+}
+
+// The passes of the depth decoder for one frame: codes 1 to the last one of each slot. The first pass has two rows of
+// each slot, x, at the first two positions; a later one has the embedding of the code before. Returns the row of
+// the table that could not be read, or 0.
+template <class T>
+int64_t depth_codes(const T* x, int64_t slots, int64_t num_codebooks, const Layers<T>& layers, const Cache& cache,
+                    const float* rope, const T* norm, const int64_t* heads, const Table<T>& table, int64_t table_step,
+                    const Draws& draws, int64_t* codes, int64_t codes_stride, int64_t threads) {
+    static thread_local std::vector<T> hidden, logits, embedded;
+    const int64_t dim = table.dim;
+    hidden.resize(2 * slots * dim), embedded.resize(slots * dim);
+    for (int64_t codebook = 1; codebook < num_codebooks; codebook++) {
+        const int64_t rows = codebook == 1 ? 2 : 1, first = codebook + 1 - rows;
+        Cache at = cache;
+        at.positions += first, at.rows_per_slot = rows;
+        blocks<T>(x, dim, slots * rows, layers, at, rope + first * cache.head_dim, hidden.data(), threads);
+        const Weight head = read_weight(heads + (codebook - 1) * WEIGHT_VALUES);
+        logits.resize(slots * head.n);
+        norm_linear<T>(hidden.data() + (rows - 1) * dim, rows * dim, slots, norm, layers.eps, head, logits.data(),
+                       threads);
+        sample<T>(logits.data(), head.n, slots, head.n, draws, codebook, codes, codes_stride);
+        for (int64_t slot = 0; slot < slots && codebook + 1 < num_codebooks; slot++) {
+            const int64_t row = codebook * table_step + codes[slot * codes_stride + codebook];
+            if (!table.read(row, embedded.data() + slot * dim)) return row;
+        }
+        x = embedded.data();
+    }
+    return 0;
 }
 
 }  // namespace
@@ -366,15 +445,34 @@ void csm_blocks(int64_t dtype, const void* x, int64_t x_stride, int64_t rows, in
                 int64_t head_stride, int64_t num_heads, int64_t head_dim, void* out, int64_t threads) {
     const Cache cache{slots,       positions,   position_stride, rows_per_slot,
                       slot_stride, head_stride, num_heads,       head_dim};
-    CSM_FOR_DTYPE(csm::blocks(CSM_IN(T, x), x_stride, rows, num_layers, layers, eps, cache, rope, CSM_OUT(T, keys),
-                              CSM_OUT(T, values), layer_stride, CSM_OUT(T, out), threads))
+    CSM_FOR_DTYPE(csm::blocks<T>(CSM_IN(T, x), x_stride, rows,
+                                 {num_layers, layers, eps, CSM_OUT(T, keys), CSM_OUT(T, values), layer_stride}, cache,
+                                 rope, CSM_OUT(T, out), threads))
 }
 
 void csm_sample(int64_t dtype, const void* logits, int64_t stride, int64_t slots, int64_t size, const int64_t* seeds,
                 const int64_t* frames, const float* temperatures, const int64_t* top_k, int64_t codebook, int64_t* codes,
-                int64_t codes_stride, const void* table, int64_t dim, void* out) {
-    CSM_FOR_DTYPE(csm::sample(CSM_IN(T, logits), stride, slots, size, seeds, frames, temperatures, top_k, codebook,
-                              codes, codes_stride, CSM_IN(T, table), dim, CSM_OUT(T, out)))
+                int64_t codes_stride) {
+    const csm::Draws draws{seeds, frames, temperatures, top_k};
+    CSM_FOR_DTYPE(csm::sample(CSM_IN(T, logits), stride, slots, size, draws, codebook, codes, codes_stride))
+}
+
+// Returns the row of the table that could not be read, or 0.
+int64_t csm_depth_codes(int64_t dtype, const void* x, int64_t slots, int64_t num_codebooks, int64_t num_layers,
+                        const int64_t* layers, float eps, const float* rope, const int64_t* cache_slots,
+                        const int64_t* positions, int64_t position_stride, void* keys, void* values,
+                        int64_t layer_stride, int64_t slot_stride, int64_t head_stride, int64_t num_heads,
+                        int64_t head_dim, const void* norm, const int64_t* heads, const void* table, int64_t file,
+                        int64_t offset, int64_t dim, int64_t table_step, const int64_t* seeds, const int64_t* frames,
+                        const float* temperatures, const int64_t* top_k, int64_t* codes, int64_t codes_stride,
+                        int64_t threads) {
+    const Cache cache{cache_slots, positions,   position_stride, 1,
+                      slot_stride, head_stride, num_heads,       head_dim};
+    const csm::Draws draws{seeds, frames, temperatures, top_k};
+    CSM_FOR_DTYPE(return csm::depth_codes<T>(
+        CSM_IN(T, x), slots, num_codebooks,
+        {num_layers, layers, eps, CSM_OUT(T, keys), CSM_OUT(T, values), layer_stride}, cache, rope, CSM_IN(T, norm),
+        heads, {CSM_IN(T, table), file, offset, dim}, table_step, draws, codes, codes_stride, threads))
 }
 
 void csm_quantize(int64_t dtype, const void* x, int64_t n, int64_t k, const float* importance, int64_t kind,

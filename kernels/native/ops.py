@@ -15,6 +15,7 @@ from torch import Tensor
 from csm.kernels.launch import row_stride
 from csm.kernels.native import library
 from csm.kernels.quantized import LARGEST, LEAST, QuantizedWeight, Weight
+from csm.kernels.row_file import RowFile, Table
 
 if TYPE_CHECKING:
     from csm.kernels.block import BlockWeights
@@ -45,7 +46,12 @@ _ARGUMENTS: dict[str, list[Any]] = {
         *(*_ROWS, _INT, _POINTER, _FLOAT, _POINTER, _POINTER, _POINTER, _INT, _INT),
         *(_POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, *_OUT),
     ],
-    "csm_sample": [*_ROWS, _INT, *[_POINTER] * 4, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER],
+    "csm_sample": [*_ROWS, _INT, *[_POINTER] * 4, _INT, _POINTER, _INT],
+    "csm_depth_codes": [
+        *(_INT, _POINTER, _INT, _INT, _INT, _POINTER, _FLOAT, _POINTER, _POINTER, _POINTER, _INT),
+        *(_POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER, _POINTER),
+        *(_POINTER, _INT, _INT, _INT, _INT, *[_POINTER] * 4, *_OUT, _INT),
+    ],
     "csm_quantize": [_INT, _POINTER, _INT, _INT, _POINTER, _INT, _FLOAT, _FLOAT, _POINTER, _INT, *_OUT],
 }
 
@@ -57,7 +63,7 @@ def _ops() -> Any:
     if ops is not None:
         for name, arguments in _ARGUMENTS.items():
             getattr(ops, name).argtypes = arguments
-            getattr(ops, name).restype = None
+            getattr(ops, name).restype = _INT if name == "csm_depth_codes" else None
         ops.csm_isa.restype = ctypes.c_char_p
     return ops
 
@@ -212,12 +218,7 @@ def blocks(
 ) -> Tensor:
     """``csm.kernels.blocks``."""
     (_, T, _), (_, _, G, _, d) = x_BTD.shape, k_cache_LBGSd.shape
-    out_BTD = x_BTD.new_empty(x_BTD.shape)
-    values: list[int] = []
-    for norm_D, qkv_ED, output_DE, mlp_norm_D, gate_up_2FD, down_DF in layers:
-        values += norm_D.data_ptr(), mlp_norm_D.data_ptr(), *_weight(qkv_ED), *_weight(output_DE)
-        values += (*_weight(gate_up_2FD), *_weight(down_DF))
-    table = array("q", values)
+    out_BTD, table = x_BTD.new_empty(x_BTD.shape), _layers(layers)
     weights = (len(layers), table.buffer_info()[0], eps)
     where = (rope_BTp2.data_ptr(), slot_B1.data_ptr(), position_BT.data_ptr(), position_BT.stride(0), T)
     cache = (k_cache_LBGSd.data_ptr(), v_cache_LBGSd.data_ptr(), *k_cache_LBGSd.stride()[:3], G, d)
@@ -225,19 +226,68 @@ def blocks(
     return out_BTD
 
 
-def sample(
-    logits_BV: Tensor,
-    codebook: int,
-    slots: tuple[Tensor, Tensor, Tensor, Tensor],
-    codes_BK: Tensor,
-    table_VD: Tensor | None,
-) -> Tensor | None:
-    """``csm.kernels.sample``."""
-    (B, V), D = logits_BV.shape, 1 if table_VD is None else table_VD.shape[1]
-    assert logits_BV.stride(1) == 1 and codes_BK.stride(1) == 1 and (table_VD is None or table_VD.is_contiguous())
-    out_BD = None if table_VD is None else table_VD.new_empty(B, D)
+def _layers(layers: Sequence[BlockWeights]) -> array[int]:
+    """What the library needs of the weights of a transformer's blocks: two norms and four weights each."""
+    values: list[int] = []
+    for norm_D, qkv_ED, output_DE, mlp_norm_D, gate_up_2FD, down_DF in layers:
+        values += norm_D.data_ptr(), mlp_norm_D.data_ptr(), *_weight(qkv_ED), *_weight(output_DE)
+        values += (*_weight(gate_up_2FD), *_weight(down_DF))
+    return array("q", values)
+
+
+def sample(logits_BV: Tensor, codebook: int, slots: tuple[Tensor, Tensor, Tensor, Tensor], codes_BK: Tensor) -> None:
+    """``csm.kernels.sample``, without a table."""
+    B, V = logits_BV.shape
+    assert logits_BV.stride(1) == 1 and codes_BK.stride(1) == 1
     logits = (DTYPES[logits_BV.dtype], logits_BV.data_ptr(), logits_BV.stride(0), B, V)
     codes = (codes_BK.data_ptr(), codes_BK.stride(0))
-    table = (None if table_VD is None else table_VD.data_ptr(), D, None if out_BD is None else out_BD.data_ptr())
-    _ops().csm_sample(*logits, *(x.data_ptr() for x in slots), codebook, *codes, *table)
-    return out_BD
+    _ops().csm_sample(*logits, *(x.data_ptr() for x in slots), codebook, *codes)
+
+
+def use_native_depth_codes(
+    x_B2D: Tensor, layers: Sequence[BlockWeights], heads: Sequence[Weight], table_WD: Table
+) -> bool:
+    """Whether all passes of the depth decoder for a frame run natively, in one call."""
+    B, T, _ = x_B2D.shape
+    in_memory = isinstance(table_WD, Tensor) and table_WD.is_contiguous()
+    return (
+        use_native_blocks(x_B2D, B * T, layers)
+        and table_WD.dtype == x_B2D.dtype
+        and (in_memory or isinstance(table_WD, RowFile))
+        and all(_readable(head, x_B2D.dtype) for head in heads)
+    )
+
+
+def depth_codes(
+    x_B2D: Tensor,
+    layers: Sequence[BlockWeights],
+    eps: float,
+    rope_BKp2: Tensor,
+    k_cache_LBGSd: Tensor,
+    v_cache_LBGSd: Tensor,
+    slot_B1: Tensor,
+    position_BK: Tensor,
+    norm_D: Tensor,
+    heads: Sequence[Weight],
+    table_WD: Table,
+    table_step: int,
+    slots: tuple[Tensor, Tensor, Tensor, Tensor],
+    codes_BK: Tensor,
+) -> None:
+    """``csm.kernels.depth_codes``."""
+    (B, _, D), (_, _, G, _, d) = x_B2D.shape, k_cache_LBGSd.shape
+    assert x_B2D.is_contiguous() and codes_BK.stride(1) == 1 and position_BK.stride(1) == 1
+    assert rope_BKp2.is_contiguous() and position_BK.shape[1] == len(heads) + 1 == codes_BK.shape[1]
+    weights, values = _layers(layers), array("q", [value for head in heads for value in _weight(head)])
+    decoder = (len(layers), weights.buffer_info()[0], eps, rope_BKp2.data_ptr(), slot_B1.data_ptr())
+    where = (position_BK.data_ptr(), position_BK.stride(0), k_cache_LBGSd.data_ptr(), v_cache_LBGSd.data_ptr())
+    table = (table_WD.data_ptr(), 0, 0) if isinstance(table_WD, Tensor) else (None, table_WD.file, table_WD.offset)
+    failed: int = _ops().csm_depth_codes(
+        *(DTYPES[x_B2D.dtype], x_B2D.data_ptr(), B, codes_BK.shape[1], *decoder, *where),
+        *(*k_cache_LBGSd.stride()[:3], G, d, norm_D.data_ptr(), values.buffer_info()[0]),
+        *(*table, D, table_step, *(x.data_ptr() for x in slots)),
+        *(codes_BK.data_ptr(), codes_BK.stride(0), torch.get_num_threads()),
+    )
+    if failed:
+        assert isinstance(table_WD, RowFile)
+        raise table_WD.ends_early(failed)
