@@ -148,8 +148,9 @@ def use_rows(model: CSM, device: torch.device) -> None:
         set_weight(model, name, weight.to(device))
     for name, parameter in list(model.named_parameters()):
         set_weight(model, name, nn.Parameter(parameter.to(device), requires_grad=False))
-    assert isinstance(model.depth_embedding, Tensor)
-    model.offset_K, model.depth_embedding = model.offset_K.to(device), model.depth_embedding.to(device)
+    model.offset_K = model.offset_K.to(device)
+    if isinstance(model.depth_embedding, Tensor):  # rows in a file are read on the CPU
+        model.depth_embedding = model.depth_embedding.to(device)
     for stack in (model.backbone, model.depth_decoder):
         stack.rope.rope_Sp2 = stack.rope.rope_Sp2.to(device)
     if device.type == "cuda":
