@@ -221,7 +221,10 @@ def _fill(model: CSM, types: dict[str, str], dtype: torch.dtype, path: Path, row
         set_weight(model, weight.name, usable if rows or is_available() else nn.Parameter(value.dequantize(), False))
     for name in ("depth_embedding", *names):
         if not rows and row_file.IS_SUPPORTED and name in ("text_embedding", "audio_embedding", "depth_embedding"):
-            set_weight(model, name, _row_file(path, name, dtype))
+            table = _row_file(path, name, dtype)
+            set_weight(model, name, table)
+            if name != "text_embedding":  # of which a prompt needs few rows
+                table.read_ahead()
         elif name == "depth_embedding":
             model.depth_embedding = _mapped(path, name)
         else:

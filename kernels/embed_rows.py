@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from csm.kernels.launch import jit, launch, power_of_two, tl, use_kernels
+from csm.kernels.native import ops as native
 from csm.kernels.row_file import RowFile, Table, gather
 from csm.kernels.tiles import release_next_kernel, wait_for_inputs
 
@@ -57,6 +58,10 @@ def embed_row(
 def embed_rows(row_BTC: Tensor, mask_BTC: Tensor, offset_K: Tensor, audio_WD: Table, text_VD: Table) -> Tensor:
     """(B, T, K + 1) ids and mask -> (B, T, D). Codebook k starts at row ``offset_K[k]`` of the audio table."""
     (B, T, C), D = row_BTC.shape, audio_WD.shape[1]
+    if native.use_native_embedding(audio_WD, text_VD):
+        embedded_BTD = native.embed_rows(row_BTC, mask_BTC, offset_K, audio_WD, text_VD)
+        if embedded_BTD is not None:  # else the reference raises the error that names the row
+            return embedded_BTD
     if isinstance(audio_WD, RowFile) or isinstance(text_VD, RowFile) or not use_kernels(audio_WD, B * T):
         return embed_rows_reference(row_BTC, mask_BTC, offset_K, audio_WD, text_VD)
     assert row_BTC.is_contiguous() and mask_BTC.is_contiguous()

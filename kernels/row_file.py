@@ -48,6 +48,11 @@ class RowFile:
         """The descriptor of the open file."""
         return self._opened.descriptor
 
+    def read_ahead(self) -> None:
+        """Have the system read the table into its cache, in the background: a row from a disk takes 0.1 ms."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.file, self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
+
     def __getitem__(self, rows: slice) -> RowFile:
         """A range of the rows, in the same file."""
         first, stop, step = rows.indices(self.shape[0])

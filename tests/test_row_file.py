@@ -29,14 +29,50 @@ def test_a_gather_equals_that_of_a_table_in_memory(tmp_path, dtype, shape):
     assert gather(ids, rows).dtype == dtype
 
 
-def test_embed_rows_takes_tables_of_any_kind(tmp_path):
+@pytest.mark.parametrize("where", ["memory", "file"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (1, 40)])
+@pytest.mark.parametrize("choice", ["", "reference"])
+def test_embed_rows_is_the_sum_in_float64(tmp_path, where, dtype, shape, choice, monkeypatch):
+    """Over tables in memory and in a file; an id that the mask leaves out may be anything within its table."""
+    monkeypatch.setenv("CSM_OPS", choice)
     (tmp_path / "text").mkdir()
-    audio_WD, audio_file = table_and_file(tmp_path, 3 * 11, 8, torch.float32, offset=8)
-    text_VD, text_file = table_and_file(tmp_path / "text", 20, 8, torch.float32, offset=0)
-    row_BTC = torch.randint(11, (2, 5, 4), generator=torch.Generator().manual_seed(1))
-    mask_BTC = torch.rand(2, 5, 4, generator=torch.Generator().manual_seed(2)) < 0.5
-    ids = row_BTC, mask_BTC, torch.tensor([0, 11, 22])
-    assert torch.equal(embed_rows(*ids, audio_file, text_file), embed_rows(*ids, audio_WD, text_VD))
+    tables = [
+        table_and_file(tmp_path, 3 * 11, 72, dtype, offset=8),
+        table_and_file(tmp_path / "text", 20, 72, dtype, offset=0),
+    ]
+    audio, text = (pair[where == "file"] for pair in tables)
+    row_BTC = torch.randint(11, (*shape, 4), generator=torch.Generator().manual_seed(1))
+    mask_BTC = torch.rand(*shape, 4, generator=torch.Generator().manual_seed(2)) < 0.5
+    offset_K = torch.tensor([0, 11, 22])
+    actual = embed_rows(row_BTC, mask_BTC, offset_K, audio, text)
+    audio_BTKD, text_BTD = tables[0][0].double()[row_BTC[..., :-1] + offset_K], tables[1][0].double()[row_BTC[..., -1]]
+    expected = (torch.cat((audio_BTKD, text_BTD.unsqueeze(2)), 2) * mask_BTC.unsqueeze(-1)).sum(2)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual, expected.to(dtype))
+
+
+@pytest.mark.parametrize("where", ["memory", "file"])
+@pytest.mark.parametrize(("column", "wrong"), [(0, -1), (2, 11), (3, 20), (3, -5)])
+def test_embed_rows_refuses_ids_outside_the_tables(tmp_path, where, column, wrong):
+    (tmp_path / "text").mkdir()
+    tables = [
+        table_and_file(tmp_path, 3 * 11, 8, torch.float32, offset=8),
+        table_and_file(tmp_path / "text", 20, 8, torch.float32, offset=0),
+    ]
+    audio, text = (pair[where == "file"] for pair in tables)
+    row_11C = torch.tensor([[[3, 4, 5, 6]]])
+    row_11C[..., column] = wrong
+    with pytest.raises(IndexError):
+        embed_rows(row_11C, torch.ones(1, 1, 4, dtype=torch.bool), torch.tensor([0, 11, 22]), audio, text)
+
+
+def test_a_part_of_a_file_is_the_part_of_the_table(tmp_path):
+    table_VD, rows = table_and_file(tmp_path, 50, 6, torch.bfloat16, offset=13)
+    ids = torch.tensor([4, 0, 9])
+    assert torch.equal(rows[20:30].gather(ids), table_VD[20:30][ids])
+    with pytest.raises(IndexError, match="a table of 10 rows"):
+        rows[20:30].gather(torch.tensor([10]))
 
 
 @pytest.mark.parametrize("ids", [[-1], [3, 50], [1 << 40]])

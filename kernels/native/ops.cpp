@@ -3,6 +3,7 @@
 // x, out, residual, q and the caches are all float32 or all bfloat16 (`dtype`, a Kind); what is between them is float32,
 // rounded where the references in PyTorch round. An output is computed by one thread from beginning to end, in an order
 // that does not depend on the number of threads.
+#include <atomic>
 #include <cerrno>
 #include <cmath>
 
@@ -159,22 +160,55 @@ void sample(const T* logits, int64_t stride, int64_t slots, int64_t size, const 
         codes[slot * codes_stride + codebook] = sample_id(logits + slot * stride, size, draws.at(slot, codebook));
 }
 
-// A table of embeddings: rows of `dim` numbers in memory, or in an open file from byte `offset` on.
+// A table of embeddings: `count` rows of `dim` numbers in memory, or in an open file from byte `offset` on.
 template <class T>
 struct Table {
     const T* rows;
-    int64_t file, offset, dim;
+    int64_t file, offset, count, dim;
 
-    // Whether the row could be read.
-    bool read(int64_t index, T* to) const {
-        if (rows) {
-            std::copy(rows + index * dim, rows + (index + 1) * dim, to);
-            return true;
-        }
+    // A row, read into `buffer` where it is in a file; null where there is none or it cannot be read.
+    const T* row(int64_t index, T* buffer) const {
+        if (index < 0 || index >= count) return nullptr;
+        if (rows) return rows + index * dim;
         const int64_t size = dim * sizeof(T);
-        return read_file(file, to, size, offset + index * size);
+        return read_file(file, buffer, size, offset + index * size) ? buffer : nullptr;
     }
 };
+
+// The sum of the embeddings of one row's columns that the mask selects: codes, and the text id in the last one. Whether
+// all could be read.
+template <class T>
+bool embed_row(const int64_t* ids, const bool* mask, const int64_t* offsets, int64_t num_codebooks,
+               const Table<T>& audio, const Table<T>& text, T* out) {
+    static thread_local std::vector<T> buffer;
+    static thread_local std::vector<float> sum;
+    const int64_t dim = audio.dim;
+    buffer.resize(dim), sum.assign(dim, 0);
+    for (int64_t column = 0; column <= num_codebooks; column++) {
+        if (!mask[column]) continue;
+        const bool is_text = column == num_codebooks;
+        const T* own = is_text ? text.row(ids[column], buffer.data())
+                               : audio.row(offsets[column] + ids[column], buffer.data());
+        if (!own) return false;
+        for (int64_t i = 0; i < dim; i++) sum[i] += to_float(own[i]);
+    }
+    for (int64_t i = 0; i < dim; i++) put(out[i], sum[i]);
+    return true;
+}
+
+template <class T>
+bool embed_rows(const int64_t* ids, const bool* mask, int64_t rows, const int64_t* offsets, int64_t num_codebooks,
+                const Table<T>& audio, const Table<T>& text, T* out, int64_t threads) {
+    std::atomic<bool> complete{true};
+    parallel(rows > SERIAL_ROWS ? threads : 1, rows, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++) {
+            const int64_t at = row * (num_codebooks + 1);
+            if (!embed_row(ids + at, mask + at, offsets, num_codebooks, audio, text, out + row * audio.dim))
+                complete = false;
+        }
+    });
+    return complete;
+}
 
 // Where a row's keys and values are: its slot and position, and the strides of the caches (B, G, S, d).
 struct Cache {
@@ -367,7 +401,9 @@ int64_t depth_codes(const T* x, int64_t slots, int64_t num_codebooks, const Laye
         sample<T>(logits.data(), head.n, slots, head.n, draws, codebook, codes, codes_stride);
         for (int64_t slot = 0; slot < slots && codebook + 1 < num_codebooks; slot++) {
             const int64_t row = codebook * table_step + codes[slot * codes_stride + codebook];
-            if (!table.read(row, embedded.data() + slot * dim)) return row;
+            const T* own = table.row(row, embedded.data() + slot * dim);
+            if (!own) return row;
+            if (table.rows) std::copy(own, own + dim, embedded.data() + slot * dim);
         }
         x = embedded.data();
     }
@@ -450,6 +486,17 @@ void csm_blocks(int64_t dtype, const void* x, int64_t x_stride, int64_t rows, in
                                  rope, CSM_OUT(T, out), threads))
 }
 
+// Whether all rows could be read.
+int64_t csm_embed_rows(int64_t dtype, const int64_t* ids, const bool* mask, int64_t rows, const int64_t* offsets,
+                       int64_t num_codebooks, int64_t dim, const void* audio, int64_t audio_file, int64_t audio_offset,
+                       int64_t audio_count, const void* text, int64_t text_file, int64_t text_offset,
+                       int64_t text_count, void* out, int64_t threads) {
+    CSM_FOR_DTYPE(return csm::embed_rows<T>(ids, mask, rows, offsets, num_codebooks,
+                                            {CSM_IN(T, audio), audio_file, audio_offset, audio_count, dim},
+                                            {CSM_IN(T, text), text_file, text_offset, text_count, dim},
+                                            CSM_OUT(T, out), threads))
+}
+
 void csm_sample(int64_t dtype, const void* logits, int64_t stride, int64_t slots, int64_t size, const int64_t* seeds,
                 const int64_t* frames, const float* temperatures, const int64_t* top_k, int64_t codebook, int64_t* codes,
                 int64_t codes_stride) {
@@ -463,7 +510,7 @@ int64_t csm_depth_codes(int64_t dtype, const void* x, int64_t slots, int64_t num
                         const int64_t* positions, int64_t position_stride, void* keys, void* values,
                         int64_t layer_stride, int64_t slot_stride, int64_t head_stride, int64_t num_heads,
                         int64_t head_dim, const void* norm, const int64_t* heads, const void* table, int64_t file,
-                        int64_t offset, int64_t dim, int64_t table_step, const int64_t* seeds, const int64_t* frames,
+                        int64_t offset, int64_t count, int64_t dim, int64_t table_step, const int64_t* seeds, const int64_t* frames,
                         const float* temperatures, const int64_t* top_k, int64_t* codes, int64_t codes_stride,
                         int64_t threads) {
     const Cache cache{cache_slots, positions,   position_stride, 1,
@@ -472,7 +519,7 @@ int64_t csm_depth_codes(int64_t dtype, const void* x, int64_t slots, int64_t num
     CSM_FOR_DTYPE(return csm::depth_codes<T>(
         CSM_IN(T, x), slots, num_codebooks,
         {num_layers, layers, eps, CSM_OUT(T, keys), CSM_OUT(T, values), layer_stride}, cache, rope, CSM_IN(T, norm),
-        heads, {CSM_IN(T, table), file, offset, dim}, table_step, draws, codes, codes_stride, threads))
+        heads, {CSM_IN(T, table), file, offset, count, dim}, table_step, draws, codes, codes_stride, threads))
 }
 
 void csm_quantize(int64_t dtype, const void* x, int64_t n, int64_t k, const float* importance, int64_t kind,

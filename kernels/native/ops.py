@@ -29,6 +29,7 @@ _ROWS = [_INT, _POINTER, _INT, _INT]  # dtype, rows, their stride and number
 _NORM = [_POINTER, _FLOAT]
 _WEIGHT = [_INT, _POINTER, _INT, _INT]
 _RESIDUAL = [_POINTER, _INT]
+_TABLE = [_POINTER, _INT, _INT, _INT]  # in memory, or a file and an offset; number of rows
 _OUT = [_POINTER, _INT]  # and the number of threads
 _ARGUMENTS: dict[str, list[Any]] = {
     "csm_norm_linear": [*_ROWS, *_NORM, *_WEIGHT, *_OUT],
@@ -50,8 +51,9 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "csm_depth_codes": [
         *(_INT, _POINTER, _INT, _INT, _INT, _POINTER, _FLOAT, _POINTER, _POINTER, _POINTER, _INT),
         *(_POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER, _POINTER),
-        *(_POINTER, _INT, _INT, _INT, _INT, *[_POINTER] * 4, *_OUT, _INT),
+        *(*_TABLE, _INT, _INT, *[_POINTER] * 4, *_OUT, _INT),
     ],
+    "csm_embed_rows": [_INT, _POINTER, _POINTER, _INT, _POINTER, _INT, _INT, *_TABLE, *_TABLE, *_OUT],
     "csm_quantize": [_INT, _POINTER, _INT, _INT, _POINTER, _INT, _FLOAT, _FLOAT, _POINTER, _INT, *_OUT],
 }
 
@@ -63,7 +65,7 @@ def _ops() -> Any:
     if ops is not None:
         for name, arguments in _ARGUMENTS.items():
             getattr(ops, name).argtypes = arguments
-            getattr(ops, name).restype = _INT if name == "csm_depth_codes" else None
+            getattr(ops, name).restype = _INT if name in ("csm_depth_codes", "csm_embed_rows") else None
         ops.csm_isa.restype = ctypes.c_char_p
     return ops
 
@@ -249,13 +251,41 @@ def use_native_depth_codes(
 ) -> bool:
     """Whether all passes of the depth decoder for a frame run natively, in one call."""
     B, T, _ = x_B2D.shape
-    in_memory = isinstance(table_WD, Tensor) and table_WD.is_contiguous()
-    return (
-        use_native_blocks(x_B2D, B * T, layers)
-        and table_WD.dtype == x_B2D.dtype
-        and (in_memory or isinstance(table_WD, RowFile))
-        and all(_readable(head, x_B2D.dtype) for head in heads)
-    )
+    if not use_native_blocks(x_B2D, B * T, layers) or not _is_table(table_WD, x_B2D.dtype):
+        return False
+    return all(_readable(head, x_B2D.dtype) for head in heads)
+
+
+def _is_table(table_VD: Table, dtype: torch.dtype) -> bool:
+    """Whether the library reads rows of this table."""
+    in_memory = isinstance(table_VD, Tensor) and table_VD.is_cpu and table_VD.is_contiguous()
+    return table_VD.dtype == dtype and (in_memory or isinstance(table_VD, RowFile))
+
+
+def _table(table_VD: Table) -> tuple[int | None, int, int, int]:
+    if isinstance(table_VD, Tensor):
+        return table_VD.data_ptr(), 0, 0, table_VD.shape[0]
+    return None, table_VD.file, table_VD.offset, table_VD.shape[0]
+
+
+def use_native_embedding(audio_WD: Table, text_VD: Table) -> bool:
+    """Whether rows of these tables are summed natively."""
+    if os.environ.get("CSM_OPS") or audio_WD.dtype not in DTYPES or text_VD.dtype != audio_WD.dtype:
+        return False
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (audio_WD, text_VD)):
+        return False
+    return _is_table(audio_WD, audio_WD.dtype) and _is_table(text_VD, audio_WD.dtype) and _ops() is not None
+
+
+def embed_rows(row_BTC: Tensor, mask_BTC: Tensor, offset_K: Tensor, audio_WD: Table, text_VD: Table) -> Tensor | None:
+    """``csm.kernels.embed_rows``; None where an id is outside its table, or a file is too short."""
+    (B, T, C), D = row_BTC.shape, audio_WD.shape[1]
+    row_BTC, mask_BTC, out_BTD = row_BTC.contiguous(), mask_BTC.contiguous(), torch.empty(B, T, D, dtype=audio_WD.dtype)
+    rows = (row_BTC.data_ptr(), mask_BTC.data_ptr(), B * T, offset_K.data_ptr(), C - 1, D)
+    tables = (*_table(audio_WD), *_table(text_VD))
+    out = (out_BTD.data_ptr(), torch.get_num_threads())
+    complete = _ops().csm_embed_rows(DTYPES[audio_WD.dtype], *rows, *tables, *out)
+    return out_BTD if complete else None
 
 
 def depth_codes(
@@ -281,11 +311,10 @@ def depth_codes(
     weights, values = _layers(layers), array("q", [value for head in heads for value in _weight(head)])
     decoder = (len(layers), weights.buffer_info()[0], eps, rope_BKp2.data_ptr(), slot_B1.data_ptr())
     where = (position_BK.data_ptr(), position_BK.stride(0), k_cache_LBGSd.data_ptr(), v_cache_LBGSd.data_ptr())
-    table = (table_WD.data_ptr(), 0, 0) if isinstance(table_WD, Tensor) else (None, table_WD.file, table_WD.offset)
     failed: int = _ops().csm_depth_codes(
         *(DTYPES[x_B2D.dtype], x_B2D.data_ptr(), B, codes_BK.shape[1], *decoder, *where),
         *(*k_cache_LBGSd.stride()[:3], G, d, norm_D.data_ptr(), values.buffer_info()[0]),
-        *(*table, D, table_step, *(x.data_ptr() for x in slots)),
+        *(*_table(table_WD), D, table_step, *(x.data_ptr() for x in slots)),
         *(codes_BK.data_ptr(), codes_BK.stride(0), torch.get_num_threads()),
     )
     if failed:

@@ -136,6 +136,7 @@ inline void dense_product(const T* w, int64_t k, const float* x, int64_t filled,
         Vector at[M];
         for (int m = 0; m < M; m++) at[m] = load_vector(x + m * filled + i);
         for (int n = 0; n < N; n++) {
+            __builtin_prefetch(w + (N + n) * k + i);
             Vector value = load_vector(w + n * k + i);
             for (int m = 0; m < M; m++) acc[n][m] += value * at[m];
         }
@@ -148,29 +149,28 @@ inline void dense_product(const T* w, int64_t k, const float* x, int64_t filled,
         }
 }
 
+// N rows of a weight times all rows of the input. The weight's are read from memory once, and then from the cache.
+template <class T, int N>
+void dense_group(const T* w, const Input& x, float* out, int64_t stride) {
+    for (int64_t m = 0; m < x.rows;) {
+        const int64_t left = x.rows - m, many = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        float* to = out + m * stride;
+        if (many == 4)
+            dense_product<T, N, 4>(w, x.k, x.row(m), x.filled, to, stride);
+        else if (many == 2)
+            dense_product<T, N, 2>(w, x.k, x.row(m), x.filled, to, stride);
+        else
+            dense_product<T, N, 1>(w, x.k, x.row(m), x.filled, to, stride);
+        m += many;
+    }
+}
+
 template <class T>
 void dense_rows(const Weight& w, const Input& x, int64_t first, int64_t last, float* out, int64_t stride) {
     const T* data = static_cast<const T*>(w.data);
-    for (int64_t m = 0; m < x.rows;) {
-        const float* row = x.row(m);
-        const int64_t many = x.rows - m >= 4 ? 4 : 1;
-        int64_t n = first;
-        for (; n + 4 <= last; n += 4) {
-            float* to = out + m * stride + n;
-            if (many == 4)
-                dense_product<T, 4, 4>(data + n * w.k, w.k, row, x.filled, to, stride);
-            else
-                dense_product<T, 4, 1>(data + n * w.k, w.k, row, x.filled, to, stride);
-        }
-        for (; n < last; n++) {
-            float* to = out + m * stride + n;
-            if (many == 4)
-                dense_product<T, 1, 4>(data + n * w.k, w.k, row, x.filled, to, stride);
-            else
-                dense_product<T, 1, 1>(data + n * w.k, w.k, row, x.filled, to, stride);
-        }
-        m += many;
-    }
+    int64_t n = first;
+    for (; n + 4 <= last; n += 4) dense_group<T, 4>(data + n * w.k, x, out + n, stride);
+    for (; n < last; n++) dense_group<T, 1>(data + n * w.k, x, out + n, stride);
 }
 
 template <bool HALF>
