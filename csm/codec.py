@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from csm.audio import to_mono
-from csm.codec_ops import use_matmuls
+from csm.codec_ops import use_products
 from csm.config import CodecConfig
 from csm.errors import AudioError, CheckpointError
 
@@ -92,7 +92,8 @@ class Codec:
         self._mimi.requires_grad_(False)
         if device.type == "cpu":
             with SkipInit():
-                use_matmuls(self._mimi.decoder)
+                use_products(self._mimi.decoder_transformer)
+                use_products(self._mimi.decoder)
         self._encoder_lock = threading.Lock()
         for module in self._mimi.modules():  # moshi computes embedding tables lazily: compute them on one stream now
             getattr(module, "embedding", None)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from csm import AudioError, CheckpointError, Generator
 from csm.audio import to_mono
 from csm.codec import Codec
-from csm.codec_ops import MatmulConvTranspose1d, use_matmuls
+from csm.codec_ops import MAX_ROWS, Conv1d, ConvTranspose1d, Linear, use_products
 from csm.config import MIMI
 from csm.weights.layouts import mimi_table
 from noise import CODEC, NOISE, random_state
@@ -113,27 +113,71 @@ def test_groups_of_frames_equal_whole(loud, sizes):
     assert whole.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("steps", [1, 2, 9])
-@pytest.mark.parametrize(("channels_in", "channels_out", "stride", "bias"), [(7, 5, 3, True), (4, 6, 1, False)])
-def test_matmul_conv_transpose_equals_pytorch(channels_in, channels_out, stride, bias, steps):
-    parent = nn.Sequential(nn.ConvTranspose1d(channels_in, channels_out, 2 * stride, stride, bias=bias)).double()
-    x_BCT = torch.randn(3, channels_in, steps, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    expected = parent(x_BCT)
-    use_matmuls(parent)
-    assert type(parent[0]) is MatmulConvTranspose1d
-    torch.testing.assert_close(parent(x_BCT), expected, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the second never runs natively
+@pytest.mark.parametrize("steps", [1, 2, 9, MAX_ROWS // 3 + 1])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.ConvTranspose1d, dict(in_channels=7, out_channels=5, kernel_size=6, stride=3)),
+        (nn.ConvTranspose1d, dict(in_channels=4, out_channels=6, kernel_size=2, stride=1)),
+        (nn.Conv1d, dict(in_channels=7, out_channels=5, kernel_size=3)),
+        (nn.Conv1d, dict(in_channels=33, out_channels=40, kernel_size=1)),
+    ],
+)
+def test_convolutions_as_products_equal_pytorch(kind, options, bias, steps, dtype):
+    conv = kind(**options, bias=bias).to(dtype).requires_grad_(False)
+    parent = nn.Sequential(conv)
+    shape = (3, options["in_channels"], steps + options["kernel_size"] - 1)
+    x_BCT = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    expected, state = parent.double()(x_BCT.double()), {name: x.clone() for name, x in parent.state_dict().items()}
+    parent.to(dtype)
+    use_products(parent)
+    assert type(parent[0]) is {nn.Conv1d: Conv1d, nn.ConvTranspose1d: ConvTranspose1d}[kind]
+    limit = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(parent(x_BCT).double(), expected, rtol=0, atol=limit)
+    for name, tensor in parent.state_dict().items():
+        assert torch.equal(tensor.double(), state[name].double())
 
 
-@pytest.mark.parametrize("options", [dict(groups=2), dict(padding=1), dict(dilation=2), dict(kernel_size=5)])
-def test_other_transposed_convolutions_stay(options):
-    parent = nn.Sequential(nn.ConvTranspose1d(4, 4, **{"kernel_size": 4, "stride": 2, **options}))
-    use_matmuls(parent)
-    assert type(parent[0]) is nn.ConvTranspose1d
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4), (1, MAX_ROWS), (1, MAX_ROWS + 1)])
+@pytest.mark.parametrize("choice", ["", "reference"])
+def test_linear_layers_equal_pytorch(shape, choice, monkeypatch):
+    monkeypatch.setenv("CSM_OPS", choice)
+    parent = nn.Sequential(nn.Linear(70, 30, bias=False)).requires_grad_(False)
+    x_BTC = torch.randn(*shape, 70, generator=torch.Generator().manual_seed(1))
+    expected = parent.double()(x_BTC.double())
+    use_products(parent.float())
+    assert type(parent[0]) is Linear
+    torch.testing.assert_close(parent(x_BTC).double(), expected, rtol=0, atol=1e-5)
 
 
-def test_mimi_has_matmuls_on_a_cpu(loud):
-    kinds = [type(module) for module in loud._mimi.decoder.modules() if isinstance(module, nn.ConvTranspose1d)]
-    assert kinds == [MatmulConvTranspose1d] * len(CODEC.ratios)
+@pytest.mark.parametrize(
+    "other",
+    [
+        nn.ConvTranspose1d(4, 4, 4, 2, groups=2),
+        nn.ConvTranspose1d(4, 4, 4, 2, padding=1),
+        nn.ConvTranspose1d(4, 4, 4, 2, dilation=2),
+        nn.ConvTranspose1d(4, 4, 5, 2),
+        nn.Conv1d(4, 4, 3, stride=2),
+        nn.Conv1d(4, 4, 3, groups=2),
+        nn.Conv1d(4, 4, 3, dilation=2),
+        nn.Conv1d(4, 4, 3, padding=1),
+        nn.Linear(4, 4),
+    ],
+    ids=str,
+)
+def test_other_layers_stay(other):
+    parent = nn.Sequential(other)
+    use_products(parent)
+    assert parent[0] is other
+
+
+def test_mimi_runs_by_products_on_a_cpu(loud):
+    decoder = [*loud._mimi.decoder.modules(), *loud._mimi.decoder_transformer.modules()]
+    layers = [module for module in decoder if isinstance(module, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d))]
+    assert len(layers) > 20
+    assert {type(layer) for layer in layers} == {Linear, Conv1d, ConvTranspose1d}
 
 
 def test_a_step_takes_few_ops():

@@ -144,6 +144,19 @@ def quantize(weight_NK: Tensor, importance_K: Tensor, bits: int, largest_becomes
     _ops().csm_quantize(DTYPES[weight_NK.dtype], *tensors, *levels, out.data_ptr(), torch.get_num_threads())
 
 
+def use_native_linear(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``linear`` computes this product: any number of rows."""
+    return use_native(x, 1, weight)
+
+
+def linear(x_BTD: Tensor, weight_ED: Tensor) -> Tensor:
+    """``F.linear`` without a bias. ``x_BTD`` is contiguous."""
+    out_BTE = x_BTD.new_empty(x_BTD.shape[0], x_BTD.shape[1], weight_ED.shape[0])
+    no_norm = (None, 0.0)
+    _ops().csm_norm_linear(*_rows(x_BTD), *no_norm, *_weight(weight_ED), out_BTE.data_ptr(), torch.get_num_threads())
+    return out_BTE
+
+
 def norm_linear(x_BTD: Tensor, norm_D: Tensor, weight_ED: Weight, eps: float) -> Tensor:
     """``csm.kernels.norm_linear``."""
     out_BTE = x_BTD.new_empty(x_BTD.shape[0], x_BTD.shape[1], weight_ED.shape[0])
