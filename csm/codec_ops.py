@@ -77,21 +77,33 @@ def use_products(module: nn.Module) -> None:
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            new: nn.Module | None = None
-            if type(child) is nn.Linear and child.bias is None:
-                new = Linear(child.in_features, child.out_features, bias=False, device="meta")
-                new.weight = child.weight
-            elif type(child) is nn.Conv1d and _is_plain(child) and child.stride == (1,):
-                size = (child.in_channels, child.out_channels, child.kernel_size)
-                new = Conv1d(*size, bias=child.bias is not None, device="meta")
-                new.weight, new.bias = child.weight, child.bias
-            elif type(child) is nn.ConvTranspose1d and _is_plain(child) and child.kernel_size[0] == 2 * child.stride[0]:
-                size = (child.in_channels, child.out_channels, child.kernel_size, child.stride)
-                new = ConvTranspose1d(*size, bias=child.bias is not None, device="meta")
-                new.weight, new.bias = child.weight, child.bias
-                new.store_by_outputs()
-            if new is not None:
-                setattr(parent, name, new)
+            replacement = _as_product(child)
+            if replacement is not None:
+                setattr(parent, name, replacement)
+
+
+def _as_product(layer: nn.Module) -> nn.Module | None:
+    if type(layer) is nn.Linear and layer.bias is None:
+        linear_layer = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear_layer.weight = layer.weight
+        return linear_layer
+    if type(layer) not in (nn.Conv1d, nn.ConvTranspose1d):
+        return None
+    assert isinstance(layer, nn.Conv1d | nn.ConvTranspose1d)
+    channels, (width,), (stride,) = (layer.in_channels, layer.out_channels), layer.kernel_size, layer.stride
+    has_bias = layer.bias is not None
+    if not _is_plain(layer):
+        return None
+    if type(layer) is nn.Conv1d and stride == 1:
+        conv = Conv1d(*channels, width, bias=has_bias, device="meta")
+        conv.weight, conv.bias = layer.weight, layer.bias
+        return conv
+    if type(layer) is nn.ConvTranspose1d and width == 2 * stride:
+        transposed = ConvTranspose1d(*channels, width, stride, bias=has_bias, device="meta")
+        transposed.weight, transposed.bias = layer.weight, layer.bias
+        transposed.store_by_outputs()
+        return transposed
+    return None
 
 
 def _is_plain(conv: nn.Conv1d | nn.ConvTranspose1d) -> bool:

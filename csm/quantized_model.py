@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from csm.codec import normalize_codebooks
 from csm.command_line import add_tokenizer_option
 from csm.errors import CheckpointError, CSMError
 from csm.gguf_model import SCHEMES, empty_model, read_gguf_model, save_gguf
@@ -139,7 +140,8 @@ def save_quantized(
         else:
             (folder / optional).unlink(missing_ok=True)  # of a model that was written there before
     if checkpoint.has_own_codec:
-        save_file(read_codec(checkpoint, None, torch.device("cpu")), folder / MIMI_FILE, metadata={"format": "pt"})
+        codec = normalize_codebooks(read_codec(checkpoint, None, CPU))
+        save_file(codec, folder / MIMI_FILE, metadata={"format": "pt"})
     return folder / FILE
 
 

@@ -21,7 +21,36 @@ from torch import Tensor
 
 from csm.kernels.quantized import Weight
 
+
+@cache
+def driver_version() -> int:
+    """The CUDA version of the installed driver, such as 12030 for 12.3. Raises OSError if there is no driver."""
+    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    version = ctypes.c_int()
+    status = driver.cuDriverGetVersion(ctypes.byref(version))
+    if status != 0:
+        raise OSError(f"cuDriverGetVersion failed with status {status}")
+    return version.value
+
+
+def needs_triton() -> bool:
+    """Whether to import Triton, which takes 50 MB: with a driver of NVIDIA's, or where an environment variable says so.
+
+    ``CSM_TRITON=1`` is for those who record or compile kernels without a GPU.
+    """
+    if os.environ.get("CSM_TRITON") == "1" or os.environ.get("CSM_OPS") == "triton":
+        return True
+    if os.environ.get("TRITON_INTERPRET", "") not in ("", "0"):
+        return True
+    try:
+        return driver_version() > 0
+    except OSError:
+        return False
+
+
 try:
+    if not needs_triton():
+        raise ImportError
     import triton
     import triton.language as tl
     from triton.errors import TritonError
@@ -132,16 +161,6 @@ def supports_pdl(device: torch.device) -> bool:
     if device.type != "cuda" or _capability(device) < PDL_CAPABILITY:
         return False
     return driver_version() >= PDL_DRIVER
-
-
-def driver_version() -> int:
-    """The CUDA version of the installed driver, such as 12030 for 12.3. Raises OSError if there is no driver."""
-    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    version = ctypes.c_int()
-    status = driver.cuDriverGetVersion(ctypes.byref(version))
-    if status != 0:
-        raise OSError(f"cuDriverGetVersion failed with status {status}")
-    return version.value
 
 
 def launch(

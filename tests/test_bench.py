@@ -134,6 +134,7 @@ def compile_kernels(batch, dtype, gpu_arch, scheme=""):
     """A frame's kernels, compiled in another process: in this one they are interpreted."""
     command = [sys.executable, "-c", COMPILE, str(batch), dtype, str(gpu_arch), scheme]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["CSM_TRITON"] = "1"
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return [Compiled(**kernel) for kernel in json.loads(done.stdout)]

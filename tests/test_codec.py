@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from csm import AudioError, CheckpointError, Generator
 from csm.audio import to_mono
-from csm.codec import Codec
+from csm.codec import Codec, normalize_codebooks
 from csm.codec_ops import MAX_ROWS, Conv1d, ConvTranspose1d, Linear, use_products
 from csm.config import MIMI
 from csm.weights.layouts import mimi_table
@@ -178,6 +178,23 @@ def test_mimi_runs_by_products_on_a_cpu(loud):
     layers = [module for module in decoder if isinstance(module, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d))]
     assert len(layers) > 20
     assert {type(layer) for layer in layers} == {Linear, Conv1d, ConvTranspose1d}
+
+
+def test_normalized_codebooks_make_the_same_codec():
+    """Same codes, same samples, and no second table."""
+    state, cpu = random_state(mimi_table(CODEC), 1), torch.device("cpu")
+    usage = [name for name in state if name.endswith("cluster_usage")]
+    for seed, name in enumerate(usage):
+        state[name] = 0.5 + torch.rand(state[name].shape, generator=torch.Generator().manual_seed(seed))
+        state[name][0] = 0  # a code that was never used
+    before, after = (Codec(CODEC, CODEC.num_codebooks, s, cpu) for s in (state, normalize_codebooks(state)))
+    audio = torch.randn(20 * CODEC.frame_size, generator=torch.Generator().manual_seed(1)) / 4
+    codes_TK = before.encode(audio)
+    assert torch.equal(codes_TK, after.encode(audio))
+    assert torch.equal(before.decode(codes_TK), after.decode(codes_TK))
+    tables = [module for module in after._mimi.modules() if hasattr(module, "cluster_usage")]
+    assert len(tables) == len(usage) > 1
+    assert all(table.embedding is table.embedding_sum for table in tables)
 
 
 def test_a_step_takes_few_ops():

@@ -73,6 +73,7 @@ class Worker:
         kind = name if name in NEEDS else "ours"
         command = [sys.executable, "-m", "csm.bench.cpu_worker", kind, str(folder), str(threads)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment["CSM_TRITON"] = ""  # its memory is measured
         pipe = subprocess.PIPE
         return cls(name, threads, subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment))
 
