@@ -102,8 +102,8 @@ class Codec:
             getattr(module, "embedding", None)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All tensors, by moshi's names."""
-        return self._mimi.state_dict()
+        """All tensors, by moshi's names. On a CPU some of them are copies."""
+        return {name: tensor.contiguous() for name, tensor in self._mimi.state_dict().items()}
 
     @property
     def sample_rate(self) -> int:

@@ -244,7 +244,8 @@ class CSM(nn.Module):
         decoder, attention = self.depth_decoder, self.depth_decoder.first_attention
         if self.depth_qkv is not None or not can_gather_qkv(attention.qkv, batch=1):
             return
-        assert isinstance(self.depth_embedding, Tensor)
+        if not isinstance(self.depth_embedding, Tensor):  # rows in a file, on a CPU
+            return
         embedding_KVD = self.depth_embedding.unflatten(0, (-1, self.config.audio_vocab_size))
         self.depth_qkv = tabulate_qkv(
             x_KVD=embedding_KVD[1:, : self.config.codebook_size],

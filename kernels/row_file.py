@@ -10,6 +10,7 @@ import copy
 import os
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +26,9 @@ class _OpenFile:
     def __init__(self, path: Path):
         self.descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self.descriptor)
+
+    def __deepcopy__(self, memo: object) -> _OpenFile:
+        return self
 
 
 class RowFile:
@@ -49,8 +53,10 @@ class RowFile:
         return self._opened.descriptor
 
     def read_ahead(self) -> None:
-        """Have the system read the table into its cache, in the background: a row from a disk takes 0.1 ms."""
-        if hasattr(os, "posix_fadvise"):
+        """Ask the system to read the table into its cache: a row from a disk takes 0.1 ms."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with suppress(OSError):  # a file system without it
             os.posix_fadvise(self.file, self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
 
     def __getitem__(self, rows: slice) -> RowFile:
@@ -71,7 +77,7 @@ class RowFile:
         unique_U, index = ids.unique(return_inverse=True)
         if len(unique_U) and not 0 <= int(unique_U[0]) <= int(unique_U[-1]) < self.shape[0]:
             raise IndexError(f"{self._path}: ids {unique_U[0]} to {unique_U[-1]} of a table of {self.shape[0]} rows")
-        row_UD = torch.empty(len(unique_U), self.shape[1], dtype=self.dtype)
+        row_UD = torch.empty(len(unique_U), self.shape[1], dtype=self.dtype, device="cpu")
         bytes_UN = row_UD.view(torch.uint8).numpy()
         num_bytes = bytes_UN.shape[1]
         for row_N, row_id in zip(bytes_UN, unique_U.tolist(), strict=True):

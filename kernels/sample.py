@@ -214,7 +214,9 @@ def sample(
         assert qkv is None, "the native op gathers no q, k and v"
         native.sample(logits_BV, codebook, noise[:4], codes_BK)
         return None if table_VD is None else gather(codes_BK[:, codebook], table_VD)
-    assert not isinstance(table_VD, RowFile), "a file's rows are for a CPU"
+    if isinstance(table_VD, RowFile):  # on a CPU, in Triton's interpreter
+        _launch_sample(logits_BV, codebook, noise, codes_BK, None, qkv)
+        return gather(codes_BK[:, codebook], table_VD)
     return _launch_sample(logits_BV, codebook, noise, codes_BK, table_VD, qkv)
 
 

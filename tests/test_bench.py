@@ -63,6 +63,24 @@ def test_the_last_line_is_json(capsys, tmp_path):
     assert (tmp_path / "bench.md").read_text().splitlines() == lines[:-1]
 
 
+def test_kernels_are_not_counted_without_triton(capsys, monkeypatch):
+    monkeypatch.setattr("csm.bench.model_setup.triton", None)
+    assert main(["--count"]) == 2
+    assert "CSM_TRITON=1" in capsys.readouterr().err
+
+
+TRITON_IMPORTED = "import sys, csm.kernels.launch as l; print('triton' in sys.modules, l.triton is None)"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize(("choice", "imported"), [({}, "False True"), ({"CSM_TRITON": "1"}, "True False")])
+def test_triton_is_imported_where_it_is_of_use(choice, imported):
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "CSM_OPS")}
+    command = [sys.executable, "-c", TRITON_IMPORTED]
+    done = subprocess.run(command, cwd=ROOT, env=environment | choice, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == imported
+
+
 def test_the_embedded_voice_is_measured_though_it_ends_its_sentence(capsys):
     """HF Transformers' row too: it would stop at the frame of zeros."""
     asked = ["--rows", "eager", "transformers", "--frames", "24"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -171,6 +171,15 @@ def test_other_layers_stay(other):
     parent = nn.Sequential(other)
     use_products(parent)
     assert parent[0] is other
+
+
+def test_a_state_dict_can_be_saved(loud, tmp_path):
+    save_file(loud.state_dict(), tmp_path / "codec.safetensors")
+    saved = load_file(tmp_path / "codec.safetensors")
+    assert saved.keys() == loud.state_dict().keys()
+    again = Codec(CODEC, CODEC.num_codebooks, saved, torch.device("cpu"))
+    codes_TK = random_codes(3, loud)
+    assert torch.equal(again.decode(codes_TK), loud.decode(codes_TK))
 
 
 def test_mimi_runs_by_products_on_a_cpu(loud):

@@ -72,3 +72,14 @@ def test_a_book_knows_models_of_other_types_apart():
         for scheme in (None, "int8", "int4", "int8")
     ]
     assert prints[1] == prints[3] and len(set(prints)) == 3
+
+
+def test_the_kernels_read_a_quantised_folder_on_a_cpu(loaded, tmp_path, monkeypatch):
+    """In Triton's interpreter: embeddings that stay in their file are gathered beside the kernels."""
+    monkeypatch.setenv("CSM_OPS", "triton")
+    main(["quantize", str(NOISE), "--scheme", "int8", "--dtype", "float32", "--out", str(tmp_path / "int8"), "--quiet"])
+    generator = Generator.from_pretrained(tmp_path / "int8", device="cpu")
+    one_frame = REQUEST | dict(max_audio_length_ms=80)
+    codes_TK = generator.generate_codes(**one_frame)
+    monkeypatch.delenv("CSM_OPS")
+    assert torch.equal(codes_TK, loaded.generate_codes(**one_frame))

@@ -1,5 +1,7 @@
 """Embedding tables that stay in their file: rows equal those of the table in memory, and take little memory."""
 
+import copy
+import gc
 import subprocess
 import sys
 
@@ -108,3 +110,22 @@ print(resident() - before)
 """
     grown = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
     assert grown < 16_000  # kB
+
+
+def test_a_deep_copy_reads_the_same_file_after_the_original_is_gone(tmp_path):
+    table_VD, rows = table_and_file(tmp_path, 50, 6, torch.float32, offset=0)
+    copied = copy.deepcopy(rows)
+    del rows
+    gc.collect()
+    assert torch.equal(copied.gather(torch.tensor([3])), table_VD[3:4])
+
+
+def test_the_default_device_does_not_matter(tmp_path):
+    (tmp_path / "text").mkdir()
+    audio_WD, audio_file = table_and_file(tmp_path, 3 * 11, 8, torch.float32, offset=8)
+    text_VD, text_file = table_and_file(tmp_path / "text", 20, 8, torch.float32, offset=0)
+    ids = torch.ones(1, 2, 4, dtype=torch.int64), torch.ones(1, 2, 4, dtype=torch.bool), torch.tensor([0, 11, 22])
+    expected, row = embed_rows(*ids, audio_WD, text_VD), torch.tensor([5])
+    with torch.device("meta"):
+        actual, gathered = embed_rows(*ids, audio_file, text_file), text_file.gather(row)
+    assert torch.equal(actual, expected) and torch.equal(gathered, text_VD[5:6])

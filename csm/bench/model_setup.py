@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from csm.config import CSM_1B, MIMI, CodecConfig, CSMConfig
+from csm.errors import CSMError
+from csm.kernels.launch import triton
 from csm.prompt import text_rows
 from csm.weights import Checkpoint, open_checkpoint, read_model
 from csm.weights.layouts import sesame_table, target_shapes
@@ -86,7 +88,9 @@ def prompt_rows(config: CSMConfig) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def forced_ops(name: str) -> Iterator[None]:
-    """Set ``CSM_OPS`` to ``name`` inside the block."""
+    """Set ``CSM_OPS`` to ``name`` inside the block. Raises CSMError for kernels without Triton."""
+    if name == "triton" and triton is None:
+        raise CSMError("kernels need Triton: install it, and without a GPU set CSM_TRITON=1 before csm is imported")
     before = os.environ.get("CSM_OPS")
     os.environ["CSM_OPS"] = name
     try:

@@ -498,8 +498,8 @@ int64_t csm_embed_rows(int64_t dtype, const int64_t* ids, const bool* mask, int6
 }
 
 void csm_sample(int64_t dtype, const void* logits, int64_t stride, int64_t slots, int64_t size, const int64_t* seeds,
-                const int64_t* frames, const float* temperatures, const int64_t* top_k, int64_t codebook, int64_t* codes,
-                int64_t codes_stride) {
+                const int64_t* frames, const float* temperatures, const int64_t* top_k, int64_t codebook,
+                int64_t* codes, int64_t codes_stride) {
     const csm::Draws draws{seeds, frames, temperatures, top_k};
     CSM_FOR_DTYPE(csm::sample(CSM_IN(T, logits), stride, slots, size, draws, codebook, codes, codes_stride))
 }
@@ -510,9 +510,9 @@ int64_t csm_depth_codes(int64_t dtype, const void* x, int64_t slots, int64_t num
                         const int64_t* positions, int64_t position_stride, void* keys, void* values,
                         int64_t layer_stride, int64_t slot_stride, int64_t head_stride, int64_t num_heads,
                         int64_t head_dim, const void* norm, const int64_t* heads, const void* table, int64_t file,
-                        int64_t offset, int64_t count, int64_t dim, int64_t table_step, const int64_t* seeds, const int64_t* frames,
-                        const float* temperatures, const int64_t* top_k, int64_t* codes, int64_t codes_stride,
-                        int64_t threads) {
+                        int64_t offset, int64_t count, int64_t dim, int64_t table_step, const int64_t* seeds,
+                        const int64_t* frames, const float* temperatures, const int64_t* top_k, int64_t* codes,
+                        int64_t codes_stride, int64_t threads) {
     const Cache cache{cache_slots, positions,   position_stride, 1,
                       slot_stride, head_stride, num_heads,       head_dim};
     const csm::Draws draws{seeds, frames, temperatures, top_k};

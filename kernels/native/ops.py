@@ -293,7 +293,9 @@ def use_native_embedding(audio_WD: Table, text_VD: Table) -> bool:
 def embed_rows(row_BTC: Tensor, mask_BTC: Tensor, offset_K: Tensor, audio_WD: Table, text_VD: Table) -> Tensor | None:
     """``csm.kernels.embed_rows``; None where an id is outside its table, or a file is too short."""
     (B, T, C), D = row_BTC.shape, audio_WD.shape[1]
-    row_BTC, mask_BTC, out_BTD = row_BTC.contiguous(), mask_BTC.contiguous(), torch.empty(B, T, D, dtype=audio_WD.dtype)
+    assert row_BTC.dtype == offset_K.dtype == torch.int64 and mask_BTC.dtype == torch.bool
+    row_BTC, mask_BTC = row_BTC.contiguous(), mask_BTC.contiguous()
+    out_BTD = torch.empty(B, T, D, dtype=audio_WD.dtype, device="cpu")  # whatever the default device is
     rows = (row_BTC.data_ptr(), mask_BTC.data_ptr(), B * T, offset_K.data_ptr(), C - 1, D)
     tables = (*_table(audio_WD), *_table(text_VD))
     out = (out_BTD.data_ptr(), torch.get_num_threads())
