@@ -133,6 +133,7 @@ def cached_logits(model, rows, num_text):
     row_TC, mask_TC = rows
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("csm.frame.sample", force)
+        patch.setattr("csm.frame.can_draw_depth_codes", lambda *_: False)  # which would not call it
         Prefill(model).start(state, 0, row_TC[:num_text], mask_TC[:num_text], SamplingParams(0, 1, 0))
         for codes_K in row_TC[num_text:, :-1]:
             forced.append(codes_K)
