@@ -28,7 +28,7 @@ from csm.kernels import (
     sample,
 )
 from csm.kernels.sample import Noise
-from csm.model import CSM
+from csm.model import CSM, AttentionMetadata
 
 STEP_OUTPUTS = ("pending_row_BC", "pending_mask_BC", "position_B", "frame_B", "codes_BK")  # what the step changes
 
@@ -152,17 +152,19 @@ def decode_frame(model: CSM, state: FrameState, context_bucket: int | None = Non
     )
     hidden_B1D = model.backbone(x_B1D, state.backbone_cache, meta)
     projected_BD = model.enter_depth(hidden_B1D).squeeze(1)
+    # Depth positions: 0 reads the backbone's hidden state, i >= 1 reads code i - 1 and predicts code i.
+    depth_meta = model.depth_decoder.attention_metadata(
+        state.depth_position_BK, context_bucket=model.config.num_codebooks, max_rows=2
+    )
     code_BD = _sample_code(model, state, noise, 0, hidden_B1D)
     assert code_BD is not None
-    # Depth positions: 0 reads the backbone's hidden state, i >= 1 reads code i - 1 and predicts code i.
-    _draw_depth_codes(model, state, noise, torch.stack((projected_BD, code_BD), dim=1))
+    _draw_depth_codes(model, state, noise, depth_meta, torch.stack((projected_BD, code_BD), dim=1))
     _advance(model, state)
 
 
-def _draw_depth_codes(model: CSM, state: FrameState, noise: Noise, x_B2D: Tensor) -> None:
+def _draw_depth_codes(model: CSM, state: FrameState, noise: Noise, meta: AttentionMetadata, x_B2D: Tensor) -> None:
     """Draw the codes of all codebooks but the first: a pass of the depth decoder for each."""
     num_codebooks, cache = model.config.num_codebooks, state.depth_cache
-    meta = model.depth_decoder.attention_metadata(state.depth_position_BK, context_bucket=num_codebooks, max_rows=2)
     weights = _depth_weights(model)
     if can_draw_depth_codes(x_B2D, weights, noise):
         where = (cache.k_LBGSd, cache.v_LBGSd, cache.slot_B1, state.depth_position_BK)
