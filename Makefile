@@ -61,10 +61,12 @@ CODEC_STEPS ?= 16000
 TURN_STEPS ?= 3000
 TALK_STEPS ?= 15000
 DECODER_STEPS ?= 4000
+DEVICE ?= cpu
+CODEC_OPTIONS ?=
 SENTENCES ?= 150
 SEEDS ?= 3
 RECIPE := $(BIN)/python -m csm.weights.recipe
-FINETUNE := $(BIN)/python -m csm finetune --resume --device cpu --codes $(TINY)/codes --jobs 2 --valid $(TINY)/valid.jsonl \
+FINETUNE := $(BIN)/python -m csm finetune --resume --device $(DEVICE) --codes $(TINY)/codes --jobs 2 --valid $(TINY)/valid.jsonl \
 	--depth-share 0.5 --precision bfloat16 --weight-decay 0.05 --ema 0.999
 tiny: .venv/installed-eval
 	$(RECIPE).recordings $(TINY) --text open --split train --count $(RECORDINGS)
@@ -73,16 +75,16 @@ tiny: .venv/installed-eval
 	$(RECIPE).recordings $(TINY)/everyday --text everyday --split test --count $(SENTENCES)
 	$(RECIPE).pronunciation $(TINY)/pronunciation.json.gz
 	$(RECIPE).conversations $(TINY)/train.jsonl $(TINY)/talks.jsonl
-	$(RECIPE).codec $(TINY)/train.jsonl $(TINY)/codec --steps $(CODEC_STEPS)
+	$(RECIPE).codec $(TINY)/train.jsonl $(TINY)/codec --steps $(CODEC_STEPS) --device $(DEVICE) $(CODEC_OPTIONS)
 	$(RECIPE).export codec $(TINY)/codec/checkpoint.pt $(TINY)/codes.safetensors
 	$(RECIPE).export start $(TINY)/codes.safetensors $(TINY)/start --pronunciation $(TINY)/pronunciation.json.gz
 	$(FINETUNE) --data $(TINY)/train.jsonl --model $(TINY)/start --config $(TINY)/start/config.json --out $(TINY)/turns \
 		--steps $(TURN_STEPS) --batch-size 16 --learning-rate 1.5e-3 --warmup 300 --min-lr-ratio 0.8
 	$(FINETUNE) --data $(TINY)/talks.jsonl --model $(TINY)/turns/model --out $(TINY)/talks --context 2 --code-noise 0.15 \
 		--steps $(TALK_STEPS) --batch-size 24 --batch-rows 1300 --learning-rate 1.3e-3 --warmup 100
-	$(RECIPE).drawn $(TINY)/train.jsonl $(TINY)/talks/model $(TINY)/drawn.npz
+	$(RECIPE).drawn $(TINY)/train.jsonl $(TINY)/talks/model $(TINY)/drawn.npz --device $(DEVICE)
 	$(RECIPE).codec $(TINY)/train.jsonl $(TINY)/decoder --start $(TINY)/codes.safetensors --decoder-only $(TINY)/drawn.npz \
-		--steps $(DECODER_STEPS)
+		--steps $(DECODER_STEPS) --device $(DEVICE) $(CODEC_OPTIONS)
 	$(RECIPE).export codec $(TINY)/decoder/checkpoint.pt $(TINY)/codec.safetensors
 	$(RECIPE).export model $(TINY)/talks/model $(TINY)/model --codec $(TINY)/codec.safetensors
 	$(BIN)/python -m csm eval --data $(TINY)/templates/test.jsonl --recordings --codec --model $(TINY)/model --seeds $(SEEDS) \

@@ -480,6 +480,19 @@ def test_the_decoder_alone_learns_and_the_codes_stay(manifest, tmp_path):
         trainer(manifest, tmp_path / "second")
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_trains_the_codec_and_a_cpu_goes_on(manifest, tmp_path):
+    (tmp_path / "gpu").mkdir()
+    clips = Clips(manifest, TRAINING.clip_frames * FRAME)
+    gpu = Trainer(SMALL, replace(TRAINING, device="cuda"), clips, tmp_path / "gpu")
+    assert gpu.take_step()["mel"] == pytest.approx(trainer(manifest, tmp_path / "cpu").take_step()["mel"], rel=0.01)
+    gpu.run(until=6)
+    later = trainer(manifest, tmp_path / "gpu")
+    assert later.step == 6 and later.has_codebooks
+    assert later.take_step()["mel"] == pytest.approx(gpu.take_step()["mel"], rel=0.02)
+
+
 def test_coded_clips_begin_with_their_frames(tmp_path):
     """Recordings that end within a frame; codes say (recording, frame), or with 100 more that they are drawn."""
     rng = np.random.default_rng(0)

@@ -71,6 +71,7 @@ class Training:
     save_every: int = 250
     drawn_share: float = 0.5  # share of a decoder-only run's clips whose codes a model generated
     compiled: bool = True  # torch.compile of the convolutions halves a step's time and takes a minute once
+    device: str = "cpu"  # "cuda" is for one worker
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup", "clips", "clip_frames", "fewest_codebooks", "workers", "save_every"):
@@ -238,17 +239,19 @@ class Trainer:
 
         self.config, self.training, self.clips, self.folder, self.rank = config, training, clips, folder, rank
         self.coded = coded  # clips of a decoder-only run
+        self.device = torch.device(training.device)
         torch.manual_seed(training.seed)
         self.mimi = loaders.get_mimi(None, mimi_config=moshi_config(config), num_codebooks=config.num_codebooks)
         self.mimi.load_state_dict(fold_layer_scales(self.mimi.state_dict()))
         self.labels = config.frame_size // LABEL_SAMPLES  # a frame
         self.phone_head = nn.Linear(config.codebook_dim, self.labels * len(PHONES))
-        self.mimi.train()
+        self.mimi.to(self.device).train()
+        self.phone_head.to(self.device)
         if coded is not None:
             self.mimi.eval().requires_grad_(False)
             for part in (self.mimi.upsample, self.mimi.decoder_transformer, self.mimi.decoder):
                 part.train().requires_grad_(True)
-        self.mel_loss = MelLoss(config.sample_rate)
+        self.mel_loss = MelLoss(config.sample_rate).to(self.device)
         if training.compiled:
             self.mimi.encoder.compile()
             self.mimi.decoder.compile()
@@ -316,14 +319,15 @@ class Trainer:
     def _decoder_losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
         """The loss of a decoder-only step. The first frames of a clip from the middle of a recording do not count."""
         assert self.coded is not None
-        audio_B1N, code_BKT, begins_B = self.coded.draw(self.training.clips, self.training.drawn_share, rng)
+        drawn = self.coded.draw(self.training.clips, self.training.drawn_share, rng)
+        audio_B1N, code_BKT, begins_B = (tensor.to(self.device) for tensor in drawn)
         decoded_BN, audio_BN = self._decode(self.mimi.decode_latent(code_BKT)), audio_B1N[:, 0]
-        early_N = torch.arange(audio_BN.shape[1]) < COLD_FRAMES * self.config.frame_size
+        early_N = torch.arange(audio_BN.shape[1], device=self.device) < COLD_FRAMES * self.config.frame_size
         return {"mel": self.mel_loss(torch.where(early_N & ~begins_B[:, None], audio_BN, decoded_BN), audio_BN)}
 
     def _losses(self, number: int, rng: np.random.Generator) -> dict[str, Tensor]:
         """The losses of a step with ``number`` codebooks; 0 is unquantised."""
-        audio_B1N, label_BX = self.clips.draw(self.training.clips, rng)
+        audio_B1N, label_BX = (tensor.to(self.device) for tensor in self.clips.draw(self.training.clips, rng))
         mimi, zero = self.mimi, audio_B1N.new_zeros(())
         mimi.set_num_codebooks(max(number, 1))
         first, rest = mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest
@@ -373,7 +377,7 @@ class Trainer:
         self.mimi.set_num_codebooks(self.config.num_codebooks)
         latents = []
         for _ in range(max(self.training.codebook_clips // 32, 1)):
-            latents.append(self._latent(self.clips.draw(32, rng)[0]))
+            latents.append(self._latent(self.clips.draw(32, rng)[0].to(self.device)))
         for _ in range(self.config.num_codebooks):
             self.mimi.quantizer(torch.cat(latents), self.config.frame_rate)
         self.has_codebooks = True
@@ -433,7 +437,7 @@ class Trainer:
     def _load(self) -> None:
         path = self.folder / "checkpoint.pt"
         if path.exists():
-            self._restore(torch.load(path, weights_only=True))
+            self._restore(torch.load(path, weights_only=True, map_location=self.device))
         if self.rank == 0:
             self._forget_later_losses()
 

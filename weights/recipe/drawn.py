@@ -28,7 +28,6 @@ from csm.model import CSM
 from csm.prompt import TextTokenizer
 from csm.weights import Checkpoint, open_checkpoint, read_model
 
-CPU = torch.device("cpu")
 AT_ONCE = 16
 
 
@@ -44,14 +43,14 @@ def draw_codes(
     trainee: Trainee, turns: Sequence[Turn], temperature: float, top_k: int, generator: torch.Generator
 ) -> list[Tensor]:
     """Codes (T, K) of each turn: codebook 0 is its own, the others are sampled given the earlier ones in the frame."""
-    batch = collate([Example((turn,)) for turn in turns], [""] * len(turns), depth_share=1.0)
+    batch = collate([Example((turn,)) for turn in turns], [""] * len(turns), depth_share=1.0).to(trainee.model.device)
     h_ND = trainee.predicting_states(batch)
     code_NK = batch.code_AK[batch.target_N]
     for codebook in range(1, code_NK.shape[1]):
         logits_NV = trainee.depth_logits(h_ND, code_NK)[codebook - 1, :, : trainee.model.config.codebook_size]
         code_NK[:, codebook] = draw(logits_NV, temperature, top_k, generator)
     frames = [len(turn.codes_TK) + 1 for turn in turns]  # with the frame of zeros that ends a turn
-    return [codes[:-1] for codes in code_NK.split(frames)]
+    return [codes[:-1] for codes in code_NK.cpu().split(frames)]
 
 
 def draw_recordings(
@@ -61,8 +60,9 @@ def draw_recordings(
     tokenizer = TextTokenizer(checkpoint.tokenizer_path, checkpoint.config.text_vocab_size)
     texts = [tokenizer.encode(clip.speaker, clip.text) for clip in clips]
     turns = [Turn(text, codes_TK) for text, codes_TK in zip(texts, codes, strict=True)]
-    model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, CPU, torch.float32), CPU)
-    trainee, generator = Trainee(model).eval(), torch.Generator().manual_seed(args.seed)
+    device = torch.device(args.device)
+    model = CSM.from_state_dict(checkpoint.config, read_model(checkpoint, device, torch.float32), device)
+    trainee, generator = Trainee(model).eval(), torch.Generator(device).manual_seed(args.seed)
     drawn: dict[int, Tensor] = {}
     # Batches of similar length have little padding and few different shapes.
     order = sorted(range(len(turns)), key=lambda index: turns[index].num_positions)
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.9)
     parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.model)
     digest = fingerprint(checkpoint, args)

@@ -40,7 +40,7 @@ def export_codec(trained: Path, file: Path) -> None:
     Rounding a codebook is more exact than rounding its sum and its count. Layer scales are folded before rounding, so
     that ``start_from``, which folds them again, does not change the codes.
     """
-    state = fold_layer_scales(torch.load(trained, weights_only=True)["mimi"])
+    state = fold_layer_scales(torch.load(trained, weights_only=True, map_location=CPU)["mimi"])
     for name in [name for name in state if name.endswith("embedding_sum")]:
         usage = name.replace("embedding_sum", "cluster_usage")
         state[name] = state[name] / state[usage].clamp(min=1e-5)[:, None]
