@@ -277,7 +277,7 @@ def _device_name(device: torch.device) -> str:
 
 @cache
 def _versions() -> str:
-    """Versions of PyTorch, Triton and this package, and a hash of this package's code."""
+    """Versions of PyTorch and Triton, and a hash of this package's code."""
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -285,7 +285,7 @@ def _versions() -> str:
     folders = (Path(__file__).parent, Path(csm.kernels.__file__).parent)
     files = sorted(path for folder in folders for path in (*folder.glob("*.py"), *folder.glob("*.json")))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
-    return f"torch {torch.__version__} | triton {triton} | csm {metadata.version('csm')} {digest}"
+    return f"torch {torch.__version__} | triton {triton} | csm {digest}"
 
 
 def read_results() -> dict[str, dict]:
