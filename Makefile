@@ -55,6 +55,7 @@ gpu: $(if $(GPU_PYTHON),,.venv/installed-bench)
 # length it has not been run in one go; weights/tiny/README.md says how the weights there were made. A rehearsal of all
 # its commands ran from start to end in 13 minutes on two cores, and its voice babbles: make tiny RECORDINGS=400
 # CODEC_STEPS=600 TURN_STEPS=60 TALK_STEPS=60 DECODER_STEPS=60 SENTENCES=5 SEEDS=1
+# On a GPU (not run as a whole): make tiny DEVICE=cuda CODEC_OPTIONS="--workers 1 --clips 64 --no-compiled"
 TINY ?= tiny
 RECORDINGS ?= 60000
 CODEC_STEPS ?= 16000

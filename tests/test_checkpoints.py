@@ -19,7 +19,7 @@ from csm import CheckpointError, CheckpointWarning, Generator
 from csm.config import CSM_1B, LLAMA_1B, LLAMA_100M, MIMI, RopeScaling
 from csm.pronounce import PRONUNCIATION_FILE
 from csm.weights import checkpoint as checkpoint_module
-from csm.weights import hub, open_checkpoint, read_codec
+from csm.weights import hub, open_checkpoint, read_codec, read_model
 from csm.weights.checkpoint import TINY
 from csm.weights.config_json import read_config, write_hf_config
 from csm.weights.hub import MIMI_FILE, MIMI_REPO
@@ -136,8 +136,12 @@ class TestLayouts:
     def test_transformers_reads_the_tiny_checkpoint(self):
         from transformers import CsmForConditionalGeneration
 
-        _, report = CsmForConditionalGeneration.from_pretrained(TINY, output_loading_info=True)
+        theirs, report = CsmForConditionalGeneration.from_pretrained(TINY, output_loading_info=True)
         assert not any(report.values())
+        ours = read_model(open_checkpoint("tiny"), torch.device("cpu"), torch.bfloat16)["audio_embedding"]
+        depth, backbone = theirs.depth_decoder.model, theirs.backbone_model
+        for embedding in (depth.embed_tokens, backbone.embed_tokens.embed_audio_tokens):
+            assert torch.equal(embedding.weight.bfloat16(), ours)  # a missing one of the two is not reported
 
 
 class TestRoundedCodec:

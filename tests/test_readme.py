@@ -285,7 +285,8 @@ def test_every_expression_selects_gpu_tests():
     """The table of what one GPU has confirmed selects tests by name."""
     page = TEXT["docs/unconfirmed.md"]
     expressions = re.findall(r"\| `([a-z_ ]+)` \|$", page[: page.index("## Speed")], flags=re.MULTILINE)
-    names = re.findall(r"^def (test_\w+)", (ROOT / "tests" / "test_cuda.py").read_text(), flags=re.MULTILINE)
+    code = "".join((ROOT / "tests" / name).read_text() for name in ("test_cuda.py", "test_recipe.py"))
+    names = re.findall(r"^def (test_\w+)", code, flags=re.MULTILINE)
     assert len(expressions) >= 1
     for expression in expressions:
         assert any(word in name for word in expression.split(" or ") for name in names), expression

@@ -618,6 +618,18 @@ def test_a_training_of_nothing_is_refused(field):
         replace(TRAINING, **{field: 0})
 
 
+def test_workers_are_for_a_cpu():
+    with pytest.raises(ValueError, match="2 workers need the device cpu; cuda takes one worker"):
+        replace(TRAINING, workers=2, device="cuda")
+
+
+def test_a_codec_of_too_few_codebooks_is_refused(manifest, tmp_path):
+    run = trainer(manifest, tmp_path / "run")
+    state = {name: value for name, value in run.mimi.state_dict().items() if "rvq_rest.vq.layers.2" not in name}
+    with pytest.raises(ValueError, match="has 3 codebooks, not 4"):
+        run.start_from(state)
+
+
 def test_the_commands_of_make_tiny_are_as_the_programs_take_them(monkeypatch, capsys):
     root = Path(__file__).parents[1]
     made = subprocess.run(["make", "-n", "tiny"], cwd=root, capture_output=True, text=True, check=True).stdout

@@ -21,6 +21,7 @@ import csv
 import hashlib
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,14 @@ class Training:
     save_every: int = 250
     drawn_share: float = 0.5  # share of a decoder-only run's clips whose codes a model generated
     compiled: bool = True  # torch.compile of the convolutions halves a step's time and takes a minute once
-    device: str = "cpu"  # "cuda" is for one worker
+    device: str = "cpu"  # a GPU takes one worker
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup", "clips", "clip_frames", "fewest_codebooks", "workers", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.workers > 1 and self.device != "cpu":
+            raise ValueError(f"{self.workers} workers need the device cpu; {self.device} takes one worker")
 
 
 class MelLoss(nn.Module):
@@ -267,9 +270,13 @@ class Trainer:
         """Take a trained codec's weights and codebooks, unless this run has already started.
 
         Layers that ``state`` lacks start as the identity: their last weights are zero. Surplus codebooks are dropped.
+        Raises ValueError if there are too few.
         """
         if self.step == 0:
             mine = self.mimi.state_dict()
+            found = sum(name.endswith("embedding_sum") for name in state)
+            if found < self.config.num_codebooks:
+                raise ValueError(f"the codec to start from has {found} codebooks, not {self.config.num_codebooks}")
             for name in mine.keys() - state.keys():
                 if name.endswith(tuple(SCALED.values())):
                     mine[name] = torch.zeros_like(mine[name])
@@ -398,7 +405,7 @@ class Trainer:
         return self.training.learning_rate * warm * (1 - self.step / self.training.steps)
 
     def _seeded(self) -> np.random.Generator:
-        """Random numbers of this step. They depend on its number, so a resumed run equals an uninterrupted one."""
+        """Random numbers of this step, from its number, so that on a CPU a resumed run equals an uninterrupted one."""
         torch.manual_seed((self.training.seed * 1_000_003 + self.step) * 64 + self.rank)
         return np.random.default_rng((self.training.seed, 0, self.step, self.rank))
 
@@ -482,7 +489,12 @@ def work(
     until: int | None = None,
 ) -> None:
     """Run one worker process."""
+    from moshi.utils.compile import no_compile
+
     torch.set_num_threads(1)  # workers synchronise once a step, threads would hundreds of times
+    if training.device != "cpu":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
     if training.workers > 1:
         store = distributed.FileStore(str(folder / "workers"), training.workers)
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=training.workers)
@@ -490,7 +502,8 @@ def work(
     trainer = Trainer(config, training, clips, folder, rank, None if codes is None else CodedClips(clips, codes))
     if start is not None:
         trainer.start_from({name: tensor.float() for name, tensor in load_file(start).items()})
-    trainer.run(until)
+    with nullcontext() if training.compiled else no_compile():  # moshi compiles parts of its transformer
+        trainer.run(until)
 
 
 def main() -> None:

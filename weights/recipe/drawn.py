@@ -76,7 +76,7 @@ def draw_recordings(
 
 def fingerprint(checkpoint: Checkpoint, args: argparse.Namespace) -> str:
     """A hash of everything that sampled codes depend on: weights, manifest, options."""
-    digest = hashlib.sha256(repr((args.temperature, args.top_k, args.seed)).encode())
+    digest = hashlib.sha256(repr((args.temperature, args.top_k, args.seed, args.device)).encode())
     for path in (args.manifest, *sorted(checkpoint.folder.glob("*.safetensors"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()

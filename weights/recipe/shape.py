@@ -15,17 +15,17 @@ CODEC = CodecConfig(
     context=32,
     codebook_size=1024,
     codebook_dim=64,
-    num_codebooks=4,
+    num_codebooks=5,
 )
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")
 PHONES = "ɑæʌɔWəIbʧdðɛɜAfghɪiʤklmnŋOYprsʃtθʊuvwjzʒ"  # as ``csm.pronounce`` writes them
 CHARACTERS = "[]0123456789 .,;:?!" + PHONES
 MODEL = CSMConfig(
     backbone=TransformerConfig(
-        num_layers=6, dim=256, num_heads=4, num_kv_heads=2, head_dim=64, hidden_dim=768, max_positions=2048
+        num_layers=6, dim=256, num_heads=4, num_kv_heads=2, head_dim=64, hidden_dim=672, max_positions=2048
     ),
     depth_decoder=TransformerConfig(
-        num_layers=2, dim=192, num_heads=3, num_kv_heads=1, head_dim=64, hidden_dim=512, max_positions=4
+        num_layers=2, dim=192, num_heads=3, num_kv_heads=1, head_dim=64, hidden_dim=512, max_positions=5
     ),
     text_vocab_size=len(CHARACTERS) + len(SPECIAL_TOKENS),
     audio_vocab_size=CODEC.codebook_size + 3,
