@@ -83,9 +83,11 @@ def test_triton_is_imported_where_it_is_of_use(choice, imported):
 
 def test_the_embedded_voice_is_measured_though_it_ends_its_sentence(capsys):
     """HF Transformers' row too: it would stop at the frame of zeros."""
-    asked = ["--rows", "eager", "transformers", "--frames", "24"]
+    asked = ["--rows", "eager", "text to audio", "transformers", "--frames", "24"]
     _, result = run(capsys, "--model", "tiny", "--device", "cpu", "--quiet", "--max-seconds", "0.16", *asked)
-    assert [row["name"] for row in result["rows"]] == ["eager", "transformers"]
+    eager_row, with_codec, theirs = result["rows"]
+    assert [row["name"] for row in (eager_row, with_codec, theirs)] == ["eager", "text to audio", "transformers"]
+    assert with_codec["median_ms"] > 0.5 * eager_row["median_ms"]  # chunks that come together are not free
     assert result["not_timed"] == []
 
 

@@ -86,12 +86,12 @@ def test_the_command(capsys):
 @needs_models
 def test_sentences_are_transcribed(capsys, tmp_path):
     path = tmp_path / "sentences.txt"
-    path.write_text("Good morning, how are you today?\n", encoding="utf-8")
+    path.write_text("Good morning, how are you today?\nThe train leaves at nine.\n", encoding="utf-8")
     assert main(["compare", "tiny", "--scheme", "int8", "--sentences", str(path), "--seeds", "2", "--quiet"]) == 0
     *_, a, b, _, ratio = capsys.readouterr().out.strip().splitlines()
     for name, row in (("A", a), ("B", b)):
         cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert cells[:2] == [name, "2"] and 0 <= float(cells[2].rstrip("%")) < 60
+        assert cells[:2] == [name, "4"] and 0 <= float(cells[2].rstrip("%")) < 60
     assert 0.7 < float(ratio.split()[3]) < 1.4
 
 
